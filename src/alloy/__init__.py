@@ -1,0 +1,3 @@
+"""alloy: one PyTorch toolkit for the whole life of an efficient language model."""
+
+__version__ = "0.1.0.dev0"

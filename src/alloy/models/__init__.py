@@ -1,0 +1,1 @@
+"""Level 2: modules, their configs and checkpoints; no training code."""
