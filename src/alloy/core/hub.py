@@ -22,7 +22,7 @@ def resolve(name: str | Path) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(text))
+        return Path(snapshot_download(text))  # pyright: ignore[reportUnknownVariableType]  untyped parameters
     except GatedRepoError as error:
         raise CheckpointError(f'"{text}" needs its licence accepted on the hub, then `hf auth login`.') from error
     except RepositoryNotFoundError as error:
