@@ -18,11 +18,11 @@ def resolve(name: str | Path) -> Path:
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f'"{text}": no such path, and not a hub id (owner/name). Check the spelling.')
 
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]  untyped parameters
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(text))  # pyright: ignore[reportUnknownVariableType]  untyped parameters
+        return Path(snapshot_download(text))
     except GatedRepoError as error:
         raise CheckpointError(f'"{text}" needs its licence accepted on the hub, then `hf auth login`.') from error
     except RepositoryNotFoundError as error:

@@ -131,7 +131,7 @@ class Meter:
             self.seconds += seconds
 
     @property
-    def average(self) -> float | None:
+    def rate(self) -> float | None:
         """Tokens per second over all counted steps; None before there is one."""
         return self.tokens / self.seconds if self.seconds > 0 else None
 

@@ -26,7 +26,7 @@ import alloy
 from alloy.core.compose import leaves, read_toml
 from alloy.core.logging import get_logger
 from alloy.core.recipe import LoadedRecipe, RunOptions
-from alloy.core.toml import Key, dotted, is_list, is_table
+from alloy.core.toml import Key, dotted, is_table, value_at
 from alloy.errors import InterruptedRun, RecipeError, ResourceError
 
 Status = Literal["running", "done", "interrupted", "failed"]
@@ -59,16 +59,14 @@ class RunDir:
         run.resumed = resumed
         atomic_write(path / RECIPE, loaded.to_toml())
         now = _now()
+        run.update_manifest(status="running", hash=loaded.hash, origins=loaded.origins)
         if resumed:
             history: list[Any] = run.manifest.get("resumed", [])
             entry = {"time": now, "command_line": _command_line(), "hash": loaded.hash}
-            run.update_manifest(status="running", hash=loaded.hash, resumed=[*history, entry])
+            run.update_manifest(resumed=[*history, entry])
         else:
-            facts = environment()
-            run.update_manifest(
-                status="running", command=command, recipe=loaded.name, hash=loaded.hash, created=now, parent=None,
-                command_line=_command_line(), **facts,
-            )  # fmt: skip
+            facts = {"command": command, "recipe": loaded.name, "created": now, "command_line": _command_line()}
+            run.update_manifest(**facts, **environment())
         return run
 
     @property
@@ -116,7 +114,7 @@ def differing_keys(loaded: LoadedRecipe, path: Path) -> list[str]:
     return [
         f"{dotted(key)}: {_shown(there, key)} -> {_shown(here, key)}"
         for key in keys
-        if _at(there, key) != _at(here, key)
+        if value_at(there, key) != value_at(here, key)
     ]
 
 
@@ -345,17 +343,6 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _at(table: Any, key: Key) -> Any:
-    for part in key:
-        if is_table(table):
-            table = table.get(str(part))
-        elif is_list(table) and isinstance(part, int):
-            table = table[part] if part < len(table) else None
-        else:
-            return None
-    return table
-
-
 def _shown(table: Any, key: Key) -> str:
-    value = _at(table, key)
+    value = value_at(table, key)
     return "(not set)" if value is None else json.dumps(value, default=str)

@@ -58,6 +58,18 @@ def dotted(key: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in key)
 
 
+def value_at(value: Any, key: Key) -> Any:
+    """The value at a path, or None where there is none."""
+    for part in key:
+        if is_table(value):
+            value = value.get(str(part))
+        elif is_list(value) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            return None
+    return value
+
+
 class _Scanner:
     """One pass over a document; `at` is the position of the next unread character."""
 
