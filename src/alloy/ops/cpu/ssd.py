@@ -246,11 +246,7 @@ class _Scan(torch.autograd.Function):
         passed = passed if p.real is None else passed & p.real[..., None]
         ddt = torch.where(passed, ddt * p.raw.sigmoid() if dt_softplus else ddt, 0)
         gradients = (dx, ddt, dA, dB, dC, skip, ddt.sum((0, 1)), dh0)
-        return (
-            *(None if kind is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)),
-            None,
-            None,
-        )
+        return *(None if kind is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), None, None
 
 
 def _backward(
@@ -280,9 +276,7 @@ def _backward(
     states = _states(p, h0, bool(last))
     weighted = p.by_group(dy, p.into)
     if chunks > first:
-        dC[first * p.rows :].baddbmm_(
-            weighted[first * p.rows :], states[first:chunks].view(-1, weighted.shape[2], width)
-        )
+        dC[first * p.rows :].baddbmm_(weighted[first * p.rows :], states[first:chunks].view(-1, weighted.shape[2], width))
     dstates = torch.empty(chunks + 1, *states.shape[1:], dtype=u.dtype, device=u.device)
     torch.bmm(weighted.transpose(1, 2), p.C, out=dstates[:chunks].view(-1, weighted.shape[2], width))
     if dstate is None:
