@@ -222,7 +222,10 @@ def _forward(
         else:
             _bmm(buffers.C, before.flatten(2, 3).transpose(-1, -2), carried)
             torch.addcmul(
-                within[..., :count, :], carried.transpose(2, 3)[..., :count, :], steps.into[i][..., :count, None], out=out
+                within[..., :count, :],
+                carried.transpose(2, 3)[..., :count, :],
+                steps.into[i][..., :count, None],
+                out=out,
             )
         if state is not None and (i < chunks - 1 or return_state):
             buffers.advance(i, before, state)
@@ -306,7 +309,10 @@ def _backward(
         buffers.advance(i, None if i == 0 and h0 is None else states[i], states[i + 1])
 
     dx = torch.empty(x.shape, dtype=steps.d.dtype, device=x.device)
-    dB, dC = torch.empty(B.shape, dtype=dx.dtype, device=x.device), torch.empty(C.shape, dtype=dx.dtype, device=x.device)
+    dB, dC = (
+        torch.empty(B.shape, dtype=dx.dtype, device=x.device),
+        torch.empty(C.shape, dtype=dx.dtype, device=x.device),
+    )
     dlogs, dd, dskip = (torch.empty_like(steps.d) for _ in range(3))
     dcarry = buffers.states()
     if dstate is None:
