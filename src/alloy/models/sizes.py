@@ -19,8 +19,8 @@ from alloy.models.configs import (
     DecoderConfig,
     HybridConfig,
     MambaConfig,
-    MLPConfig,
     Mixer,
+    MLPConfig,
     MoEConfig,
 )
 
