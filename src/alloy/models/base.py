@@ -110,6 +110,11 @@ class Layout:
         return self._positions
 
     @property
+    def bound(self) -> int:
+        """No default position reaches this, known without asking the device."""
+        return self.tokens.shape[1] + (0 if self._cache is None else self._cache.longest)
+
+    @property
     def blocks(self) -> Tensor | None:
         """`documents` where attention needs it: causal order already hides padding at the end of a row."""
         return self.documents if self.packed else None
@@ -251,6 +256,8 @@ class CausalLM(nn.Module):
     """
 
     config: HybridConfig | DecoderConfig
+    # another library whose numbers are reproduced, set by the loader
+    compat: str | None = None
     embed: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
@@ -299,6 +306,7 @@ class CausalLM(nn.Module):
             raise RequestError("return_mtp works without a cache; with one, call mtp_step")
         self._check_tokens(tokens, cache)
         layout = Layout(tokens, documents, positions, cache)
+        self.check_layout(layout)
         x = self.embed_tokens(layout.tokens)
         hidden: list[Tensor] = []
         routers: list[RouterStats] = []
@@ -391,6 +399,9 @@ class CausalLM(nn.Module):
     def residual_scale(self, init: InitStyle) -> float:
         """By how much matrices that write to the residual stream start smaller."""
         return math.sqrt(2 * len(self.layers)) if init == "megatron" else 1.0
+
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse a call the model cannot serve; nothing by default."""
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """tokens (batch, seq) -> the residual stream (batch, seq, hidden)."""
