@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from alloy.core.logging import get_logger
-from alloy.errors import CheckpointError
+from alloy.errors import CheckpointError, RecipeError
 from alloy.models.configs import (
     SYMBOLS,
     AttentionConfig,
@@ -245,6 +245,13 @@ def read_config(
     return config, keys.rest()
 
 
+def style(name: str) -> Style:
+    """A config style given by name; RecipeError if there is no such one."""
+    if name == "hybrid" or name == "transformers5":
+        return name
+    raise RecipeError(f'config style "{name}" is not known. Use hybrid or transformers5')
+
+
 def write_config(
     config: AnyConfig, foreign: Mapping[str, Any] | None = None, style: Style = "hybrid", dtype: str = "bfloat16"
 ) -> dict[str, Any]:
@@ -256,8 +263,6 @@ def write_config(
         style: "hybrid", the form of the released files; "transformers5", the form of that library
         dtype: of the weights, such as bfloat16
     """
-    if style not in ("hybrid", "transformers5"):
-        raise CheckpointError(f'config_style = "{style}" is not known. Use hybrid or transformers5')
     kind = config.kind
     architecture = HYBRIDS.get(kind) or DECODERS[kind].name
     data: dict[str, Any] = {"architectures": [architecture], "model_type": kind}
@@ -476,14 +481,14 @@ def _limit(value: Any, keys: _Keys) -> tuple[float, float]:
     return low, high
 
 
-def _bound(value: Any, unbounded: float, keys: _Keys) -> float:
+def _bound(value: object, unbounded: float, keys: _Keys) -> float:
     if isinstance(value, dict) and set(value) == {"__float__"}:
         value = value["__float__"]
     if value is None:
         return unbounded
     try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
+        number = float(str(value))
+    except ValueError as error:
         raise keys.refuse(f"time_step_limit holds {value!r}, which is not a number") from error
     if math.isnan(number):
         raise keys.refuse("time_step_limit holds NaN")
