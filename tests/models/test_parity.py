@@ -315,7 +315,9 @@ def test_left_padding_and_packing_equal_single_rows(pair: Pair) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_our_own_hybrids(name: str, tied: bool, tmp_path: Path) -> None:
     """A model of ours, tied or not, written with time_step_min 1e-9, gives transformers the same logits."""
-    config = type(preset(name)).model_validate({**preset(name).model_dump(), "tie_embeddings": tied, "time_step_min": 1e-9})
+    config = type(preset(name)).model_validate(
+        {**preset(name).model_dump(), "tie_embeddings": tied, "time_step_min": 1e-9}
+    )
     model = build(config).eval()
     model.init_weights(0, dt_range=(1e-4, 0.1))
     alloy.save(model, tmp_path)

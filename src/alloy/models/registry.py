@@ -17,9 +17,10 @@ from alloy.core.runs import atomic_write
 from alloy.errors import CheckpointError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig, HybridConfig
-from alloy.models.hf.config import Style, read_config, read_json, style, write_config
+from alloy.models.hf.config import read_config, read_json, style, write_config
 from alloy.models.hf.files import Progress, Stored
 from alloy.models.hf.folder import DEFAULT_SHARD, load_weights, read_optional_json, save_weights, stored_tensors
+from alloy.models.hf.keys import Style
 from alloy.models.hf.names import bare_name
 
 if TYPE_CHECKING:
