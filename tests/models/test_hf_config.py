@@ -52,7 +52,9 @@ NAS = {
     "num_attention_heads": 6,
     "num_key_value_heads": None,
     "intermediate_size": None,
-    "block_configs": [{"attention": {"n_heads_in_group": 3, "no_op": False}, "ffn": {"ffn_mult": 2.625, "no_op": False}}],
+    "block_configs": [
+        {"attention": {"n_heads_in_group": 3, "no_op": False}, "ffn": {"ffn_mult": 2.625, "no_op": False}}
+    ],
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -115,7 +117,9 @@ def test_aliases_are_read(alias: str, field: str, value: Any) -> None:
 
 def test_alias_that_disagrees_is_refused() -> None:
     """Both names, both values."""
-    with pytest.raises(CheckpointError, match=r"config.json: head_dim = 8 and its alias attention_head_dim = 16 differ"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json: head_dim = 8 and its alias attention_head_dim = 16 differ"
+    ):
         read(HYBRID, attention_head_dim=16)
 
 
@@ -222,7 +226,11 @@ def test_puzzle_blocks() -> None:
     }
     config, foreign = read_config(data)
     assert (config.pattern, config.norm_eps) == ("ME*", 1e-6)
-    assert config.layers == (LayerOverride(ssm_state=64), LayerOverride(top_k=2, expert_ffn=16), LayerOverride(window=32))
+    assert config.layers == (
+        LayerOverride(ssm_state=64),
+        LayerOverride(top_k=2, expert_ffn=16),
+        LayerOverride(window=32),
+    )
     written = write_config(config, foreign)
     assert written["block_configs"] == data["block_configs"]
     assert read_config(written)[0] == type(config).model_validate({**config.model_dump(), "init_std": config.std})

@@ -1,6 +1,7 @@
 """Named sizes: block tables, patterns, and every one built on the meta device."""
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_pattern_from_ratios_follows_the_design_rule(layers: int) -> None:
     assert pattern.count("*") == round(layers * 0.08)
     places = [i for i, symbol in enumerate(pattern) if symbol == "*"]
     assert all(pattern[i + 1] == "-" for i in places)
-    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(places)]
     assert not gaps or max(gaps) - min(gaps) <= 3
 
 

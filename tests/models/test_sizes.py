@@ -124,7 +124,9 @@ def test_flops_equal_a_count_over_the_modules(name: str) -> None:
     """Two per weight of every linear a token passes, four per head dimension and key it attends to."""
     config, seq = preset(name), 11
     model = build(config, "meta")
-    linear = sum(2 * m.weight.numel() for key, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "mtp." not in key)
+    linear = sum(
+        2 * m.weight.numel() for key, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "mtp." not in key
+    )
     attended = routed = recurrent = 0
     for mixer in sizes.backbone_mixers(config):
         kind = type(mixer).__name__
@@ -133,7 +135,9 @@ def test_flops_equal_a_count_over_the_modules(name: str) -> None:
             attended += 4 * mixer.num_heads * mixer.head_dim * pairs
         elif kind == "MoEConfig":
             width = mixer.latent or mixer.hidden
-            routed += 2 * mixer.hidden * mixer.num_experts + mixer.top_k * 2 * width * mixer.ffn * (3 if mixer.gated else 2)
+            routed += 2 * mixer.hidden * mixer.num_experts + mixer.top_k * 2 * width * mixer.ffn * (
+                3 if mixer.gated else 2
+            )
         elif kind == "MambaConfig":
             # decay, dt x B, add, C per state element; D x; convolution
             recurrent += mixer.heads * mixer.head_dim * (5 * mixer.state + 2) + 2 * mixer.channels * mixer.conv_kernel
@@ -166,7 +170,9 @@ def test_largest_batch_and_context_are_tight() -> None:
 def test_what_does_not_fit_says_by_how_much() -> None:
     """The error names every part and what would fit."""
     fit = sizes.fits(preset("nemotron-nano-12b-v2"), 22 * GIB, 1, 131_072)
-    with pytest.raises(ResourceError, match=r"needs 27.36 GiB \(weights 22.93, kv 3.00.* there are 22.00 GiB, 5.36 too few") as error:
+    with pytest.raises(
+        ResourceError, match=r"needs 27.36 GiB \(weights 22.93, kv 3.00.* there are 22.00 GiB, 5.36 too few"
+    ) as error:
         sizes.require_fit(fit)
     assert error.value.exit_code == 3
 
