@@ -342,3 +342,15 @@ def test_transformers_loads_our_own_hybrids(name: str, tied: bool, tmp_path: Pat
     ids = tokens(1, 13)
     with torch.no_grad():
         assert (model(ids).logits - peer(ids).logits).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3", "tiny-qwen3-moe", "tiny-nemotron"])
+def test_transformers_loads_our_own_decoders(name: str, tmp_path: Path) -> None:
+    """Every decoder kind the library knows, from our presets; tied ones are written without a head."""
+    model = build(preset(name)).eval()
+    randomise(model)
+    alloy.save(model, tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        agree(model(ids).logits, peer(ids).logits)
