@@ -18,10 +18,13 @@ import pyarrow.parquet as pq
 from alloy.errors import DataError
 
 # what a folder is searched for; a file named by the user is read whatever its suffix
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .html .xml .css .csv .tsv .json .toml .yaml .yml .ini .cfg .py .pyi .c .h .cc .cpp .hpp "
-    ".cu .rs .go .java .kt .js .ts .rb .pl .sh .sql .lua .r .jl .hs .ml .scala .swift .php .log".split()
-)
+# fmt: off
+TEXT_SUFFIXES = frozenset((
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".css", ".csv", ".tsv", ".json", ".toml", ".yaml", ".yml",
+    ".ini", ".cfg", ".log", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".js",
+    ".ts", ".rb", ".pl", ".sh", ".sql", ".lua", ".r", ".jl", ".hs", ".ml", ".scala", ".swift", ".php",
+))
+# fmt: on
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COMPRESSED_TEXT = (".txt.gz", ".txt.zst")
 PARQUET_ROWS = 1024
@@ -69,7 +72,9 @@ def list_files(folder: Path) -> list[Path]:
             others.add(file.suffix or file.name)
     if not files:
         seen = f"only {', '.join(sorted(others)[:8])}" if others else "no files"
-        raise DataError(f"{folder} holds no text, .jsonl or .parquet file, {seen}; name the file itself to read it as text.")
+        raise DataError(
+            f"{folder} holds no text, .jsonl or .parquet file, {seen}; name the file itself to read it as text."
+        )
     return files
 
 
@@ -101,7 +106,9 @@ def _read_jsonl(file: Path, column: str) -> Iterator[Document]:
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}:{number}: not JSON ({error.msg} at column {error.colno}); mend or remove this line.") from error
+            raise DataError(
+                f"{file}:{number}: not JSON ({error.msg} at column {error.colno}); mend or remove this line."
+            ) from error
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: a JSON {type(row).__name__} where an object is wanted, one per line.")
         if column not in row:
@@ -110,7 +117,9 @@ def _read_jsonl(file: Path, column: str) -> Iterator[Document]:
         if not isinstance(value, str):
             raise DataError(f'{file}:{number}: "{column}" is {type(value).__name__}, not a string.')
         if "\\ud" in text.lower() and not _encodable(value):
-            raise DataError(f'{file}:{number}: "{column}" holds half of a surrogate pair, which is no character; mend or remove this line.')
+            raise DataError(
+                f'{file}:{number}: "{column}" holds half of a surrogate pair, which is no character; mend or remove this line.'
+            )
         yield Document(value, f"{file}:{number}")
 
 
@@ -119,7 +128,9 @@ def _read_parquet(file: Path, column: str) -> Iterator[Document]:
         with pq.ParquetFile(file) as table:
             schema = table.schema_arrow
             if column not in schema.names:
-                raise DataError(f'{file}: no column "{column}" but {_names(schema.names)}; name the one that holds the text.')
+                raise DataError(
+                    f'{file}: no column "{column}" but {_names(schema.names)}; name the one that holds the text.'
+                )
             kind = schema.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise DataError(f'{file}: column "{column}" is {kind}, not string.')
@@ -129,7 +140,9 @@ def _read_parquet(file: Path, column: str) -> Iterator[Document]:
                     yield Document(value or "", f"{file}:{row}")
                     row += 1
     except UnicodeDecodeError as error:
-        raise DataError(f'{file}: column "{column}" holds text that is not UTF-8 ({error.reason}); write the file anew.') from error
+        raise DataError(
+            f'{file}: column "{column}" holds text that is not UTF-8 ({error.reason}); write the file anew.'
+        ) from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as Parquet: {error}") from error
 
@@ -143,7 +156,9 @@ def _chunks(file: Path, size: int = 1 << 20) -> Iterator[bytes]:
                 position += len(chunk)
                 yield chunk
     except EOFError as error:
-        raise DataError(f"{file} is cut short: the compressed data ends after {position} bytes of text. Fetch the file again.") from error
+        raise DataError(
+            f"{file} is cut short: the compressed data ends after {position} bytes of text. Fetch the file again."
+        ) from error
     except (gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read after {position} bytes: {error}") from error
 

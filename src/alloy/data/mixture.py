@@ -217,9 +217,13 @@ def _check_sources(sources: Sequence[Source]) -> None:
         raise RecipeError("data.sources is empty; name at least one folder made by `alloy data tokenize`.")
     for index, source in enumerate(sources):
         if not (math.isfinite(source.weight) and source.weight >= 0):
-            raise RecipeError(f"data.sources[{index}].weight = {source.weight} ({source.path}); weights are finite and not negative.")
+            raise RecipeError(
+                f"data.sources[{index}].weight = {source.weight} ({source.path}); weights are finite and not negative."
+            )
         if not Path(source.path).exists() and not Path(f"{source.path}.idx").exists():
-            raise DataError(f'data.sources[{index}].path = "{source.path}" does not exist. Run `alloy data tokenize` first.')
+            raise DataError(
+                f'data.sources[{index}].path = "{source.path}" does not exist. Run `alloy data tokenize` first.'
+            )
     if not any(source.weight for source in sources):
         raise RecipeError("all weights in data.sources are 0; give at least one source a positive weight.")
 
@@ -229,7 +233,11 @@ def _check_tokenizers(
 ) -> None:
     """All shards and the tokenizer in use must agree; a foreign Megatron pair does not say and is trusted."""
     known = [(f"the tokenizer {tokenizer.name_or_path}".strip(), tokenizer_hash(tokenizer))] if tokenizer else []
-    known += [(source.path, corpus.tokenizer_hash) for source, corpus in zip(sources, corpora, strict=True) if corpus.tokenizer_hash]
+    known += [
+        (source.path, corpus.tokenizer_hash)
+        for source, corpus in zip(sources, corpora, strict=True)
+        if corpus.tokenizer_hash
+    ]
     for name, value in known[1:]:
         if value != known[0][1]:
             raise DataError(

@@ -97,12 +97,17 @@ def train_tokenizer(
     """
     least = 256 + len(special_tokens)
     if vocab < least:
-        raise RecipeError(f"vocab = {vocab} is too small: 256 bytes and {len(special_tokens)} special tokens need {least}.")
+        raise RecipeError(
+            f"vocab = {vocab} is too small: 256 bytes and {len(special_tokens)} special tokens need {least}."
+        )
     if max_bytes is not None:
         texts = _sample(texts, max_bytes, seed)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -146,7 +151,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> Pa
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """A fast tokenizer from a local folder (a tokenizer's or a checkpoint's)."""
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise DataError(f"{folder} has no tokenizer.json; make one with `alloy data tokenizer`, or name a checkpoint folder.")
+        raise DataError(
+            f"{folder} has no tokenizer.json; make one with `alloy data tokenizer`, or name a checkpoint folder."
+        )
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
@@ -173,6 +180,16 @@ class TextEncoder:
         before = [] if self.bos is None else [self.bos]
         after = [] if self.eos is None else [self.eos]
         return [np.concatenate([before, ids, after]).astype(np.int64) for ids in self.encode(texts)]
+
+    def scored(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Documents as they are measured: the first id is context only, bos or, where there is none, eos."""
+        if self.bos is not None:
+            return self.documents(texts)
+        if self.eos is None:
+            raise DataError(
+                "this tokenizer has neither a bos nor an eos token, so the first token of a text has no context to be scored in."
+            )
+        return [np.concatenate([[self.eos], ids]) for ids in self.documents(texts)]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -210,7 +227,9 @@ class ShardWriter:
         info = np.iinfo(self.dtype)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high > info.max:
-            raise DataError(f"{self.prefix}: token id {low if low < 0 else high} does not fit {self.dtype.name} (0 to {info.max}).")
+            raise DataError(
+                f"{self.prefix}: token id {low if low < 0 else high} does not fit {self.dtype.name} (0 to {info.max})."
+            )
         data = ids.astype(self.dtype).tobytes()
         self._bin.write(data)
         self._digest.update(data)
@@ -242,7 +261,9 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self.discard()
 
@@ -255,7 +276,9 @@ def idx_bytes(lengths: Sequence[int], dtype: np.dtype | str) -> bytes:
     ends = np.cumsum(sizes, dtype="<i8") * dtype.itemsize
     pointers = np.concatenate([np.zeros(min(1, len(sizes)), "<i8"), ends[:-1]])
     header = IDX_HEADER.pack(IDX_MAGIC, 1, codes[dtype], len(sizes), len(sizes) + 1)
-    return header + sizes.tobytes() + pointers.astype("<i8").tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
+    return (
+        header + sizes.tobytes() + pointers.astype("<i8").tobytes() + np.arange(len(sizes) + 1, dtype="<i8").tobytes()
+    )
 
 
 def write_shard(prefix: str | Path, documents: Iterable[Ids], dtype: str = "<u2") -> dict[str, Any]:
@@ -274,7 +297,9 @@ class TokenShard:
         index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for file in (index, data):
             if not file.is_file():
-                raise DataError(f"{file} is missing; a shard is a .bin and an .idx file. Run `alloy data tokenize` again.")
+                raise DataError(
+                    f"{file} is missing; a shard is a .bin and an .idx file. Run `alloy data tokenize` again."
+                )
         self.dtype, lengths, documents = _read_idx(index)
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self.offsets: NDArray[np.int64] = starts[documents]
@@ -282,7 +307,9 @@ class TokenShard:
             raise DataError(f"{index} is empty: it holds no tokens. Remove the shard or tokenize its text again.")
         expected, size = self.num_tokens * self.dtype.itemsize, data.stat().st_size
         if size != expected:
-            raise DataError(f"{data} has {size} bytes but its .idx describes {expected}; the copy is damaged, make it again.")
+            raise DataError(
+                f"{data} has {size} bytes but its .idx describes {expected}; the copy is damaged, make it again."
+            )
         self.tokens = np.memmap(data, dtype=self.dtype, mode="r")
 
     @property
@@ -314,7 +341,9 @@ def _read_idx(file: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64
     size = IDX_HEADER.size + 12 * sequences + 8 * documents
     # multimodal files append one int8 a sequence
     if len(data) not in (size, size + sequences):
-        raise DataError(f"{file} has {len(data)} bytes but its header describes {size}; it is cut short or damaged, make it again.")
+        raise DataError(
+            f"{file} has {len(data)} bytes but its header describes {size}; it is cut short or damaged, make it again."
+        )
     dtype = np.dtype(DTYPES[code])
     lengths = np.frombuffer(data, "<i4", sequences, IDX_HEADER.size)
     pointers = np.frombuffer(data, "<i8", sequences, IDX_HEADER.size + 4 * sequences)
@@ -332,11 +361,15 @@ class TokenCorpus:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = load_manifest(self.path) if self.path.is_dir() else None
-        prefixes = [self.path / shard["name"] for shard in self.manifest["shards"]] if self.manifest else [_prefix(self.path)]
+        prefixes = (
+            [self.path / shard["name"] for shard in self.manifest["shards"]] if self.manifest else [_prefix(self.path)]
+        )
         self.shards = [TokenShard(prefix) for prefix in prefixes]
         for shard, entry in zip(self.shards, self.manifest["shards"] if self.manifest else [], strict=False):
             if (shard.num_documents, shard.num_tokens) != (entry["documents"], entry["tokens"]):
-                raise DataError(f"{shard.prefix} has {shard.num_tokens} tokens but {MANIFEST} says {entry['tokens']}; tokenize again.")
+                raise DataError(
+                    f"{shard.prefix} has {shard.num_tokens} tokens but {MANIFEST} says {entry['tokens']}; tokenize again."
+                )
         self.lengths = np.concatenate([np.diff(shard.offsets) for shard in self.shards])
         self._firsts = np.cumsum([0] + [shard.num_documents for shard in self.shards])
 
@@ -368,7 +401,9 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a complete folder of shards; DataError where tokenization never finished."""
     file = Path(folder) / MANIFEST
     if not file.is_file():
-        raise DataError(f"{folder} has no {MANIFEST}: nothing was tokenized there, or it was interrupted. Run `alloy data tokenize` again.")
+        raise DataError(
+            f"{folder} has no {MANIFEST}: nothing was tokenized there, or it was interrupted. Run `alloy data tokenize` again."
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -391,7 +426,9 @@ def tokenize_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         if not overwrite:
-            raise RecipeError(f"{folder} holds a tokenized corpus already; choose another folder or ask to overwrite it.")
+            raise RecipeError(
+                f"{folder} holds a tokenized corpus already; choose another folder or ask to overwrite it."
+            )
         (folder / MANIFEST).unlink()
     encoder = TextEncoder(tokenizer)
     shards: list[dict[str, Any]] = []
@@ -406,7 +443,11 @@ def tokenize_corpus(
                 while pending is not None and writer.tokens < shard_tokens:
                     ids, num_bytes = pending
                     writer.add(ids)
-                    counts = {"documents": counts["documents"] + 1, "tokens": counts["tokens"] + len(ids), "bytes": counts["bytes"] + num_bytes}
+                    counts = {
+                        "documents": counts["documents"] + 1,
+                        "tokens": counts["tokens"] + len(ids),
+                        "bytes": counts["bytes"] + num_bytes,
+                    }
                     if progress and counts["documents"] % 64 == 0:
                         progress(counts["documents"], counts["tokens"], counts["bytes"])
                     pending = next(encoded, None)
@@ -421,7 +462,9 @@ def tokenize_corpus(
         _write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ResourceError(f"no space left for {folder} after {counts['tokens']} tokens; free some and tokenize again.") from error
+            raise ResourceError(
+                f"no space left for {folder} after {counts['tokens']} tokens; free some and tokenize again."
+            ) from error
         raise
     if progress:
         progress(counts["documents"], counts["tokens"], counts["bytes"])
