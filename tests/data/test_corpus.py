@@ -1,6 +1,9 @@
 """The corpus of the demonstration: what is in it, and that nothing is on both sides."""
 
 import hashlib
+import sys
+import sysconfig
+import textwrap
 
 import pytest
 
@@ -15,7 +18,9 @@ def corpus():
 
 
 def paragraphs(documents: list[Document]) -> set[str]:
-    return {" ".join(block.split()) for document in documents for block in document.text.replace("\r", "").split("\n\n")}
+    return {
+        " ".join(block.split()) for document in documents for block in document.text.replace("\r", "").split("\n\n")
+    }
 
 
 def test_split_is_by_name(corpus) -> None:
@@ -46,14 +51,13 @@ def test_sizes(corpus) -> None:
         assert 0.05 < held_out / train < 0.15
     assert 300_000 <= counts["source"]["train_bytes"] < 900_000
     assert num_bytes(corpus.train_documents) == sum(count["train_bytes"] for count in counts.values())
-    assert "source" not in python_corpus().train
 
 
 def test_docstrings_are_those_of_the_module(corpus) -> None:
     """textwrap's own documentation, in the order of its file; no tests, no generated files."""
-    documents = {document.name: document.text for part in (corpus.train, corpus.held_out) for document in part["docstrings"]}
-    import textwrap
-
+    documents = {
+        document.name: document.text for part in (corpus.train, corpus.held_out) for document in part["docstrings"]
+    }
     text = documents["textwrap.py"]
     assert text.startswith("Text wrapping and filling.")
     assert text.index("Object for wrapping/filling text.") < text.index("Remove any common leading whitespace")
@@ -63,17 +67,21 @@ def test_docstrings_are_those_of_the_module(corpus) -> None:
 
 def test_python_without_topics_and_sources(monkeypatch, tmp_path) -> None:
     """Each missing part is one line; with neither there is an error that says what to do."""
-    import sys
-    import sysconfig
-
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    corpus = python_corpus()
-    assert corpus.train["topics"] == []
-    assert len(corpus.notes) == 1
-    assert "no pydoc_data.topics" in corpus.notes[0]
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "odd.py").write_bytes(b'"""Not \xff UTF-8."""')
+    (tmp_path / "old.py").write_text('"""Python 2."""\nprint "x"')
     with pytest.raises(DataError, match="neither pydoc topics nor library source files; name a text with --text PATH"):
         python_corpus()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text('"""A test."""')
+    code = '"""Module a."""\nif True:\n    class A:\n        "Class A."\n        def f(self): "Method f."\n'
+    (tmp_path / "a.py").write_text(code)
+    corpus = python_corpus()
+    assert list(corpus.train) == ["topics", "docstrings"]
+    assert [document.text for document in corpus.train_documents] == ["Module a.\n\nClass A.\n\nMethod f.\n"]
+    assert len(corpus.notes) == 1
+    assert "no pydoc_data.topics" in corpus.notes[0]
 
 
 def test_user_text_by_file(tmp_path) -> None:

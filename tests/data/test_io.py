@@ -20,7 +20,7 @@ def read(path, **options) -> list[str]:
 def test_text_is_kept_byte_for_byte(tmp_path) -> None:
     """No newline translation and no trimming; the suffix of a named file does not matter."""
     file = tmp_path / "notes.unknown"
-    file.write_bytes(" a\r\nb\n\n".encode())
+    file.write_bytes(b" a\r\nb\n\n")
     assert list(read_documents(file)) == [Document(" a\r\nb\n\n", str(file))]
 
 
@@ -62,7 +62,7 @@ def test_folder_is_read_in_order(tmp_path) -> None:
 def test_missing_and_empty(tmp_path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no text, .jsonl or .parquet file, no files"):
+    with pytest.raises(DataError, match=r"holds no text, \.jsonl or .parquet file, no files"):
         read(tmp_path)
     (tmp_path / "image.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"only \.png"):

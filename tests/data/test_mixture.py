@@ -157,7 +157,7 @@ def test_bad_sources_are_refused(folder, tmp_path) -> None:
         mixture(folder, (1.0, -1.0, 1.0))
     with pytest.raises(RecipeError, match="weights are finite"):
         mixture(folder, (1.0, float("nan"), 1.0))
-    with pytest.raises(RecipeError, match="all weights in data.sources are 0"):
+    with pytest.raises(RecipeError, match=r"all weights in data\.sources are 0"):
         mixture(folder, (0.0, 0.0, 0.0))
     with pytest.raises(RecipeError, match=r"data.sources is empty"):
         Mixture([], seed=0, seq=8)
@@ -172,7 +172,7 @@ def test_other_tokenizer_is_refused(tmp_path) -> None:
     for name, tokenizer in zip("ab", tokenizers, strict=True):
         tokenize_corpus(texts, tokenizer, tmp_path / name)
     sources = [Source(path=str(tmp_path / name)) for name in "ab"]
-    with pytest.raises(DataError, match="was tokenized with another tokenizer than .*/a"):
+    with pytest.raises(DataError, match=r"was tokenized with another tokenizer than .*/a"):
         Mixture(sources, seed=0, seq=8)
     with pytest.raises(DataError, match="was tokenized with another tokenizer than the tokenizer"):
         Mixture(sources[:1], seed=0, seq=8, tokenizer=tokenizers[1])

@@ -66,7 +66,11 @@ def test_concat_invariants(lengths, seq, random) -> None:
 def test_labels_are_the_next_token_of_the_document(pack, lengths, seq) -> None:
     """Over all rows each token but a document's first is a label once; labels never cross documents or touch padding."""
     documents = documents_of(lengths)
-    rows = ConcatPacking(np.array(lengths), np.arange(len(lengths)), seq) if pack == "concat" else pack_best_fit(lengths, seq)
+    rows = (
+        ConcatPacking(np.array(lengths), np.arange(len(lengths)), seq)
+        if pack == "concat"
+        else pack_best_fit(lengths, seq)
+    )
     pieces = [rows[row] for row in range(len(rows))]
     filled = [fill_row(documents, row, seq) for row in pieces]
     labels = np.concatenate([row.labels for row in filled])

@@ -32,9 +32,9 @@ from alloy.data.tokens import (
 )
 from alloy.errors import DataError, RecipeError
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "sigma"]
 TEXTS = [
-    f"Line {i} of {WORDS[i % 19]} and {WORDS[i * i % 19]}: value = {i * i}; naïve 日本 <think> \r\n\n\tdone."
+    f"Line {i} of {WORDS[i % 12]} and {WORDS[i * i % 12]}: value = {i * i}; naïve 日本 <think> \r\n\n\tdone."
     for i in range(40)
 ]
 
@@ -133,7 +133,9 @@ def test_shard_bytes_equal_a_hand_made_file(tmp_path, dtype, code, size) -> None
     itemsize = struct.calcsize("<" + size)
     data = b"".join(struct.pack(f"<{len(ids)}{size}", *ids) for ids in documents)
     index = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code) + struct.pack("<QQ", 3, 4)
-    index += struct.pack("<3i", 3, 1, 4) + struct.pack("<3q", 0, 3 * itemsize, 4 * itemsize) + struct.pack("<4q", 0, 1, 2, 3)
+    index += (
+        struct.pack("<3i", 3, 1, 4) + struct.pack("<3q", 0, 3 * itemsize, 4 * itemsize) + struct.pack("<4q", 0, 1, 2, 3)
+    )
     entry = write_shard(tmp_path / "ours", [np.array(ids) for ids in documents], dtype)
     assert (tmp_path / "ours.bin").read_bytes() == data
     assert (tmp_path / "ours.idx").read_bytes() == index
@@ -197,7 +199,9 @@ def test_tokenized_corpus_and_its_manifest(tokenizer, tmp_path) -> None:
     """Several shards read as one list; bos and eos around each text; counts and checksums are true; progress is told."""
     told = []
     documents = [Document(text, "x") for text in (*TEXTS[:20], "", *TEXTS[20:])]
-    manifest = tokenize_corpus(documents, tokenizer, tmp_path / "c", shard_tokens=500, progress=lambda *n: told.append(n))
+    manifest = tokenize_corpus(
+        documents, tokenizer, tmp_path / "c", shard_tokens=500, progress=lambda *n: told.append(n)
+    )
     corpus = TokenCorpus(tmp_path / "c")
     assert len(corpus.shards) > 2
     assert corpus.num_documents == len(TEXTS) == manifest["documents"]
@@ -247,7 +251,9 @@ def test_kill_leaves_no_corpus(tokenizer, tmp_path) -> None:
         "tokenize_corpus(texts, load_tokenizer(sys.argv[1]), sys.argv[2], shard_tokens=100_000)\n"
     )
     folder = tmp_path / "c"
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "tok", folder], env={**os.environ, "PYTHONPATH": "src"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "tok", folder], env={**os.environ, "PYTHONPATH": "src"}
+    )
     deadline = time.monotonic() + 50
     while not list(folder.glob("shard-00003.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
