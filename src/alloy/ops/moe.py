@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alloy.ops import backend
 from alloy.ops.activation import ACTIVATIONS
+from alloy.ops.cpu import moe as cpu
 from alloy.ops.precision import wide
 
 
@@ -152,3 +153,4 @@ def _moe_experts(
 
 
 backend.add("moe_experts", "torch", _moe_experts)
+backend.add("moe_experts", "cpu", cpu.moe_experts)

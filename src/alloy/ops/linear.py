@@ -1,0 +1,25 @@
+"""The linear map, with a path of its own for the few rows of decoding, which are bound by reading the weights."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from alloy.ops import backend
+from alloy.ops.cpu import linear as cpu
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias.
+
+    Args:
+        x: (..., inputs)
+        weight: (outputs, inputs)
+        bias: (outputs,)
+
+    Returns:
+        (..., outputs)
+    """
+    return backend.resolve("linear", x.device.type)(x, weight, bias)
+
+
+backend.add("linear", "torch", F.linear)
+backend.add("linear", "cpu", cpu.linear)
