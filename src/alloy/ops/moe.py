@@ -90,7 +90,8 @@ def moe_experts(
     Returns:
         (tokens, width) in x's dtype; the sum over experts is in fp32, cast once
     """
-    return backend.resolve("moe_experts", x.device.type)(x, chosen, weights, up, down, gate, activation)
+    inputs, up, down, gate = backend.autocast(x, up, down, gate)
+    return backend.run("moe_experts", inputs, chosen, weights, up, down, gate, activation).to(x.dtype)
 
 
 def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
