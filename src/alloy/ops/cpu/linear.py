@@ -20,9 +20,9 @@ FEW_ROWS, FEW_INPUTS = 4, 4096
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `alloy.ops.linear`."""
-    if not HAS_ONEDNN or not _is_plain(x, weight) or x.numel() == 0:
+    if not HAS_ONEDNN or not _is_plain(x, weight) or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
