@@ -45,7 +45,8 @@ def attention(
         raise ValueError(
             f"attention: {k.shape[2]} keys for {q.shape[2]} queries; without `lengths` (a cache) they must be equally many"
         )
-    return backend.resolve("attention", q.device.type)(q, k, v, scale, documents, lengths, window)
+    q, k, v = backend.autocast(q, k, v)
+    return backend.run("attention", q, k, v, scale, documents, lengths, window)
 
 
 def _attention(
