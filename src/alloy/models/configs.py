@@ -143,7 +143,15 @@ class MoEConfig(Config):
         return self
 
 
-Mixer = MambaConfig | AttentionConfig | MLPConfig | MoEConfig
+class LinearConfig(Config):
+    """One square linear map in the place of attention or MLP (nemotron-nas `replace_with_linear`)."""
+
+    hidden: Positive
+    bias: bool = False
+
+
+HybridMixer = MambaConfig | AttentionConfig | MLPConfig | MoEConfig
+Mixer = HybridMixer | LinearConfig
 LayerKind = Literal["mamba", "attention", "mlp", "moe"]
 SYMBOLS: dict[str, LayerKind] = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 REFUSED_SYMBOLS = {"G": "gated delta net", "D": "sparse attention", "+": "multi-head latent attention"}
@@ -289,12 +297,12 @@ class HybridConfig(Config):
         return self
 
     @cached_property
-    def mixers(self) -> tuple[Mixer, ...]:
+    def mixers(self) -> tuple[HybridMixer, ...]:
         """One mixer config per block, overrides applied."""
         return self._resolve(self.pattern, self.layers)
 
     @cached_property
-    def mtp_mixers(self) -> tuple[Mixer, ...]:
+    def mtp_mixers(self) -> tuple[HybridMixer, ...]:
         """Mixers of one MTP depth; empty without MTP."""
         return self._resolve(self.mtp_pattern, self.mtp_layers) if self.mtp_depths else ()
 
@@ -307,9 +315,9 @@ class HybridConfig(Config):
         """Standard deviation of the initial weights."""
         return self.init_std if self.init_std is not None else math.sqrt(0.8 / self.hidden)
 
-    def _resolve(self, pattern: str, overrides: tuple[LayerOverride, ...] | None) -> tuple[Mixer, ...]:
+    def _resolve(self, pattern: str, overrides: tuple[LayerOverride, ...] | None) -> tuple[HybridMixer, ...]:
         widths = self.ffn if isinstance(self.ffn, tuple) else (self.ffn,)
-        mixers: list[Mixer] = []
+        mixers: list[HybridMixer] = []
         dense = 0
         for i, symbol in enumerate(pattern):
             o = overrides[i] if overrides else LayerOverride()
@@ -368,10 +376,10 @@ class HybridConfig(Config):
 
 
 class DecoderLayerConfig(Config):
-    """One transformer layer: attention and MLP (or MoE), either of which may be missing (nemotron-nas no-op)."""
+    """One transformer layer: attention and MLP (or MoE), either of which may be missing (nemotron-nas no-op) or linear."""
 
-    attention: AttentionConfig | None
-    mlp: MLPConfig | MoEConfig | None
+    attention: AttentionConfig | LinearConfig | None
+    mlp: MLPConfig | MoEConfig | LinearConfig | None
 
 
 class DecoderConfig(Config):
