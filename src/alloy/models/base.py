@@ -174,7 +174,9 @@ class Layout:
         entered = padding[:, :-1] & ~padding[:, 1:]
         if padding.any():
             if ((~padding[:, 0]).long() + entered.sum(1)).max() > 1:
-                raise RequestError("documents has padding (-1) between real tokens; padding belongs at the ends of a row")
+                raise RequestError(
+                    "documents has padding (-1) between real tokens; padding belongs at the ends of a row"
+                )
             self.lengths = (~padding).sum(1)
             if entered.any():
                 index = torch.arange(padding.shape[1], device=padding.device)[None]
@@ -319,7 +321,9 @@ class CausalLM(nn.Module):
         last = self.norm(x)
         if cache is not None:
             cache.advance(tokens.shape[1] if layout.lengths is None else layout.lengths)
-        output = ModelOutput(None, layout.restore(last), hidden if return_hidden else None, cache=cache, routers=routers)
+        output = ModelOutput(
+            None, layout.restore(last), hidden if return_hidden else None, cache=cache, routers=routers
+        )
         output.logits = self.compute_logits(last, output.last_hidden, layout, logits)
         if return_mtp:
             ahead, stats = self.run_mtp(last, layout, return_mtp)
@@ -372,7 +376,7 @@ class CausalLM(nn.Module):
 
     def gates(self) -> list[nn.Module]:
         """The routers of the MoE layers, MTP's last; their `bias` balances the load without gradient."""
-        return [module.gate for module in self.modules() if hasattr(module, "gate") and hasattr(module, "experts")]
+        return [cast(nn.Module, m.gate) for m in self.modules() if hasattr(m, "gate") and hasattr(m, "experts")]
 
     @torch.no_grad()
     def init_weights(

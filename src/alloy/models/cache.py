@@ -132,7 +132,8 @@ class DenseCache:
 
         Args:
             layer: index of the attention layer
-            k: (batch, kv_heads, seq, head_dim), and v alike
+            k: (batch, kv_heads, seq, head_dim)
+            v: (batch, kv_heads, seq, head_dim)
 
         Returns:
             all keys and values, (batch, kv_heads, longest + seq, head_dim) each, views

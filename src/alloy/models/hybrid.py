@@ -48,9 +48,7 @@ class Block(nn.Module):
         else:
             self.mixer = MoE(mixer, device, dtype)
 
-    def forward(
-        self, x: Tensor, layout: Layout, cache: DenseCache | None = None
-    ) -> tuple[Tensor, RouterStats | None]:
+    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> tuple[Tensor, RouterStats | None]:
         """x (batch, seq, hidden) -> the same shape, and router statistics of a MoE block in training mode."""
         mixer, normed, stats = self.mixer, self.norm(x), None
         if isinstance(mixer, MLP):
@@ -75,14 +73,17 @@ class HybridLM(CausalLM):
         self._compat: str | None = None
         width, eps = config.hidden, config.norm_eps
         self.embed = Embedding(config.vocab, width, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(
-            Block(mixer, i, width, eps, device, dtype) for i, mixer in enumerate(config.mixers)
-        )
+        self.layers = nn.ModuleList(Block(mixer, i, width, eps, device, dtype) for i, mixer in enumerate(config.mixers))
         self.norm = RMSNorm(width, eps, device=device, dtype=dtype)
         self.head = Linear(width, config.vocab, device=device, dtype=dtype)
         self.mtp = nn.ModuleList(
-            MTP([Block(mixer, i, width, eps, device, dtype) for i, mixer in enumerate(config.mtp_mixers)],
-                width, eps, device, dtype)
+            MTP(
+                [Block(mixer, i, width, eps, device, dtype) for i, mixer in enumerate(config.mtp_mixers)],
+                width,
+                eps,
+                device,
+                dtype,
+            )
             for _ in range(config.mtp_depths)
         )
         self.finish()
@@ -153,7 +154,9 @@ class HybridLM(CausalLM):
             index = min(k, stored) - 1
             ahead = layout.ahead(k)
             mtp = cast(MTP, self.mtp[index])
-            hidden, stats = mtp(self.embed(ahead.tokens), hidden[:, : ahead.tokens.shape[1]], ahead, None, self.run_layer)
+            hidden, stats = mtp(
+                self.embed(ahead.tokens), hidden[:, : ahead.tokens.shape[1]], ahead, None, self.run_layer
+            )
             outputs.append(hidden)
             routed[index].append(stats)
         # a row too short for a depth has no positions there

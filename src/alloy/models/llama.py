@@ -35,14 +35,14 @@ class DecoderLayer(nn.Module):
             self.attention = Attention(config.attention, layer, rotary, device, dtype)
         if config.mlp is not None:
             self.mlp_norm = _norm(model, device, dtype)
-            self.mlp = MLP(config.mlp, device, dtype) if isinstance(config.mlp, MLPConfig) else MoE(config.mlp, device, dtype)
+            self.mlp = (
+                MLP(config.mlp, device, dtype) if isinstance(config.mlp, MLPConfig) else MoE(config.mlp, device, dtype)
+            )
         self.has_attention = config.attention is not None
         self.has_mlp = config.mlp is not None
         self.is_routed = isinstance(config.mlp, MoEConfig)
 
-    def forward(
-        self, x: Tensor, layout: Layout, cache: DenseCache | None = None
-    ) -> tuple[Tensor, RouterStats | None]:
+    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> tuple[Tensor, RouterStats | None]:
         """x (batch, seq, hidden) -> the same shape, and router statistics of a routed layer in training mode."""
         stats = None
         if self.has_attention:

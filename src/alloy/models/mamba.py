@@ -9,7 +9,7 @@ Differs: dt is clamped by time_step_limit in prefill and decode alike, which tra
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,6 @@ class Mamba(nn.Module):
         z, xbc, dt = self.in_proj(x).split([config.inner, config.channels, config.heads], dim=-1)
         A = -self.A_log.float().exp()
         if cache is None:
-            xbc = causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=layout.documents)
             y = self._scan(xbc, dt, A, layout.documents)
         elif cache.is_drafting:
             y = self._draft(xbc, dt, A, cache)
@@ -132,13 +131,18 @@ class Mamba(nn.Module):
         config = self.config
         wide = config.groups * config.state
         x, b, c = xbc.split([config.inner, wide, wide], dim=-1)
-        return x.unflatten(-1, (config.heads, -1)), b.unflatten(-1, (config.groups, -1)), c.unflatten(-1, (config.groups, -1))
+        return (
+            x.unflatten(-1, (config.heads, -1)),
+            b.unflatten(-1, (config.groups, -1)),
+            c.unflatten(-1, (config.groups, -1)),
+        )
 
     def _scan(self, xbc: Tensor, dt: Tensor, A: Tensor, documents: Tensor | None) -> Tensor:
+        xbc = cast(Tensor, causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=documents))
         x, B, C = self._split(xbc)
-        return ssd_scan(
-            x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=self.prefill_limit, documents=documents
-        )
+        limit = self.prefill_limit
+        y = ssd_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, documents=documents)
+        return cast(Tensor, y)
 
     def _prefill(self, xbc: Tensor, dt: Tensor, A: Tensor, layout: Layout, cache: DenseCache) -> Tensor:
         conv, ssm = cache.conv(self.layer), cache.ssm(self.layer)
@@ -183,6 +187,4 @@ class Mamba(nn.Module):
         x, B, C = self._split(xbc)
         limit = self.decode_limit
         cache.drafts[self.layer] = MambaDraft(inputs, x, dt, A, B, C, self.dt_bias, limit)
-        return ssd_step_multi(
-            cache.ssm(self.layer), x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit
-        )
+        return ssd_step_multi(cache.ssm(self.layer), x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit)
