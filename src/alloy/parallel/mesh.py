@@ -4,8 +4,10 @@
 and no process group exists, so that single runs pay nothing.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from alloy.errors import ResourceError
+from alloy.errors import AlloyError, ResourceError
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class World:
         """Add `tensor` up over all ranks, in place."""
         if self.mesh is not None:
             dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Largest value over all ranks, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def first(self, value: object) -> object:
@@ -83,15 +91,28 @@ def start_world(device: torch.device) -> World:
     return World(rank=dist.get_rank(), size=size, device=device, mesh=mesh)
 
 
-def exit_process(code: int) -> NoReturn:
-    """End a process of a distributed run.
+@contextlib.contextmanager
+def clean_exit() -> Generator[None]:
+    """Around a whole command: a process of a distributed run ends here, by `os._exit`, with its code.
 
-    torch 2.13 with gloo may abort at interpreter exit after FSDP2, so the last act is flush and `os._exit`.
+    torch 2.13 with gloo may abort at interpreter exit after FSDP2, which would hide the code. A single process just goes on.
     """
+    try:
+        yield
+    except AlloyError as error:
+        if not dist.is_initialized():
+            raise
+        sys.stderr.write(f"rank {dist.get_rank()}: error: {error}\n")
+        _end_process(error.exit_code)
+    if dist.is_initialized():
+        _end_process(0)
+
+
+def _end_process(code: int) -> NoReturn:
+    if dist.get_backend() == "gloo":
+        # torchrun ends all ranks with the first one that fails: let rank 0 finish writing, but do not wait for the dead
+        with contextlib.suppress(RuntimeError):
+            dist.monitored_barrier(timeout=timedelta(seconds=10))
     sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized():
-        if code == 0 or code in (130, 143):
-            dist.barrier()
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)

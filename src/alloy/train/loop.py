@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from alloy.core.device import peak_memory_bytes, rng_state, set_rng_state
 from alloy.core.logging import ProgressLine, get_logger
-from alloy.core.metrics import Meter, MetricLog
+from alloy.core.metrics import Meter, MetricLog, Sink
 from alloy.core.runs import atomic_write
 from alloy.errors import AlloyError, InterruptedRun
 from alloy.losses.base import Loss
@@ -35,6 +35,8 @@ from alloy.train.recipe import LogTable, TrainTable
 
 log = get_logger(__name__)
 
+Batch = TypeVar("Batch")
+
 
 class Task(Protocol[Batch]):
     """What a training command adds to the loop; one class a command in `train/tasks/`.
@@ -42,7 +44,7 @@ class Task(Protocol[Batch]):
     The task owns the data, the model's construction, the objective and what is measured; it knows its rank's share of the
     data. The loop owns parameters' updates, gradients, time, randomness, files and signals, and calls the task in this
     order: `build_model`, perhaps `load_state`, `batches`, then per step `counts` of every micro-batch, `loss` of every
-    micro-batch, `after_step`; `validate` and `state` between steps.
+    micro-batch, `after_step`; `validate` and `state` between steps; `export` at the end. A batch stays opaque to the loop.
     """
 
     def build_model(self) -> nn.Module:
@@ -61,8 +63,8 @@ class Task(Protocol[Batch]):
         """Sums of the parts over one micro-batch; called under the run's autocast."""
         ...
 
-    def after_step(self, model: nn.Module, stats: dict[str, Tensor]) -> dict[str, float]:
-        """Act on the statistics of the global batch (router biases) after an update; returns metrics to log."""
+    def after_step(self, model: nn.Module, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Act on the statistics of the global batch (router biases) after an update; returns metrics, read when logged."""
         ...
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -73,12 +75,20 @@ class Task(Protocol[Batch]):
         """What identifies the rows of a micro-batch, as JSON values, for a person who looks for a bad one."""
         ...
 
+    def provenance(self) -> list[dict[str, Any]]:
+        """The data's sources with their counts, for manifest and model card."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """Position in the data as plain values, the same on all ranks."""
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
+        ...
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the product, a Hugging Face folder; called on rank 0 with an unsharded model."""
         ...
 
 
@@ -117,8 +127,7 @@ class Trainer(Generic[Batch]):
         accumulation: int,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
-        sinks: tuple[Any, ...] = (),
-        quiet: bool = False,
+        sinks: tuple[Sink, ...] = (),
     ) -> None:
         """
         Args:
@@ -132,7 +141,6 @@ class Trainer(Generic[Batch]):
             flops_per_token: of a training step, for the MFU.
             peak_flops: of all devices together; None: no MFU is shown.
             sinks: further metric sinks.
-            quiet: no live line.
         """
         self.task, self.model, self.world, self.folder = task, model, world, folder
         self.table, self.log_every, self.accumulation = table, log_table.every, accumulation
@@ -150,10 +158,10 @@ class Trainer(Generic[Batch]):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.window = Window()
-        self.last_validation: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
         self.meter = Meter()
         self.metrics = MetricLog(folder / "metrics.jsonl", sinks) if world.is_main else None
-        self.line = ProgressLine(every=log_table.every) if world.is_main and not quiet else None
+        self.line = ProgressLine(table.steps, log_table.every, enabled=world.is_main)
 
     # state
 
@@ -166,7 +174,7 @@ class Trainer(Generic[Batch]):
         trainer = load_state(found, self._tensors(), self.world)
         self.step, self.tokens, self.elapsed = trainer["step"], trainer["tokens"], trainer["elapsed"]
         self.window = Window(**trainer["window"])
-        self.last_validation = trainer["validation"]
+        self.validation = trainer["validation"]
         self.task.load_state(trainer["task"])
         states = trainer["rng"]
         if self.world.rank < len(states):
@@ -183,7 +191,7 @@ class Trainer(Generic[Batch]):
             "tokens": self.tokens,
             "elapsed": self.elapsed,
             "window": asdict(self.window),
-            "validation": self.last_validation,
+            "validation": self.validation,
             "task": position or self.task.state(),
             "rng": self.world.gather(rng_state()),
         }
@@ -215,58 +223,56 @@ class Trainer(Generic[Batch]):
         """Train to the end; returns the last metrics. Raises InterruptedRun after saving when a signal asked to stop."""
         self.model.train()
         batches = self.task.batches(self.table.micro_batch)
-        before = time.monotonic() - self.elapsed
-        latest: dict[str, float] = {}
-        with StopSignals() as stop:
+        latest: dict[str, Any] = {}
+        clock = time.monotonic() - self.elapsed
+        with StopSignals() as stop, self.line:
             while not self.finished:
-                values = self.train_step(batches)
-                self.elapsed = float(self.world.first(time.monotonic() - before))  # type: ignore[arg-type]  # is a float
-                asked = self._agreed_signal(stop)
-                latest = self._log(values) or latest
+                began = time.monotonic()
+                values, extra = self.train_step(batches)
+                self.meter.add(self.table.batch_tokens, time.monotonic() - began)
+                asked, self.elapsed = self._agree(stop.received, time.monotonic() - clock)
+                latest |= self._log(values, extra)
                 if self.step % self.table.eval_every == 0 or self.finished:
-                    latest = latest | self._validate()
+                    latest |= self._validate()
                 if self.step % self.table.save_every == 0 or self.finished or asked:
                     self.save()
                 if asked and not self.finished:
                     name = signal.Signals(asked).name
-                    raise InterruptedRun(f"stopped by {name} after step {self.step}; continue with --resume {self.folder}", 128 + asked)
-        if self.line is not None:
-            self.line.close()
+                    raise InterruptedRun(f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked)
         return latest
 
-    def train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """One update from `accumulation` micro-batches of every rank; returns what it measured."""
+    def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """One update from `accumulation` micro-batches of every rank; returns what the loop and what the task measured."""
         position = self.task.state()
         micro = list(itertools.islice(batches, self.accumulation))
         counts = self._global_counts(micro)
         totals: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
         for batch in micro:
             with compute_in(self.table.precision, self.world.device):
                 loss = self.task.loss(self.model, batch)
-            # the ranks' gradients are averaged, hence the factor
-            parts = [total * (loss.weights[name] * self.world.size / counts[name]) for name, total in loss.sums.items() if counts[name]]
+            # ranks' gradients are averaged, hence the factor
+            parts = [total * (loss.weights[name] * self.world.size / counts[name]) for name, total in loss.sums.items()]
             torch.stack(parts).sum().backward()
-            for name, value in itertools.chain(loss.sums.items(), loss.stats.items()):
-                key = f"part.{name}" if name in loss.sums else name
-                totals[key] = totals[key] + value.detach() if key in totals else value.detach()
-        totals = self._reduce(totals)
+            _add(totals, loss.sums)
+            _add(stats, loss.stats)
+        totals, stats = self._reduce(totals), self._reduce(stats)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.table.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        sums = {name.removeprefix("part."): value for name, value in totals.items() if name.startswith("part.")}
         # the one wait for the device in a step
-        *measured, grad_norm = torch.stack([*(value.double() for value in sums.values()), norm.double()]).tolist()
-        means = {name: value / max(counts[name], 1) for name, value in zip(sums, measured, strict=True)}
+        *measured, grad_norm = torch.stack([*totals.values(), norm]).tolist()
+        means = {name: value / counts[name] for name, value in zip(totals, measured, strict=True)}
         total = sum(loss.weights[name] * mean for name, mean in means.items())
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             self._refuse_step(total, grad_norm, micro, position)
         factor = self._set_lr()
         self.optimizers.step()
-        extra = self.task.after_step(self.model, {name: value for name, value in totals.items() if not name.startswith("part.")})
+        extra = self.task.after_step(self.model, stats)
         self.step += 1
         self.tokens += self.table.batch_tokens
-        main = next(iter(means))
-        values = {"loss": means[main], "total_loss": total, "grad_norm": grad_norm, "lr": self.table.lr * factor}
-        return values | {f"{name}_loss": mean for name, mean in means.items() if name != main} | extra
+        main, *others = means
+        values = {"loss": means[main], "grad_norm": grad_norm, "lr": self.table.lr * factor}
+        return values | {f"{name}_loss": means[name] for name in others}, extra
 
     def _set_lr(self) -> float:
         table = self.table
@@ -282,31 +288,33 @@ class Trainer(Generic[Batch]):
         return factor
 
     def _global_counts(self, micro: list[Batch]) -> dict[str, int]:
+        """Terms of each part over all micro-batches and ranks; at least 1, a part without terms has the mean 0."""
         counts: dict[str, int] = {}
         for batch in micro:
             for name, count in self.task.counts(batch).items():
                 counts[name] = counts.get(name, 0) + count
-        if self.world.size == 1:
-            return counts
-        values = torch.tensor(list(counts.values()), dtype=torch.int64, device=self.world.device)
-        return dict(zip(counts, self.world.sum(values).tolist(), strict=True))
+        if self.world.size > 1:
+            values = torch.tensor(list(counts.values()), dtype=torch.int64, device=self.world.device)
+            counts = dict(zip(counts, self.world.sum(values).tolist(), strict=True))
+        return {name: max(count, 1) for name, count in counts.items()}
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add every tensor up over the ranks, in one collective."""
-        if self.world.size == 1:
+        if self.world.size == 1 or not totals:
             return totals
         flat = self.world.sum(torch.cat([value.double().flatten() for value in totals.values()]))
         pieces = flat.split([value.numel() for value in totals.values()])
         return {name: piece.view_as(totals[name]).to(totals[name].dtype) for name, piece in zip(totals, pieces, strict=True)}
 
-    def _agreed_signal(self, stop: "StopSignals") -> int:
-        """The signal that any rank received, so that all stop after the same step; 0 if none."""
+    def _agree(self, received: int, elapsed: float) -> tuple[int, float]:
+        """The signal that any rank received and the longest time, so that all ranks stop after the same step."""
         if self.world.size == 1:
-            return stop.received
-        received = self.world.gather(stop.received)
-        return max(int(number) for number in received)  # type: ignore[call-overload]  # ints were gathered
+            return received, elapsed
+        values = torch.tensor([received, elapsed], dtype=torch.float64, device=self.world.device)
+        signal_number, elapsed = self.world.max(values).tolist()
+        return int(signal_number), elapsed
 
-    def _refuse_step(self, total: float, grad_norm: float, micro: list[Batch], position: dict[str, Any]) -> None:
+    def _refuse_step(self, total: float, grad_norm: float, micro: list[Batch], position: dict[str, Any]) -> NoReturn:
         """Keep the state before a step whose loss or gradient is not finite, write down its rows, and stop."""
         self.optimizers.zero_grad()
         self.save(position)
@@ -326,42 +334,50 @@ class Trainer(Generic[Batch]):
 
     # what a person sees
 
-    def _log(self, values: dict[str, float]) -> dict[str, float] | None:
+    def _log(self, values: dict[str, float], extra: dict[str, Tensor]) -> dict[str, Any]:
+        """Count the step; every `log.every` steps write what came since the last time and return it."""
         self.window.add(values)
-        self.meter.add(self.table.batch_tokens)
-        rate = self.meter.rate
-        if self.step % self.log_every and not self.finished:
-            if self.line is not None:
-                self.line.update(self.step, self._line(values, rate))
-            return None
-        means = self.window.means()
-        self.window = Window()
-        record = means | {"lr": values["lr"], "tokens": self.tokens, "elapsed_s": self.elapsed}
-        if rate is not None:
-            record["tokens_per_s"] = rate
-            if self.peak_flops and self.flops_per_token:
-                record["mfu"] = rate * self.flops_per_token / self.peak_flops
-        record["memory_bytes"] = peak_memory_bytes()
+        rate, memory = self.meter.recent, peak_memory_bytes(self.world.device)
+        mfu = rate * self.flops_per_token / self.peak_flops if rate and self.peak_flops and self.flops_per_token else None
+        is_due = self.step % self.log_every == 0 or self.finished
+        shown = self.window.means() if is_due else values
+        left = self.elapsed * (1.0 / max(self.progress, 1e-9) - 1.0)
+        self.line.update(
+            self.step, loss=shown["loss"], lr=values["lr"], tokens_per_s=rate, mfu_frac=mfu, grad=shown["grad_norm"],
+            memory_bytes=memory, eta_s=max(left, 0.0),
+        )  # fmt: skip
+        if not is_due:
+            return {}
+        record: dict[str, Any] = shown | {"lr": values["lr"], "tokens": self.tokens}
+        record |= {name: value.tolist() for name, value in extra.items()}
+        record |= {"elapsed_s": round(self.elapsed, 3), "tokens_per_s": rate, "memory_bytes": memory}
+        if mfu is not None:
+            record["mfu"] = mfu
         if self.metrics is not None:
             self.metrics.log(self.step, **record)
-        if self.line is not None:
-            self.line.update(self.step, self._line(means, rate))
+        self.window = Window()
         return record
-
-    def _line(self, values: dict[str, float], rate: float | None) -> str:
-        raise NotImplementedError
 
     def _validate(self) -> dict[str, float]:
         self.model.eval()
-        values = self.task.validate(self.model)
+        with torch.no_grad(), compute_in(self.table.precision, self.world.device):
+            values = self.task.validate(self.model)
         release(self.model)
         self.model.train()
         if not values:
             return {}
         if self.metrics is not None:
             self.metrics.log(self.step, **values)
-        self.last_validation = values
+        if "val_loss" in values:
+            change = f" ({values['val_loss'] - self.validation['val_loss']:+.3f})" if self.validation else ""
+            self.line.note(f"step {self.step:,}  validation loss {values['val_loss']:.3f}{change}")
+        self.validation = values
         return values
+
+
+def _add(totals: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        totals[name] = totals[name] + value.detach() if name in totals else value.detach()
 
 
 class StopSignals:
