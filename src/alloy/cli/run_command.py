@@ -1,6 +1,7 @@
 """What all commands of the form `alloy COMMAND RECIPE [dotted.key=value ...]` share."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ Profile = Annotated[bool, typer.Option("--profile", help="Write a profile of the
 def run_recipe_command(command: str, recipe: str, overrides: list[str] | None, options: RunOptions) -> RunResult:
     """Load, check and run a recipe for `alloy COMMAND`, then say where things are."""
     loaded = load_for_command(command, recipe, overrides)
-    result = run(loaded.recipe, RunOptions(**{**vars(options), "loaded": loaded}))
+    result = run(loaded.recipe, replace(options, loaded=loaded))
     if options.json:
         checkpoint = str(result.checkpoint) if result.checkpoint else None
         typer.echo(

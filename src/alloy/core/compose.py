@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from pathlib import Path
+from typing import Any
 
-from alloy.core.toml import Key, dotted, key_lines
+from alloy.core.toml import Key, Table, dotted, is_list, is_table, key_lines
 from alloy.errors import RecipeError
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 UNSET = "@unset"
-
-# what a TOML file holds: the border between text and typed recipes
-Table = dict[str, object]
 
 
 @dataclass
@@ -33,8 +31,8 @@ class Composed:
     """
 
     path: Path
-    data: Table = field(default_factory=dict)
-    origins: dict[Key, str] = field(default_factory=dict)
+    data: Table = field(default_factory=dict[str, Any])
+    origins: dict[Key, str] = field(default_factory=dict[Key, str])
 
     def where(self, key: Key) -> str:
         """Where `key`, or else the nearest table around it, was written."""
@@ -97,12 +95,12 @@ def read_toml(path: Path) -> tuple[Table, dict[Key, int]]:
         raise RecipeError(f"{display_path(path)}: cannot be read: {error.strerror}.") from error
 
 
-def leaves(value: object, key: Key = ()) -> Iterator[Key]:
+def leaves(value: Any, key: Key = ()) -> Iterator[Key]:
     """Paths of all values that are neither tables nor lists of tables; an empty table counts as a value."""
-    if isinstance(value, dict) and value:
+    if is_table(value) and value:
         for name, inner in value.items():
             yield from leaves(inner, (*key, name))
-    elif isinstance(value, list) and any(isinstance(element, dict) for element in value):
+    elif is_list(value) and any(is_table(element) for element in value):
         for index, inner in enumerate(value):
             yield from leaves(inner, (*key, index))
     elif key:
@@ -116,8 +114,8 @@ def _merge_file(merged: Composed, path: Path, chain: tuple[Path, ...]) -> None:
         raise RecipeError(f"recipes extend each other in a circle: {circle}. Remove one of these `extends`.")
     data, lines = read_toml(path)
     where = {key: f"{name}:{line}" for key, line in lines.items()}
-    parents = data.pop("extends", [])
-    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+    parents: Any = data.pop("extends", [])
+    if not is_list(parents) or not all(isinstance(parent, str) for parent in parents):
         raise RecipeError(
             f'{where[("extends",)]}: extends = {parents!r}: must be a list of recipe names, ["base/model"].'
         )
@@ -135,9 +133,9 @@ def _merge_table(merged: Composed, into: Table, table: Table, at: Key, where: Ca
                 raise RecipeError(f'{where(key)}: {dotted(key)} = "{UNSET}", but nothing inherited sets it.')
             _forget(merged, key)
             del into[name]
-        elif isinstance(value, dict):
+        elif is_table(value):
             inner = into.get(name)
-            if not isinstance(inner, dict):
+            if not is_table(inner):
                 _forget(merged, key)
                 inner = into[name] = {}
             merged.origins[key] = where(key)
@@ -155,10 +153,10 @@ def _forget(merged: Composed, key: Key) -> None:
         del merged.origins[known]
 
 
-def _paths(value: object, key: Key) -> Iterator[Key]:
+def _paths(value: Any, key: Key) -> Iterator[Key]:
     """`key` and every path below it."""
     yield key
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = value.items() if is_table(value) else enumerate(value) if is_list(value) else ()
     for name, element in inner:
         yield from _paths(element, (*key, name))
 
@@ -171,20 +169,20 @@ def _override(merged: Composed, text: str) -> None:
         raise RecipeError(f'override "{text}": write dotted.key=value, such as train.lr=3e-4.')
     origin = f'override "{text}"'
     value = parse_value(value_text.strip(), origin)
-    holder: object = merged.data
+    holder: Any = merged.data
     key: Key = ()
     for part in parts[:-1]:
         step = _step(holder, part, key, origin)
         key = (*key, step)
-        if isinstance(holder, dict):
+        if is_table(holder):
             holder = holder.setdefault(part, {})
-        elif isinstance(holder, list):
+        elif is_list(holder):
             holder = holder[int(step)]
         merged.origins.setdefault(key, origin)
     last = _step(holder, parts[-1], key, origin)
-    if isinstance(holder, dict):
+    if is_table(holder):
         _merge_table(merged, holder, {str(last): value}, key, lambda key: origin)
-    elif isinstance(holder, list):
+    elif is_list(holder):
         if value == UNSET:
             raise RecipeError(f"{origin}: a list element cannot be unset; give the whole list {dotted(key)}=[...].")
         _forget(merged, (*key, last))
@@ -192,11 +190,11 @@ def _override(merged: Composed, text: str) -> None:
         merged.origins.update(dict.fromkeys(_paths(value, (*key, last)), origin))
 
 
-def _step(holder: object, part: str, key: Key, origin: str) -> str | int:
+def _step(holder: Any, part: str, key: Key, origin: str) -> str | int:
     """`part` as a key of `holder`: a name in a table, a number in a list."""
-    if isinstance(holder, dict):
+    if is_table(holder):
         return part
-    if not isinstance(holder, list):
+    if not is_list(holder):
         raise RecipeError(f"{origin}: {dotted(key)} = {holder!r} is a single value and has no key {part!r}.")
     if not part.isdigit() or int(part) >= len(holder):
         have = f"it has {len(holder)}, numbered from 0" if holder else "it is empty"
@@ -204,7 +202,7 @@ def _step(holder: object, part: str, key: Key, origin: str) -> str | int:
     return int(part)
 
 
-def parse_value(text: str, origin: str) -> object:
+def parse_value(text: str, origin: str) -> Any:
     """A TOML value; a bare word that is no TOML (and a date) is a string."""
     try:
         parsed = tomllib.loads(f"value = {text}")

@@ -6,7 +6,7 @@ import random
 import resource
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alloy.errors import RecipeError, ResourceError
 
@@ -78,16 +78,15 @@ def seed_everything(seed: int) -> None:
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]  untyped in torch
 
 
-def rng_state() -> dict[str, object]:
+def rng_state() -> dict[str, Any]:
     """State of all generators, as plain values and CPU tensors, for `set_rng_state`."""
     import numpy as np
     import torch
 
     numpy_state = np.random.get_state(legacy=False)
-    assert isinstance(numpy_state, dict)
     inner = numpy_state["state"]
     version, internal, gauss = random.getstate()
     return {
@@ -98,21 +97,16 @@ def rng_state() -> dict[str, object]:
     }
 
 
-def set_rng_state(state: dict[str, object]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
     """Put all generators back to what `rng_state` returned."""
     import numpy as np
     import torch
 
     python, numpy_state, cuda = state["python"], state["numpy"], state["cuda"]
-    assert isinstance(python, dict)
-    assert isinstance(numpy_state, dict)
-    assert isinstance(cuda, list)
     random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
     inner = numpy_state["state"]
     np.random.set_state({**numpy_state, "state": {"key": np.array(inner["key"], dtype=np.uint32), "pos": inner["pos"]}})
-    generator = state["torch"]
-    assert isinstance(generator, torch.Tensor)
-    torch.set_rng_state(generator)
+    torch.set_rng_state(state["torch"])
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(cuda)
 

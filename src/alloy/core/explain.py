@@ -4,14 +4,14 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from alloy.core.compose import Composed
-from alloy.core.toml import Key, dotted
+from alloy.core.toml import Key, dotted, is_list, is_table
 
 # more complaints than this would hide the first
 _MOST = 8
@@ -26,7 +26,7 @@ def explain(error: ValidationError, model: type[BaseModel], composed: Composed) 
     return "\n".join(texts)
 
 
-def nearest_key(model: type[BaseModel], data: object, key: Key) -> str:
+def nearest_key(model: type[BaseModel], data: Any, key: Key) -> str:
     """A sentence that helps with an unknown key: the same name elsewhere, a similar one beside it, or all that exist."""
     holders = list(_models_at(model, data, key[:-1]))
     beside = sorted({name for holder in holders for name in holder.model_fields})
@@ -40,7 +40,7 @@ def nearest_key(model: type[BaseModel], data: object, key: Key) -> str:
     return f"Known here: {', '.join(beside)}." if beside else ""
 
 
-def _relevant(errors: list[ErrorDetails], data: object) -> Iterator[tuple[Key, ErrorDetails]]:
+def _relevant(errors: list[ErrorDetails], data: Any) -> Iterator[tuple[Key, ErrorDetails]]:
     """Complaints with the path of the key they are about. Of a union that failed, only the best-fitting member speaks."""
     placed = [(*_place(detail, data), detail) for detail in errors]
     # (path of the union, member) -> how badly the member fits
@@ -57,7 +57,7 @@ def _relevant(errors: list[ErrorDetails], data: object) -> Iterator[tuple[Key, E
             yield key, detail
 
 
-def _place(detail: ErrorDetails, data: object) -> tuple[Key, tuple[Key, str] | None]:
+def _place(detail: ErrorDetails, data: Any) -> tuple[Key, tuple[Key, str] | None]:
     """Path in the data of a complaint's `loc`, and the union member that spoke, if one did."""
     key: Key = ()
     tag: tuple[Key, str] | None = None
@@ -65,15 +65,18 @@ def _place(detail: ErrorDetails, data: object) -> tuple[Key, tuple[Key, str] | N
     loc = detail["loc"]
     for index, part in enumerate(loc):
         is_last = index == len(loc) - 1
-        if isinstance(here, dict) and part in here:
-            here, key = here[part], (*key, part)
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+        if _holds(here, part):
             here, key = here[part], (*key, part)
         elif is_last and detail["type"] in ("missing", "extra_forbidden"):
             key = (*key, part)
         elif tag is None:
             tag = (key, str(part))
     return key, tag
+
+
+def _holds(data: Any, part: str | int) -> bool:
+    """Whether `data` is a table or list with an element `part`."""
+    return part in data if is_table(data) else is_list(data) and isinstance(part, int) and part < len(data)
 
 
 def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Composed) -> str:
@@ -103,10 +106,10 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
     return f"{where}: {name} = {_shown(value)}: {wish[:1].lower()}{wish[1:]}.{hint}"
 
 
-def _guess_line(message: str, key: Key, table: object, composed: Composed) -> str:
+def _guess_line(message: str, key: Key, table: Any, composed: Composed) -> str:
     """The line of the first key that a validator's message names, else of the table it is about."""
     for word in re.findall(r"\w+", message):
-        if isinstance(table, Mapping) and word in table and (*key, word) in composed.origins:
+        if is_table(table) and word in table and (*key, word) in composed.origins:
             return composed.origins[*key, word]
     return composed.where(key)
 
@@ -116,7 +119,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _models_at(annotation: object, data: object, key: Key) -> Iterator[type[BaseModel]]:
+def _models_at(annotation: Any, data: Any, key: Key) -> Iterator[type[BaseModel]]:
     """Pydantic models that may stand at `key` below `annotation`, as far as the data's literal fields leave open."""
     for member in _members(annotation, data):
         if not key:
@@ -127,13 +130,13 @@ def _models_at(annotation: object, data: object, key: Key) -> Iterator[type[Base
         yield from _models_at(_child(member, part), _inner(data, part), rest)
 
 
-def _members(annotation: object, data: object) -> list[Any]:
+def _members(annotation: Any, data: Any) -> list[Any]:
     """The alternatives of a type: unions opened, models whose literal fields contradict the data left out."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0], data)
     if get_origin(annotation) in (Union, types.UnionType):
         return [inner for member in get_args(annotation) for inner in _members(member, data)]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and isinstance(data, dict):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and is_table(data):
         for name, info in annotation.model_fields.items():
             if name in data and get_origin(info.annotation) is Literal and data[name] not in get_args(info.annotation):
                 return []
@@ -153,13 +156,11 @@ def _child(annotation: Any, part: str | int) -> object:
     return arguments[0] if isinstance(part, int) else arguments[-1]
 
 
-def _inner(data: object, part: str | int) -> object:
-    if isinstance(data, dict):
-        return data.get(part)
-    return data[part] if isinstance(data, list) and isinstance(part, int) and part < len(data) else None
+def _inner(data: Any, part: str | int) -> Any:
+    return data[part] if _holds(data, part) else None
 
 
-def _schema_keys(model: object, data: object, at: Key = ()) -> Iterator[Key]:
+def _schema_keys(model: Any, data: Any, at: Key = ()) -> Iterator[Key]:
     """Dotted keys that the tables (not the lists) of a model have."""
     for member in _members(model, data):
         if isinstance(member, type) and issubclass(member, BaseModel):

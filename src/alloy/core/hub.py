@@ -18,7 +18,7 @@ def resolve(name: str | Path) -> Path:
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f'"{text}": no such path, and not a hub id (owner/name). Check the spelling.')
 
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]  untyped parameters
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:

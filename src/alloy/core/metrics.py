@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from alloy.core.registry import Registry
 from alloy.core.runs import atomic_write, full_disk_is_resource_error
+from alloy.core.toml import is_list, is_table
 from alloy.errors import DataError
 
 SINKS = Registry("metric sink")
@@ -43,7 +44,7 @@ class MetricLog:
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, **values: object) -> None:
+    def log(self, step: int, **values: Any) -> None:
         """Record `values` at `step`, with the time. Numbers that are not finite are recorded as null."""
         record = {
             "step": step,
@@ -80,19 +81,19 @@ class MetricLog:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, object]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records of a metric log; a torn last line is left out, any other damage is an error with its line."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such metric log. Give a run directory that has trained.") from error
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            record = json.loads(line)
+            record: Any = json.loads(line)
         except ValueError as error:
             raise DataError(f"{path}:{number}: not a JSON object ({error}). Remove that line.") from error
-        if not isinstance(record, dict):
+        if not is_table(record):
             raise DataError(f"{path}:{number}: not a JSON object. Remove that line.")
         records.append(record)
     return records
@@ -130,7 +131,7 @@ class Meter:
             self.seconds += seconds
 
     @property
-    def average(self) -> float | None:
+    def rate(self) -> float | None:
         """Tokens per second over all counted steps; None before there is one."""
         return self.tokens / self.seconds if self.seconds > 0 else None
 
@@ -160,7 +161,7 @@ class TensorBoardSink:
         """Write the numbers among `values`."""
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, step)  # pyright: ignore[reportUnknownMemberType]  untyped in torch
 
     def truncate_after(self, step: int) -> None:
         """Open a new event file that hides later steps."""
@@ -172,15 +173,15 @@ class TensorBoardSink:
         self._writer.close()
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """A value JSON can hold; one-element tensors and numpy scalars become numbers."""
     if isinstance(value, str | bool | int | None):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
+    if is_table(value):
         return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return [_plain(inner) for inner in value]
     raise TypeError(f"metrics are numbers, texts and lists of them, not {type(value).__name__}")
 

@@ -7,17 +7,17 @@ A command's recipe is a subclass of `Recipe` that adds tables and a `run`. `load
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
-from alloy.core.compose import Composed, Table, compose, display_path, leaves
+from alloy.core.compose import Composed, compose, leaves
 from alloy.core.explain import explain
 from alloy.core.registry import Registry
-from alloy.core.toml import Key, dotted, dump_toml
+from alloy.core.toml import Key, Table, dotted, dump_toml, is_list, is_table
 from alloy.errors import RecipeError
 
 COMMANDS = Registry("command")
@@ -39,13 +39,19 @@ class Recipe(Config):
 
     _loaded: "LoadedRecipe | None" = PrivateAttr(default=None)
 
+    @property
+    def loaded(self) -> "LoadedRecipe":
+        """This recipe with the origin of each key: as `load` read it, or as built in Python."""
+        return self._loaded or _built(self)
+
     @classmethod
     def load(cls, name: str | Path, overrides: Sequence[str] = ()) -> Self:
         """The recipe called `name` (a path or a shipped name), validated, as the class its command asks for."""
-        loaded = load_recipe(name, overrides, None if cls is Recipe else cls)
-        assert isinstance(loaded.recipe, cls), "load_recipe validates with the class it is given"
-        loaded.recipe._loaded = loaded
-        return loaded.recipe
+        loaded = load_recipe(name, overrides, None if cls == Recipe else cls)
+        recipe = loaded.recipe
+        assert isinstance(recipe, cls), "load_recipe validates with the class it is given"
+        recipe._loaded = loaded
+        return recipe
 
     def run(self, options: "RunOptions") -> "RunResult":
         """Do what the recipe says."""
@@ -71,9 +77,7 @@ class LoadedRecipe:
     @property
     def resolved(self) -> Table:
         """All values including defaults; None (not set) is left out."""
-        table = _without_none(self.recipe.model_dump(mode="json"))
-        assert isinstance(table, dict)
-        return table
+        return _without_none(self.recipe.model_dump(mode="json"))
 
     @property
     def hash(self) -> str:
@@ -105,7 +109,7 @@ class RunResult:
     """What a run leaves: its directory, final metrics, and the checkpoint folder if it made one."""
 
     dir: Path
-    metrics: dict[str, object] = field(default_factory=dict)
+    metrics: dict[str, object] = field(default_factory=dict[str, object])
     checkpoint: Path | None = None
 
 
@@ -131,13 +135,11 @@ def run(recipe: Recipe, options: RunOptions | None = None) -> RunResult:
     """Run a recipe, loaded from a file or built in Python; what the command line calls."""
     options = options or RunOptions()
     if options.loaded is None:
-        loaded = recipe._loaded or loaded_from(recipe)
-        options = RunOptions(**{**vars(options), "loaded": loaded})
+        options = replace(options, loaded=recipe.loaded)
     return recipe.run(options)
 
 
-def loaded_from(recipe: Recipe) -> LoadedRecipe:
-    """The `LoadedRecipe` of a recipe object that was built in Python."""
+def _built(recipe: Recipe) -> LoadedRecipe:
     data = recipe.model_dump(mode="json", exclude_unset=True)
     origins = {dotted(key): "default" for key in leaves(recipe.model_dump(mode="json"))}
     origins.update({dotted(key): "python" for key in leaves(data)})
@@ -155,7 +157,8 @@ def _kind_of(composed: Composed) -> type[Recipe]:
         kind = COMMANDS.get(command)
     except RecipeError as error:
         raise RecipeError(f'{composed.where(("command",))}: command = "{command}": {error}') from error
-    assert isinstance(kind, type) and issubclass(kind, Recipe), f"{command} is not registered with a Recipe class"
+    assert isinstance(kind, type), f"{command} is not registered with a class"
+    assert issubclass(kind, Recipe), f"{command} is not registered with a Recipe class"
     return kind
 
 
@@ -166,10 +169,10 @@ def _origins(recipe: Recipe, composed: Composed) -> dict[str, str]:
     return {dotted(key): origin(key) for key in leaves(_without_none(recipe.model_dump(mode="json")))}
 
 
-def _without_none(value: object) -> object:
-    if isinstance(value, Mapping):
+def _without_none(value: Any) -> Any:
+    if is_table(value):
         return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
-    if isinstance(value, list):
+    if is_list(value):
         return [_without_none(element) for element in value]
     return value
 
@@ -181,9 +184,7 @@ __all__ = [
     "Recipe",
     "RunOptions",
     "RunResult",
-    "display_path",
     "dump_toml",
     "load_recipe",
-    "loaded_from",
     "run",
 ]

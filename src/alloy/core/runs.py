@@ -17,16 +17,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import alloy
-from alloy.core.compose import display_path, leaves, read_toml
+from alloy.core.compose import leaves, read_toml
 from alloy.core.logging import get_logger
 from alloy.core.recipe import LoadedRecipe, RunOptions
-from alloy.core.toml import Key, dotted
+from alloy.core.toml import Key, dotted, is_table, value_at
 from alloy.errors import InterruptedRun, RecipeError, ResourceError
 
 Status = Literal["running", "done", "interrupted", "failed"]
@@ -59,20 +59,18 @@ class RunDir:
         run.resumed = resumed
         atomic_write(path / RECIPE, loaded.to_toml())
         now = _now()
+        run.update_manifest(status="running", hash=loaded.hash, origins=loaded.origins)
         if resumed:
-            history = run.manifest.get("resumed", [])
+            history: list[Any] = run.manifest.get("resumed", [])
             entry = {"time": now, "command_line": _command_line(), "hash": loaded.hash}
-            run.update_manifest(status="running", hash=loaded.hash, resumed=[*as_list(history), entry])
+            run.update_manifest(resumed=[*history, entry])
         else:
-            facts = environment()
-            run.update_manifest(
-                status="running", command=command, recipe=loaded.name, hash=loaded.hash, created=now, parent=None,
-                command_line=_command_line(), **facts,
-            )  # fmt: skip
+            facts = {"command": command, "recipe": loaded.name, "created": now, "command_line": _command_line()}
+            run.update_manifest(**facts, **environment())
         return run
 
     @property
-    def manifest(self) -> dict[str, object]:
+    def manifest(self) -> dict[str, Any]:
         """What manifest.json says; empty before it is written."""
         return _read_json(self.path / MANIFEST)
 
@@ -83,8 +81,7 @@ class RunDir:
     @property
     def status(self) -> Status | None:
         """running | done | interrupted | failed; "running" is also what a killed run leaves."""
-        status = self.manifest.get("status")
-        return status if status in ("running", "done", "interrupted", "failed") else None  # pyright: ignore[reportReturnType]
+        return self.manifest.get("status")
 
     def finish(self, status: Status) -> None:
         """Write the final status and give the lock back."""
@@ -101,7 +98,7 @@ class RunDir:
         self.finish("done" if error is None else "interrupted" if stopped else "failed")
 
 
-def find_resumable(root: Path, hash: str) -> Path | None:  # noqa: A002
+def find_resumable(root: Path, hash: str) -> Path | None:
     """The newest unfinished run below `root` whose resolved recipe has this hash."""
     for path in _unfinished(root):
         if RunDir(path).manifest.get("hash") == hash:
@@ -117,7 +114,7 @@ def differing_keys(loaded: LoadedRecipe, path: Path) -> list[str]:
     return [
         f"{dotted(key)}: {_shown(there, key)} -> {_shown(here, key)}"
         for key in keys
-        if _at(there, key) != _at(here, key)
+        if value_at(there, key) != value_at(here, key)
     ]
 
 
@@ -131,7 +128,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Generator[Path]:
     """A temporary path beside `path` for a writer that needs a file name; moved to `path` when the block ends well."""
     with full_disk_is_resource_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +143,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def full_disk_is_resource_error(path: Path) -> Iterator[None]:
+def full_disk_is_resource_error(path: Path) -> Generator[None]:
     """Turns "no space left" and "quota exceeded" into a message that says what to do."""
     try:
         yield
@@ -204,11 +201,6 @@ def environment() -> dict[str, object]:
         "host": socket.gethostname(),
         "cpus": len(os.sched_getaffinity(0)),
     }
-
-
-def as_list(value: object) -> list[object]:
-    """A JSON list, or nothing."""
-    return list(value) if isinstance(value, list) else []
 
 
 def _resume_path(loaded: LoadedRecipe, options: RunOptions, command: str, root: Path) -> Path | None:
@@ -315,14 +307,14 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value: Any = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except ValueError as error:
         raise RecipeError(f"{path} is damaged: {error}. Delete it if no process writes that run.") from error
-    return value if isinstance(value, dict) else {}
+    return value if is_table(value) else {}
 
 
 def _commit() -> str | None:
@@ -351,17 +343,6 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _at(table: object, key: Key) -> object:
-    for part in key:
-        if isinstance(table, dict):
-            table = table.get(part)
-        elif isinstance(table, list) and isinstance(part, int):
-            table = table[part] if part < len(table) else None
-        else:
-            return None
-    return table
-
-
-def _shown(table: object, key: Key) -> str:
-    value = _at(table, key)
+def _shown(table: Any, key: Key) -> str:
+    value = value_at(table, key)
     return "(not set)" if value is None else json.dumps(value, default=str)

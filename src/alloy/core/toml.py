@@ -4,13 +4,16 @@
 a key, a string or a bracket begins and ends.
 """
 
-import datetime
+import datetime as dt
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 Key = tuple[str | int, ...]
+# what TOML holds: strings, numbers, booleans, dates, lists and tables of them
+Table = dict[str, Any]
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SCALAR = re.compile(r"[^,\]}#\n]+")
@@ -28,7 +31,7 @@ def key_lines(text: str) -> dict[Key, int]:
     return _Scanner(text).document()
 
 
-def dump_toml(data: Mapping[str, object], comment: Callable[[Key], str | None] | None = None) -> str:
+def dump_toml(data: Table, comment: Callable[[Key], str | None] | None = None) -> str:
     """`data` as TOML text; keys whose value is None are left out.
 
     Args:
@@ -40,9 +43,31 @@ def dump_toml(data: Mapping[str, object], comment: Callable[[Key], str | None] |
     return "\n".join(lines).strip("\n") + "\n"
 
 
+def is_table(value: object) -> TypeGuard[Table]:
+    """Whether a TOML or JSON value is a table."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Whether a TOML or JSON value is a list."""
+    return isinstance(value, list)
+
+
 def dotted(key: Sequence[str | int]) -> str:
     """A path as a user writes it: ("data", "sources", 0, "path") -> data.sources.0.path."""
     return ".".join(str(part) for part in key)
+
+
+def value_at(value: Any, key: Key) -> Any:
+    """The value at a path, or None where there is none."""
+    for part in key:
+        if is_table(value):
+            value = value.get(str(part))
+        elif is_list(value) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            return None
+    return value
 
 
 class _Scanner:
@@ -165,13 +190,11 @@ def _unquote(quoted: str) -> str:
     return json.loads(wide, strict=False)
 
 
-def _write_table(
-    table: Mapping[str, object], path: Key, lines: list[str], comment: Callable[[Key], str | None]
-) -> None:
+def _write_table(table: Table, path: Key, lines: list[str], comment: Callable[[Key], str | None]) -> None:
     """Plain keys first, then sub-tables, as TOML demands."""
-    inner: list[tuple[str, object]] = []
+    inner: list[tuple[str, Any]] = []
     for name, value in table.items():
-        if isinstance(value, Mapping) or _is_tables(value):
+        if is_table(value) or _is_tables(value):
             inner.append((name, value))
         elif value is not None:
             remark = comment((*path, name))
@@ -179,18 +202,18 @@ def _write_table(
     for name, value in inner:
         here = (*path, name)
         header = ".".join(_name(part) for part in here if isinstance(part, str))
-        if isinstance(value, Mapping):
-            if not value or any(not (isinstance(v, Mapping) or _is_tables(v)) for v in value.values()):
+        if is_table(value):
+            if not value or any(not (is_table(v) or _is_tables(v)) for v in value.values()):
                 lines += ["", f"[{header}]"]
             _write_table(value, here, lines, comment)
-        elif isinstance(value, Sequence):
+        else:
             for index, element in enumerate(value):
                 lines += ["", f"[[{header}]]"]
                 _write_table(element, (*here, index), lines, comment)
 
 
-def _is_tables(value: object) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(element, Mapping) for element in value)
+def _is_tables(value: Any) -> bool:
+    return is_list(value) and bool(value) and all(is_table(element) for element in value)
 
 
 def _name(name: str | int) -> str:
@@ -203,7 +226,7 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
-def _value(value: object) -> str:
+def _value(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, bool):
@@ -212,10 +235,10 @@ def _value(value: object) -> str:
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, int | float):
         return repr(value)
-    if isinstance(value, datetime.date | datetime.time):
+    if isinstance(value, dt.date | dt.time):
         return value.isoformat()
-    if isinstance(value, Mapping):
+    if is_table(value):
         return "{" + ", ".join(f"{_name(name)} = {_value(v)}" for name, v in value.items() if v is not None) + "}"
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return "[" + ", ".join(_value(element) for element in value) + "]"
     raise TypeError(f"{type(value).__name__} has no form in TOML: {value!r}")
