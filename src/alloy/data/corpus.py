@@ -27,9 +27,12 @@ HOLD_OUT_EVERY = 12
 # shorter ones (headings, "Return a copy.") are common to all Python text
 SHARED_PARAGRAPH = 40
 BLOCK_CHARS = 4096
-LEFT_OUT = frozenset(
-    "test tests idle_test idlelib lib2to3 encodings distutils pydoc_data site-packages dist-packages __pycache__".split(" ")
-)
+# fmt: off
+LEFT_OUT = frozenset((
+    "test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "distutils", "pydoc_data", "__pycache__",
+    "site-packages", "dist-packages",
+))
+# fmt: on
 # made by the build, with the paths of one machine
 GENERATED = "_sysconfigdata"
 PARAGRAPH = re.compile(r"(\n[^\S\n]*\n\s*)")

@@ -11,25 +11,25 @@ text: they are encoded letter by letter, so that no document can speak in the ch
 Format: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
-import errno
+import contextlib
 import hashlib
 import heapq
 import json
-import os
-import shutil
 import struct
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from alloy.core.runs import atomic_path, atomic_write
 from alloy.data.io import Document
-from alloy.errors import DataError, RecipeError, ResourceError
+from alloy.errors import DataError, RecipeError
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 # words with one leading mark or space, digits singly, runs of marks, line ends, spaces
@@ -130,21 +130,16 @@ def train_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> Path:
-    """Write a transformers fast tokenizer folder; it appears whole or not at all."""
+    """Write a transformers fast tokenizer folder, which counts as one only when it is whole."""
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
         raise RecipeError(f"{folder} holds a tokenizer already; choose another folder or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    tokenizer.save_pretrained(temporary)
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
-    if folder.exists():
-        for file in sorted(temporary.iterdir()):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        # tokenizer.json last: a folder without it holds no tokenizer
+        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer.json"):
             file.replace(folder / file.name)
-        shutil.rmtree(temporary)
-    else:
-        temporary.rename(folder)
     return folder
 
 
@@ -205,67 +200,49 @@ def shard_dtype(vocab: int) -> str:
 
 
 class ShardWriter:
-    """Writes one `.bin/.idx` pair; the pair appears under its names only when the `with` block ends well."""
+    """Appends documents to an open `.bin` file and keeps what the `.idx` file and the manifest need."""
 
-    def __init__(self, prefix: str | Path, dtype: str) -> None:
-        self.prefix = Path(prefix)
+    def __init__(self, prefix: Path, dtype: str, file: BinaryIO) -> None:
+        self.prefix = prefix
         self.dtype = np.dtype(dtype)
         self.tokens = 0
-        self._lengths: list[int] = []
+        self.lengths: list[int] = []
+        self._file = file
         self._digest = hashlib.sha256()
-        self._temporary = {suffix: Path(f"{prefix}{suffix}.tmp-{os.getpid()}") for suffix in (".bin", ".idx")}
-        self._bin: BinaryIO = self._temporary[".bin"].open("wb")
-
-    @property
-    def documents(self) -> int:
-        return len(self._lengths)
 
     def add(self, ids: Ids) -> None:
         """Append one document; ids: (tokens,)."""
         if len(ids) == 0:
-            raise DataError(f"{self.prefix}: document {self.documents} has no tokens; leave empty documents out.")
-        info = np.iinfo(self.dtype)
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high > info.max:
-            raise DataError(
-                f"{self.prefix}: token id {low if low < 0 else high} does not fit {self.dtype.name} (0 to {info.max})."
-            )
+            raise DataError(f"{self.prefix}: document {len(self.lengths)} has no tokens; leave empty documents out.")
+        highest = np.iinfo(self.dtype).max
+        for value in (int(ids.min()), int(ids.max())):
+            if not 0 <= value <= highest:
+                raise DataError(f"{self.prefix}: token id {value} does not fit {self.dtype.name} (0 to {highest}).")
         data = ids.astype(self.dtype).tobytes()
-        self._bin.write(data)
+        self._file.write(data)
         self._digest.update(data)
-        self._lengths.append(len(ids))
+        self.lengths.append(len(ids))
         self.tokens += len(ids)
 
-    def close(self) -> dict[str, Any]:
-        """Finish both files, rename them, and return the shard's entry for the manifest."""
-        index = idx_bytes(self._lengths, self.dtype)
-        _finish(self._bin)
-        with self._temporary[".idx"].open("wb") as file:
-            file.write(index)
-            _finish(file)
-        for suffix, temporary in self._temporary.items():
-            temporary.replace(f"{self.prefix}{suffix}")
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of this shard."""
         return {
             "name": self.prefix.name,
-            "documents": self.documents,
+            "documents": len(self.lengths),
             "tokens": self.tokens,
             "bin_sha256": self._digest.hexdigest(),
-            "idx_sha256": hashlib.sha256(index).hexdigest(),
+            "idx_sha256": hashlib.sha256(idx_bytes(self.lengths, self.dtype)).hexdigest(),
         }
 
-    def discard(self) -> None:
-        self._bin.close()
-        for temporary in self._temporary.values():
-            temporary.unlink(missing_ok=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self.discard()
+@contextlib.contextmanager
+def open_shard(prefix: str | Path, dtype: str) -> Iterator[ShardWriter]:
+    """A writer of one `.bin/.idx` pair; the files get their names only when the block ends well."""
+    with atomic_path(Path(f"{prefix}.idx")) as index, atomic_path(Path(f"{prefix}.bin")) as data:
+        with data.open("wb") as file:
+            writer = ShardWriter(Path(prefix), dtype, file)
+            yield writer
+        index.write_bytes(idx_bytes(writer.lengths, writer.dtype))
 
 
 def idx_bytes(lengths: Sequence[int], dtype: np.dtype | str) -> bytes:
@@ -283,10 +260,10 @@ def idx_bytes(lengths: Sequence[int], dtype: np.dtype | str) -> bytes:
 
 def write_shard(prefix: str | Path, documents: Iterable[Ids], dtype: str = "<u2") -> dict[str, Any]:
     """Write token ids, one array a document, as `prefix.bin` and `prefix.idx`; returns the manifest entry."""
-    with ShardWriter(prefix, dtype) as writer:
+    with open_shard(prefix, dtype) as writer:
         for ids in documents:
             writer.add(ids)
-        return writer.close()
+    return writer.entry()
 
 
 class TokenShard:
@@ -430,44 +407,34 @@ def tokenize_corpus(
                 f"{folder} holds a tokenized corpus already; choose another folder or ask to overwrite it."
             )
         (folder / MANIFEST).unlink()
+    for leftover in folder.glob(".shard-*.tmp"):
+        leftover.unlink()
     encoder = TextEncoder(tokenizer)
+    dtype = shard_dtype(encoder.vocab)
     shards: list[dict[str, Any]] = []
-    counts = {"documents": 0, "tokens": 0, "bytes": 0}
+    counts = Counter(documents=0, tokens=0, bytes=0)
     encoded = _encode(documents, encoder)
     pending = next(encoded, None)
     if pending is None:
         raise DataError(f"nothing to tokenize for {folder}: no document holds text.")
-    try:
-        while pending is not None:
-            with ShardWriter(folder / f"shard-{len(shards):05d}", shard_dtype(encoder.vocab)) as writer:
-                while pending is not None and writer.tokens < shard_tokens:
-                    ids, num_bytes = pending
-                    writer.add(ids)
-                    counts = {
-                        "documents": counts["documents"] + 1,
-                        "tokens": counts["tokens"] + len(ids),
-                        "bytes": counts["bytes"] + num_bytes,
-                    }
-                    if progress and counts["documents"] % 64 == 0:
-                        progress(counts["documents"], counts["tokens"], counts["bytes"])
-                    pending = next(encoded, None)
-                shards.append(writer.close())
-        manifest = {
-            "version": 1,
-            "tokenizer": {"hash": encoder.hash, "vocab": encoder.vocab, "bos": encoder.bos, "eos": encoder.eos},
-            "dtype": np.dtype(shard_dtype(encoder.vocab)).name,
-            **counts,
-            "shards": shards,
-        }
-        _write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ResourceError(
-                f"no space left for {folder} after {counts['tokens']} tokens; free some and tokenize again."
-            ) from error
-        raise
-    if progress:
-        progress(counts["documents"], counts["tokens"], counts["bytes"])
+    while pending is not None:
+        with open_shard(folder / f"shard-{len(shards):05d}", dtype) as writer:
+            while pending is not None and writer.tokens < shard_tokens:
+                ids, num_bytes = pending
+                writer.add(ids)
+                counts.update(documents=1, tokens=len(ids), bytes=num_bytes)
+                if progress:
+                    progress(counts["documents"], counts["tokens"], counts["bytes"])
+                pending = next(encoded, None)
+        shards.append(writer.entry())
+    manifest = {
+        "version": 1,
+        "tokenizer": {"hash": encoder.hash, "vocab": encoder.vocab, "bos": encoder.bos, "eos": encoder.eos},
+        "dtype": np.dtype(dtype).name,
+        **counts,
+        "shards": shards,
+    }
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -511,17 +478,3 @@ def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
 
 def _prefix(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-
-
-def _finish(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        _finish(file)
-    temporary.replace(path)
