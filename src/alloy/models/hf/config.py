@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from alloy.core.logging import get_logger
 from alloy.errors import CheckpointError
 from alloy.models.configs import (
+    SYMBOLS,
     AttentionConfig,
     DecoderConfig,
     DecoderLayerConfig,
@@ -27,7 +28,6 @@ from alloy.models.configs import (
     LayerOverride,
     MLPConfig,
     RopeConfig,
-    SYMBOLS,
 )
 from alloy.models.presets import ffn_width
 
@@ -329,7 +329,9 @@ def _read_hybrid(kind: str, keys: _Keys, shared_rows: int | None) -> HybridConfi
         fields["pattern"], fields["layers"] = _read_blocks("block_configs", "layers_block_type", keys)
         _check_length(fields["pattern"], keys)
         if fields.get("mtp_depths"):
-            fields["mtp_pattern"], fields["mtp_layers"] = _read_blocks("mtp_block_configs", "mtp_layers_block_type", keys)
+            fields["mtp_pattern"], fields["mtp_layers"] = _read_blocks(
+                "mtp_block_configs", "mtp_layers_block_type", keys
+            )
         keys.drop("mtp_layers_block_type", "mtp_block_configs")
     else:
         _read_patterns(fields, keys)
@@ -348,7 +350,9 @@ def _read_patterns(fields: dict[str, Any], keys: _Keys) -> None:
     if blocks is not None:
         listed = _block_pattern("layers_block_type", blocks, keys)
         if text is not None and listed != main:
-            raise keys.refuse(f'hybrid_override_pattern = "{text}" and layers_block_type, which means "{listed}", differ')
+            raise keys.refuse(
+                f'hybrid_override_pattern = "{text}" and layers_block_type, which means "{listed}", differ'
+            )
         main = listed
     elif text is None:
         raise keys.refuse("there is neither hybrid_override_pattern nor layers_block_type, so the layers are unknown")
@@ -365,7 +369,9 @@ def _read_patterns(fields: dict[str, Any], keys: _Keys) -> None:
             "nor mtp_layers_block_type"
         )
     if fields["mtp_depths"] and len(set(found)) > 1:
-        raise keys.refuse(f"the MTP patterns {' and '.join(sorted(set(found)))} differ; every depth must have the same one")
+        raise keys.refuse(
+            f"the MTP patterns {' and '.join(sorted(set(found)))} differ; every depth must have the same one"
+        )
     if found:
         fields["mtp_pattern"] = found[0]
 
@@ -544,7 +550,10 @@ def _read_rope(keys: _Keys, partial: Any) -> RopeConfig:
     kind = rope["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise keys.refuse(f'rope_type = "{kind}" is not supported. Known: default, linear, llama3')
-    fields: dict[str, Any] = {"theta": rope.get("rope_theta", 10_000.0), "partial": rope.get("partial_rotary_factor", partial)}
+    fields: dict[str, Any] = {
+        "theta": rope.get("rope_theta", 10_000.0),
+        "partial": rope.get("partial_rotary_factor", partial),
+    }
     if kind != "default":
         fields |= {"scaling": kind, "factor": _rope_value(rope, "factor", keys)}
     if kind == "llama3":
@@ -563,7 +572,9 @@ def _rope_value(rope: Mapping[str, Any], key: str, keys: _Keys) -> Any:
 def _read_nas(fields: Mapping[str, Any], keys: _Keys) -> tuple[DecoderLayerConfig, ...]:
     blocks = keys.take("block_configs")
     if not blocks or len(blocks) != fields["num_layers"]:
-        raise keys.refuse(f"block_configs has {len(blocks or ())} entries but num_hidden_layers = {fields['num_layers']}")
+        raise keys.refuse(
+            f"block_configs has {len(blocks or ())} entries but num_hidden_layers = {fields['num_layers']}"
+        )
     layers = []
     for i, block in enumerate(blocks):
         attention, ffn = block.get("attention") or {"no_op": True}, block.get("ffn") or {"no_op": True}
@@ -572,7 +583,9 @@ def _read_nas(fields: Mapping[str, Any], keys: _Keys) -> tuple[DecoderLayerConfi
             if refused:
                 values = ", ".join(f"{key} = {part[key]}" for key in refused)
                 raise keys.refuse(f"block_configs[{i}].{name}: {values} is not supported")
-        layers.append(DecoderLayerConfig(attention=_nas_attention(attention, i, fields, keys), mlp=_nas_mlp(ffn, i, fields, keys)))
+        layers.append(
+            DecoderLayerConfig(attention=_nas_attention(attention, i, fields, keys), mlp=_nas_mlp(ffn, i, fields, keys))
+        )
     return tuple(layers)
 
 
