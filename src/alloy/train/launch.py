@@ -14,7 +14,7 @@ from alloy.core.device import peak_flops, resolve_device, seed_everything
 from alloy.core.logging import get_logger, setup, start_panel
 from alloy.core.metrics import SINKS, Sink
 from alloy.core.recipe import RunOptions, RunResult
-from alloy.core.report import report_run
+from alloy.core.run_report import report_run
 from alloy.core.runs import RunDir, atomic_write
 from alloy.parallel.fsdp import parallelize
 from alloy.parallel.mesh import World, start_world

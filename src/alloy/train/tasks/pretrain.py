@@ -33,7 +33,7 @@ from alloy.losses.lm import IGNORE, count_labels, linear_cross_entropy, mtp_labe
 from alloy.models import sizes
 from alloy.models.base import CausalLM, Layout, RouterStats
 from alloy.models.configs import DecoderConfig, HybridConfig
-from alloy.models.registry import build, load, load_config, save
+from alloy.models.registry import build, inspect, load, save
 from alloy.ops.moe import update_router_bias
 from alloy.parallel.mesh import World
 from alloy.train.launch import Plan, launch
@@ -112,7 +112,7 @@ class PretrainRecipe(TrainingRecipe):
 def plan(recipe: PretrainRecipe, ranks: int) -> Plan:
     """Check the batch and count what the run takes, from the config alone."""
     table, data = recipe.train, recipe.data
-    config = load_config(resolve(recipe.model.path)) if isinstance(recipe.model, FromCheckpoint) else recipe.model
+    config = inspect(resolve(recipe.model.path))[0] if isinstance(recipe.model, FromCheckpoint) else recipe.model
     accumulation = micro_batches(table.batch_tokens, ranks, table.micro_batch, data.seq)
     depths = mtp_depths(config, table.mtp_weight)
     per_token = 3.0 * sizes.flops_per_token(config, data.seq)
@@ -145,9 +145,10 @@ def dry_run(recipe: PretrainRecipe, options: RunOptions) -> RunResult:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = resolve_device(recipe.device)
     known = plan(recipe, ranks)
-    with torch.device("meta"):
-        built = "a checkpoint" if isinstance(recipe.model, FromCheckpoint) else type(build(recipe.model, device="meta")).__name__
-    rows = {**known.rows, "builds": built, "time": _time_estimate(recipe, known, device, ranks)}
+    if not isinstance(recipe.model, FromCheckpoint):
+        # shapes without memory: a config that cannot be built is refused here
+        build(recipe.model, device="meta")
+    rows = {**known.rows, "time": _time_estimate(recipe, known, device, ranks)}
     if not options.json:
         width = max(map(len, rows))
         sys.stdout.write("".join(f"{name.ljust(width)}  {value}\n" for name, value in rows.items()))
