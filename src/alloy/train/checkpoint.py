@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def save_state(root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[
             _sweep(root)
             part.mkdir(parents=True)
         world.barrier()
-        writer = dcp.FileSystemWriter(part, overwrite=True)
-        dcp.save({key: value.detach() for key, value in tensors.items()}, storage_writer=writer, no_dist=world.mesh is None)
+        values = {key: value.detach() for key, value in tensors.items()}
+        with warnings.catch_warnings():
+            # says that one process saves alone, which is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            dcp.save(values, storage_writer=dcp.FileSystemWriter(part), no_dist=world.mesh is None)
         if world.is_main:
             with open(part / TRAINER, "wb") as file:
                 torch.save(trainer, file)
@@ -95,7 +99,9 @@ def load_state(folder: Path, tensors: dict[str, Tensor], world: World) -> dict[s
         raise CheckpointError(str(verdict))
     wanted = {key: value.detach() for key, value in tensors.items()}
     try:
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=world.mesh is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=world.mesh is None)
     except (RuntimeError, ValueError, CheckpointException) as error:
         raise CheckpointError(
             f"state {folder} does not fit this model: {_first_cause(error)}. "

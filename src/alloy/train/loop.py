@@ -113,7 +113,7 @@ class Window:
 
 
 class Trainer(Generic[Batch]):
-    """Runs a task to its end. Everything that must survive a restart is in `step`, `elapsed`, `tokens` and `window`."""
+    """Runs a task to its end. What must survive a restart besides model, optimizers, data and random numbers is in `step`, `elapsed`, `tokens` and `window`."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Trainer(Generic[Batch]):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         self.window = Window()
-        self.validation: dict[str, float] = {}
+        self.latest: dict[str, Any] = {}
         self.meter = Meter()
         self.metrics = MetricLog(folder / "metrics.jsonl", sinks) if world.is_main else None
         self.line = ProgressLine(table.steps, log_table.every, enabled=world.is_main)
@@ -169,18 +169,19 @@ class Trainer(Generic[Batch]):
         """Load the newest state of the run directory; False if there is none."""
         found = self.world.first(latest_state(self.folder / "state") if self.world.is_main else None)
         if found is None:
+            # killed before the first save: the run starts anew
+            self._cut_metrics()
             return False
         assert isinstance(found, Path), "latest_state gives a path or None"
         trainer = load_state(found, self._tensors(), self.world)
         self.step, self.tokens, self.elapsed = trainer["step"], trainer["tokens"], trainer["elapsed"]
         self.window = Window(**trainer["window"])
-        self.validation = trainer["validation"]
+        self.latest = trainer["latest"]
         self.task.load_state(trainer["task"])
         states = trainer["rng"]
         if self.world.rank < len(states):
             set_rng_state(states[self.world.rank])
-        if self.metrics is not None:
-            self.metrics.truncate_after(self.step)
+        self._cut_metrics()
         return True
 
     def save(self, position: dict[str, Any] | None = None) -> Path:
@@ -191,11 +192,15 @@ class Trainer(Generic[Batch]):
             "tokens": self.tokens,
             "elapsed": self.elapsed,
             "window": asdict(self.window),
-            "validation": self.validation,
+            "latest": self.latest,
             "task": position or self.task.state(),
             "rng": self.world.gather(rng_state()),
         }
         return save_state(self.folder / "state", self.step, self._tensors(), trainer, self.world, self.table.keep_last)
+
+    def _cut_metrics(self) -> None:
+        if self.metrics is not None:
+            self.metrics.truncate_after(self.step)
 
     def _tensors(self) -> dict[str, Tensor]:
         model = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
@@ -219,11 +224,10 @@ class Trainer(Generic[Batch]):
         by_steps = self.table.steps is not None and self.step >= self.table.steps
         return by_steps or (self.table.seconds is not None and self.elapsed >= self.table.seconds)
 
-    def fit(self) -> dict[str, float]:
+    def fit(self) -> dict[str, Any]:
         """Train to the end; returns the last metrics. Raises InterruptedRun after saving when a signal asked to stop."""
         self.model.train()
         batches = self.task.batches(self.table.micro_batch)
-        latest: dict[str, Any] = {}
         clock = time.monotonic() - self.elapsed
         with StopSignals() as stop, self.line:
             while not self.finished:
@@ -231,15 +235,15 @@ class Trainer(Generic[Batch]):
                 values, extra = self.train_step(batches)
                 self.meter.add(self.table.batch_tokens, time.monotonic() - began)
                 asked, self.elapsed = self._agree(stop.received, time.monotonic() - clock)
-                latest |= self._log(values, extra)
+                self.latest |= self._log(values, extra)
                 if self.step % self.table.eval_every == 0 or self.finished:
-                    latest |= self._validate()
+                    self.latest |= self._validate()
                 if self.step % self.table.save_every == 0 or self.finished or asked:
                     self.save()
                 if asked and not self.finished:
                     name = signal.Signals(asked).name
                     raise InterruptedRun(f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked)
-        return latest
+        return self.latest
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
         """One update from `accumulation` micro-batches of every rank; returns what the loop and what the task measured."""
@@ -248,12 +252,15 @@ class Trainer(Generic[Batch]):
         counts = self._global_counts(micro)
         totals: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
         for batch in micro:
             with compute_in(self.table.precision, self.world.device):
                 loss = self.task.loss(self.model, batch)
             # ranks' gradients are averaged, hence the factor
             parts = [total * (loss.weights[name] * self.world.size / counts[name]) for name, total in loss.sums.items()]
             torch.stack(parts).sum().backward()
+            # a micro-batch need not have every part
+            weights |= loss.weights
             _add(totals, loss.sums)
             _add(stats, loss.stats)
         totals, stats = self._reduce(totals), self._reduce(stats)
@@ -262,7 +269,7 @@ class Trainer(Generic[Batch]):
         # the one wait for the device in a step
         *measured, grad_norm = torch.stack([*totals.values(), norm]).tolist()
         means = {name: value / counts[name] for name, value in zip(totals, measured, strict=True)}
-        total = sum(loss.weights[name] * mean for name, mean in means.items())
+        total = sum(weights[name] * mean for name, mean in means.items())
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             self._refuse_step(total, grad_norm, micro, position)
         factor = self._set_lr()
@@ -369,9 +376,9 @@ class Trainer(Generic[Batch]):
         if self.metrics is not None:
             self.metrics.log(self.step, **values)
         if "val_loss" in values:
-            change = f" ({values['val_loss'] - self.validation['val_loss']:+.3f})" if self.validation else ""
+            before = self.latest.get("val_loss")
+            change = "" if before is None else f" ({values['val_loss'] - before:+.3f})"
             self.line.note(f"step {self.step:,}  validation loss {values['val_loss']:.3f}{change}")
-        self.validation = values
         return values
 
 
