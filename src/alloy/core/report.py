@@ -35,7 +35,7 @@ class Curves:
 
     Attributes:
         series: label -> (xs, ys); values that are not finite leave a gap.
-        smooth: draw an exponential mean over the raw values.
+        smooth: draw a running mean over the raw values.
         references: label -> y of a dashed line, such as a published number.
         x: name of the horizontal axis.
     """
@@ -50,11 +50,12 @@ class Curves:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of values; numbers are set right."""
+    """Rows of values; numbers are set right. `folded`: shown when clicked."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
+    folded: bool = False
     kind: str = field(default="table", init=False)
 
 
@@ -185,17 +186,22 @@ def draw(curves: Curves, prefix: str) -> str:
     return _themed(svg[svg.index("<svg") :], curves.title, prefix)
 
 
-def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential mean without the bias of its start; values that are not finite stay and are left out of the mean."""
-    mean, total = 0.0, 0.0
-    result: list[float] = []
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value with its `reach` neighbours on either side: no lag, so that steep starts are not misdrawn.
+
+    At the ends the window is narrower, but stays centred. Values that are not finite are left out of the means.
+    """
+    sums, counts = [0.0], [0]
     for value in values:
-        if math.isfinite(value):
-            mean = weight * mean + (1 - weight) * value
-            total = weight * total + (1 - weight)
-            result.append(mean / total)
-        else:
-            result.append(value)
+        is_finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if is_finite else 0.0))
+        counts.append(counts[-1] + is_finite)
+    result: list[float] = []
+    for index in range(len(values)):
+        width = min(reach, index, len(values) - 1 - index)
+        first, end = index - width, index + width + 1
+        count = counts[end] - counts[first]
+        result.append((sums[end] - sums[first]) / count if count else math.nan)
     return result
 
 
@@ -221,8 +227,8 @@ def _draw_series(axes: Any, points: Points, colour: str, smooth: bool) -> None:
         axes.plot(thin_xs, thin_ys, color=colour, linewidth=1.6, marker=marker, markersize=3)
         return
     axes.plot(thin_xs, thin_ys, color=colour, linewidth=0.8, alpha=0.3)
-    # a window of about a thirtieth of the run
-    means = smoothed(ys, weight=1 - 1 / max(3.0, len(ys) / 30))
+    # a window of about a twentieth of the run
+    means = smoothed(ys, reach=max(2, len(ys) // 40))
     every = max(1, len(xs) // (_MOST_POINTS // 2))
     last = len(xs) - 1
     kept = sorted({*range(0, len(xs), every), last})
@@ -240,7 +246,7 @@ def _tick(value: float, position: int | None) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _themed(svg: str, title: str, prefix: str) -> str:

@@ -147,7 +147,9 @@ def _settings(run: RunDir) -> Iterator[Table]:
     data, _ = read_toml(path)
     origins = run.manifest.get("origins", {})
     rows = [(dotted(key), _written(value_at(data, key)), origins.get(dotted(key), "")) for key in leaves(data)]
-    yield Table("Settings", ["key", "value", "origin"], rows)
+    columns = ["key", "value", "origin"]
+    yield Table("Settings", columns, [row for row in rows if row[2] != "default"])
+    yield Table("Settings left at their defaults", columns, [row for row in rows if row[2] == "default"], folded=True)
 
 
 def _environment(run: RunDir) -> Table:
