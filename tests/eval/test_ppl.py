@@ -1,6 +1,7 @@
 """Bits per byte: every byte once, whatever the window, the batching and the model."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,11 @@ from alloy.eval.ppl import bits_per_byte, cut_windows, document_nats
 from alloy.models.configs import HybridConfig
 from alloy.models.hybrid import HybridLM
 
-TEXTS = ["naïve text number 17, again and again and again", "b", "ééé\n\n  two lines of it, the second longer than the first"]
+TEXTS = [
+    "naïve text number 17, again and again and again",
+    "b",
+    "ééé\n\n  two lines of it, the second longer than the first",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def test_known_distribution_gives_its_own_bits(tokenizer, seq) -> None:
     nats, tokens = 0.0, 0
     for text in TEXTS:
         ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-        nats -= sum(log_probs[a, b].item() for a, b in zip(ids, ids[1:], strict=False))
+        nats -= sum(log_probs[a, b].item() for a, b in pairwise(ids))
         tokens += len(ids) - 1
     size = sum(len(text.encode("utf-8")) for text in TEXTS)
     assert (score.tokens, score.bytes, score.documents) == (tokens, size, 3)

@@ -161,8 +161,8 @@ class TextEncoder:
         self._backend.no_padding()
         self.hash = tokenizer_hash(tokenizer)
         self.vocab = len(tokenizer)
-        self.bos: int | None = tokenizer.bos_token_id
-        self.eos: int | None = tokenizer.eos_token_id
+        self.bos = _token_id(tokenizer, tokenizer.bos_token)
+        self.eos = _token_id(tokenizer, tokenizer.eos_token)
         self._backend.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -436,6 +436,10 @@ def tokenize_corpus(
     }
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: object) -> int | None:
+    return None if token is None else tokenizer.backend_tokenizer.token_to_id(str(token))
 
 
 def _encode(documents: Iterable[Document | str], encoder: TextEncoder) -> Iterator[tuple[Ids, int]]:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from alloy.data.io import Document
 from alloy.data.packing import PADDING, pack_best_fit
 from alloy.data.tokens import TextEncoder
 from alloy.errors import DataError, RecipeError
+from alloy.models.base import CausalLM
 
 # positions and logits in one forward pass, at most (one row at least)
 BATCH_TOKENS = 8192
@@ -58,7 +58,7 @@ class Window(NamedTuple):
 
 
 def bits_per_byte(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerFast,
     documents: Iterable[Document | str],
     seq: int,
@@ -92,7 +92,7 @@ def bits_per_byte(
 
 
 @torch.no_grad()
-def document_nats(model: nn.Module, documents: Sequence[Ids], seq: int) -> list[NDArray[np.float64]]:
+def document_nats(model: CausalLM, documents: Sequence[Ids], seq: int) -> list[NDArray[np.float64]]:
     """Negative log-likelihood of every token but the first of each document.
 
     Args:
@@ -130,7 +130,7 @@ def cut_windows(document: int, positions: int, seq: int) -> Iterator[Window]:
 
 
 def _score_rows(
-    model: nn.Module, documents: Sequence[Ids], rows: list[list[Window]], seq: int, nats: list[NDArray[np.float64]]
+    model: CausalLM, documents: Sequence[Ids], rows: list[list[Window]], seq: int, nats: list[NDArray[np.float64]]
 ) -> None:
     """One forward pass; writes the charged positions' values into `nats`."""
     tokens = np.zeros((len(rows), seq), np.int64)

@@ -17,9 +17,10 @@ from alloy.core.runs import atomic_write
 from alloy.errors import CheckpointError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig, HybridConfig
-from alloy.models.hf.config import Style, read_config, read_json, write_config
+from alloy.models.hf.config import read_config, read_json, style, write_config
 from alloy.models.hf.files import Progress, Stored
 from alloy.models.hf.folder import DEFAULT_SHARD, load_weights, read_optional_json, save_weights, stored_tensors
+from alloy.models.hf.keys import Style
 from alloy.models.hf.names import bare_name
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def save(
     """
     folder, config = Path(path), model.config
     name = str(model.embed.weight.dtype).removeprefix("torch.")
-    data = write_config(config, model.foreign, config_style, name)
+    data = write_config(config, model.foreign, style(config_style), name)
     start = time.perf_counter()
     save_weights(model, config, folder, max_shard_bytes, progress)
     _log_rate("saved", model, start)
