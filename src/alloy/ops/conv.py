@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import backend
+from alloy.ops.cpu import conv as cpu
 from alloy.ops.documents import as_documents, segment_ids
 from alloy.ops.precision import wide
 from alloy.ops.slots import read_slots, used_rows, write_slots
@@ -194,3 +195,4 @@ def _causal_conv1d(
 
 
 backend.add("causal_conv1d", "torch", _causal_conv1d)
+backend.add("causal_conv1d", "cpu", cpu.causal_conv1d)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import backend
+from alloy.ops.cpu import ssd as cpu
 from alloy.ops.documents import as_documents, segment_ids
 from alloy.ops.precision import wide
 from alloy.ops.slots import read_slots, used_rows, write_slots
@@ -413,4 +414,5 @@ def _ssd_step(
 
 
 backend.add("ssd_scan", "torch", _ssd_scan)
+backend.add("ssd_scan", "cpu", cpu.ssd_scan)
 backend.add("ssd_step", "torch", _ssd_step)
