@@ -1,0 +1,115 @@
+"""Transformer decoders with attention and MLP in one layer: Llama, Qwen3, Qwen3-MoE, Nemotron-4, nemotron-nas.
+
+h = h + attention(norm(h)); h = h + mlp(norm(h)), either of which may be missing (nemotron-nas: no weights, no norm, no
+step). Which norm, rotary positions, activation and widths come from the config, layer by layer.
+
+Papers: Llama 3 arXiv:2407.21783, Qwen3 arXiv:2505.09388, Nemotron-4 arXiv:2402.16819, Llama-Nemotron arXiv:2505.00949.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from alloy.errors import RequestError
+from alloy.models.base import CausalLM, Layout, RouterStats
+from alloy.models.blocks import MLP, Attention, Embedding, LayerNorm1P, Linear, RMSNorm, Rotary
+from alloy.models.cache import DenseCache
+from alloy.models.configs import AttentionConfig, DecoderConfig, DecoderLayerConfig, MLPConfig, MoEConfig, RopeConfig
+from alloy.models.moe import MoE
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with a norm and a residual each; a missing part leaves the stream as it is."""
+
+    def __init__(
+        self,
+        config: DecoderLayerConfig,
+        model: DecoderConfig,
+        layer: int,
+        rotary: Rotary | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.attention is not None:
+            self.attention_norm = _norm(model, device, dtype)
+            self.attention = Attention(config.attention, layer, rotary, device, dtype)
+        if config.mlp is not None:
+            self.mlp_norm = _norm(model, device, dtype)
+            self.mlp = (
+                MLP(config.mlp, device, dtype) if isinstance(config.mlp, MLPConfig) else MoE(config.mlp, device, dtype)
+            )
+        self.has_attention = config.attention is not None
+        self.has_mlp = config.mlp is not None
+        self.is_routed = isinstance(config.mlp, MoEConfig)
+
+    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> tuple[Tensor, RouterStats | None]:
+        """x (batch, seq, hidden) -> the same shape, and router statistics of a routed layer in training mode."""
+        stats = None
+        if self.has_attention:
+            x = x + self.attention(self.attention_norm(x), layout, cache)
+        if self.is_routed:
+            y, stats = self.mlp(self.mlp_norm(x), layout)
+            x = x + y
+        elif self.has_mlp:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, stats
+
+
+class DecoderLM(CausalLM):
+    """Every model of `DecoderConfig`."""
+
+    config: DecoderConfig
+
+    def __init__(
+        self, config: DecoderConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        rotaries: dict[tuple[RopeConfig, int], Rotary] = {}
+        self.embed = Embedding(config.vocab, config.hidden, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, config, i, _rotary(layer.attention, rotaries), device, dtype)
+            for i, layer in enumerate(config.resolved)
+        )
+        self.norm = _norm(config, device, dtype)
+        self.head = Linear(config.hidden, config.vocab, device=device, dtype=dtype)
+        self.finish()
+
+    def new_cache(
+        self, batch: int, capacity: int = 0, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
+    ) -> DenseCache:
+        """An empty cache, see `CausalLM.new_cache`; layers without attention take no room."""
+        return DenseCache.new(
+            [layer.attention for layer in self.config.resolved],
+            batch,
+            capacity,
+            device=self.embed.weight.device,
+            dtype=dtype or self.embed.weight.dtype,
+            state_dtype=state_dtype,
+        )
+
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse positions that rotary embedding was not trained for, unless it is scaled."""
+        limit, rope = self.config.max_positions, self.config.rope
+        # the bound known without asking the device comes first
+        if rope.scaling == "none" and layout.bound > limit and int(layout.positions.max()) >= limit:
+            raise RequestError(
+                f"position {int(layout.positions.max())} is beyond max_positions = {limit} of this {self.config.kind} "
+                "model, whose rotary embedding has no scaling; shorten the input or set rope scaling"
+            )
+
+
+def _norm(config: DecoderConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    if config.norm == "layer1p":
+        return LayerNorm1P(config.hidden, config.norm_eps, device, dtype)
+    return RMSNorm(config.hidden, config.norm_eps, cast_first=True, device=device, dtype=dtype)
+
+
+def _rotary(attention: AttentionConfig | None, known: dict[tuple[RopeConfig, int], Rotary]) -> Rotary | None:
+    """One table of angles for all layers that rotate alike."""
+    if attention is None or attention.rope is None:
+        return None
+    key = attention.rope, attention.head_dim
+    if key not in known:
+        known[key] = Rotary(*key)
+    return known[key]

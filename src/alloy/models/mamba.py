@@ -1,0 +1,190 @@
+"""The Mamba-2 mixer: projection, short convolution, selective state space, gated norm, projection.
+
+Shapes: inner = heads * head_dim, channels = inner + 2 * groups * state. in_proj's rows are z (inner), x (inner),
+B (groups * state), C (groups * state), dt (heads); the convolution runs over x, B and C.
+
+Paper: Transformers are SSMs (Dao and Gu, 2024), arXiv:2405.21060; layout hybrid-models.md section 5.4.
+Differs: dt is clamped by time_step_limit in prefill and decode alike, which transformers 5.23 does not.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from alloy.models.base import InitPlan, Layout, keep_fp32
+from alloy.models.blocks import Linear
+from alloy.models.cache import DenseCache, MambaDraft
+from alloy.models.configs import MambaConfig
+from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step
+from alloy.ops.norm import gated_rms_norm
+from alloy.ops.ssd import ssd_scan, ssd_step, ssd_step_multi
+
+
+class ConvWeight(nn.Module):
+    """Weights of the depthwise convolution: weight (channels, kernel), bias (channels,) or None."""
+
+    def __init__(self, config: MambaConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        shape = (config.channels, config.conv_kernel)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        bias = torch.empty(config.channels, device=device, dtype=dtype) if config.conv_bias else None
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def init_weights(self, plan: InitPlan) -> None:
+        """U(+-1/sqrt(kernel)); transformers: normal weights, zero bias."""
+        bound = self.weight.shape[1] ** -0.5
+        if plan.style == "transformers":
+            plan.normal(self.weight)
+        else:
+            plan.uniform(self.weight, -bound, bound)
+        if self.bias is not None and plan.style == "transformers":
+            self.bias.zero_()
+        elif self.bias is not None:
+            plan.uniform(self.bias, -bound, bound)
+
+
+class GateNorm(nn.Module):
+    """Weight of the gated norm, (inner,)."""
+
+    def __init__(self, width: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+
+    def init_weights(self, plan: InitPlan) -> None:
+        """Ones."""
+        self.weight.fill_(1.0)
+
+
+class Mamba(nn.Module):
+    """One Mamba-2 mixer; `layer` is its index in the cache.
+
+    `prefill_limit` and `decode_limit` clamp dt; both are the config's time_step_limit unless the model is asked to
+    reproduce another library (`HybridLM.compat`).
+    """
+
+    FP32 = ("dt_bias", "A_log", "D")
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        layer: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.prefill_limit = self.decode_limit = config.time_step_limit
+        width = config.inner + config.channels + config.heads
+        self.in_proj = Linear(config.hidden, width, config.proj_bias, device=device, dtype=dtype)
+        self.conv = ConvWeight(config, device, dtype)
+        self.dt_bias = nn.Parameter(torch.empty(config.heads, device=device, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(config.heads, device=device, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(config.heads, device=device, dtype=torch.float32))
+        self.norm = GateNorm(config.inner, device, dtype)
+        self.out_proj = Linear(config.inner, config.hidden, config.proj_bias, True, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> Tensor:
+        """x (batch, seq, hidden) -> the same shape."""
+        config = self.config
+        z, xbc, dt = self.in_proj(x).split([config.inner, config.channels, config.heads], dim=-1)
+        A = -self.A_log.float().exp()
+        if cache is None:
+            y = self._scan(xbc, dt, A, layout.documents)
+        elif cache.is_drafting:
+            y = self._draft(xbc, dt, A, cache)
+        elif x.shape[1] == 1 and layout.lengths is None and cache.longest:
+            y = self._step(xbc, dt, A, cache)
+        else:
+            y = self._prefill(xbc, dt, A, layout, cache)
+        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, config.norm_eps, config.inner // config.groups)
+        return self.out_proj(y)
+
+    def init_weights(self, plan: InitPlan) -> None:
+        """A ~ U(1, 16), D = 1, dt log-uniform between the config's bounds; transformers: A = 1..heads."""
+        config, device = self.config, self.D.device
+        self.D.fill_(1.0)
+        if plan.style == "transformers":
+            self.A_log.copy_(torch.arange(1, config.heads + 1, device=device).log())
+            # that library redraws this one matrix, with a fan-in of its own
+            bound = 1 / math.sqrt(config.inner * plan.num_layers)
+            plan.uniform(self.out_proj.weight, -bound, bound)
+        else:
+            plan.uniform(self.A_log, 1.0, 16.0)
+            self.A_log.log_()
+        low, high = plan.dt_range or (config.time_step_min, config.time_step_max)
+        plan.uniform(self.dt_bias, math.log(low), math.log(high))
+        dt = self.dt_bias.exp().clamp(min=config.time_step_floor)
+        # the inverse of softplus, so that softplus(dt_bias) = dt
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        apply: Callable[..., Any] = super()._apply
+        keep_fp32(self, self.FP32, lambda: apply(fn, recurse))
+        return self
+
+    def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., channels) -> x (..., heads, head_dim), B and C (..., groups, state), views."""
+        config = self.config
+        wide = config.groups * config.state
+        x, b, c = xbc.split([config.inner, wide, wide], dim=-1)
+        return (
+            x.unflatten(-1, (config.heads, -1)),
+            b.unflatten(-1, (config.groups, -1)),
+            c.unflatten(-1, (config.groups, -1)),
+        )
+
+    def _scan(self, xbc: Tensor, dt: Tensor, A: Tensor, documents: Tensor | None) -> Tensor:
+        xbc = cast(Tensor, causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=documents))
+        x, B, C = self._split(xbc)
+        limit = self.prefill_limit
+        y = ssd_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, documents=documents)
+        return cast(Tensor, y)
+
+    def _prefill(self, xbc: Tensor, dt: Tensor, A: Tensor, layout: Layout, cache: DenseCache) -> Tensor:
+        conv, ssm = cache.conv(self.layer), cache.ssm(self.layer)
+        fresh = cache.longest == 0
+        xbc, taps = causal_conv1d(
+            xbc,
+            self.conv.weight,
+            self.conv.bias,
+            init=None if fresh else conv,
+            documents=layout.documents,
+            return_state=True,
+        )
+        x, B, C = self._split(xbc)
+        y, state = ssd_scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.prefill_limit,
+            h0=None if fresh else ssm.float(),
+            documents=layout.documents,
+            return_state=True,
+        )
+        conv.copy_(taps)
+        ssm.copy_(state)
+        return y
+
+    def _step(self, xbc: Tensor, dt: Tensor, A: Tensor, cache: DenseCache) -> Tensor:
+        xbc = causal_conv1d_step(cache.conv(self.layer), xbc[:, 0], self.conv.weight, self.conv.bias)
+        x, B, C = self._split(xbc)
+        y = ssd_step(
+            cache.ssm(self.layer), x, dt[:, 0], A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=self.decode_limit
+        )
+        return y[:, None]
+
+    def _draft(self, xbc: Tensor, dt: Tensor, A: Tensor, cache: DenseCache) -> Tensor:
+        inputs = xbc
+        xbc = causal_conv1d_multi(cache.conv(self.layer), xbc, self.conv.weight, self.conv.bias)
+        x, B, C = self._split(xbc)
+        limit = self.decode_limit
+        cache.drafts[self.layer] = MambaDraft(inputs, x, dt, A, B, C, self.dt_bias, limit)
+        return ssd_step_multi(cache.ssm(self.layer), x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit)

@@ -1,0 +1,79 @@
+"""The one table that says which function computes an op on which kind of device.
+
+Backends: "torch" is the readable reference and runs everywhere; "cpu" is plain PyTorch tuned for CPU cores with a
+hand-written backward. Kernels for other devices are added as further backends without touching a caller:
+`backend.add("ssd_scan", "triton", fn)`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from alloy.errors import RecipeError
+
+Op = Callable[..., Any]
+
+TABLE: dict[str, dict[str, Op]] = {}
+
+# what is taken first on each device type; "torch" is always last and always there
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
+_forced: list[str] = []
+
+
+def add(op: str, backend: str, fn: Op) -> None:
+    """Register `fn` as `op` on `backend`. A place in the table can be taken once."""
+    row = TABLE.setdefault(op, {})
+    if backend in row:
+        raise ValueError(f'op "{op}" has a "{backend}" function already')
+    row[backend] = fn
+    _choose.cache_clear()
+
+
+def resolve(op: str, device_type: str) -> Op:
+    """The function that computes `op` on `device_type` ("cpu", "cuda", ...)."""
+    return TABLE[op][_choose(op, device_type, _forced[-1] if _forced else None)]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op that has a `name` function uses it; the others use "torch"."""
+    known = sorted({backend for row in TABLE.values() for backend in row})
+    if name not in known:
+        raise RecipeError(f'unknown backend "{name}". Known: {", ".join(known)}.')
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def explain(op: str, device_type: str = "cpu", **shapes: object) -> str:
+    """One line: what would run for `op` and why. `shapes` are repeated in the line."""
+    if op not in TABLE:
+        raise RecipeError(f'unknown op "{op}". Known: {", ".join(sorted(TABLE))}.')
+    forced = _forced[-1] if _forced else None
+    chosen = _choose(op, device_type, forced)
+    if forced is not None:
+        why = f"use_backend({forced!r})" + ("" if chosen == forced else ", which lacks this op")
+    elif chosen == "torch":
+        why = f"no function of {device_type}'s own"
+    else:
+        why = f"first choice on {device_type}"
+    fn = TABLE[op][chosen]
+    given = "".join(f" {name}={value}" for name, value in shapes.items())
+    return f"{op}{given} on {device_type}: {chosen} ({fn.__module__}.{fn.__name__}), {why}; has {', '.join(TABLE[op])}"
+
+
+def choices(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[dict[str, str]]:
+    """One row an op: its name, what runs on each device type, and the backends it has."""
+    return [
+        {"op": op, **{kind: _choose(op, kind, None) for kind in device_types}, "has": ", ".join(row)}
+        for op, row in TABLE.items()
+    ]
+
+
+@cache
+def _choose(op: str, device_type: str, forced: str | None) -> str:
+    order = (forced,) if forced is not None else _PREFERENCE.get(device_type, ())
+    return next((backend for backend in order if backend in TABLE[op]), "torch")

@@ -1,0 +1,43 @@
+"""How ops read packing and padding: segment numbers that rise at each document start, and a mask of real tokens."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def as_documents(documents: Tensor | None, cu_seqlens: Tensor | None, batch: int, seq: int) -> Tensor | None:
+    """The one form in which ops see packing: `documents` (batch, seq), or None for one full document a row.
+
+    Args:
+        documents: int (batch, seq); equal adjacent numbers are one document, -1 is padding, only at a row's end
+        cu_seqlens: int (docs + 1,), document boundaries from 0 to seq; needs batch == 1
+        batch: rows of the input
+        seq: its tokens a row
+    """
+    if cu_seqlens is None:
+        if documents is not None and documents.shape != (batch, seq):
+            raise ValueError(f"documents has shape {tuple(documents.shape)} but the input is ({batch}, {seq})")
+        return documents
+    if documents is not None:
+        raise ValueError("documents and cu_seqlens are both given; pass one of them")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs batch == 1, got batch = {batch}; pass documents for several rows")
+    check_cu_seqlens(cu_seqlens, seq)
+    return torch.searchsorted(cu_seqlens[1:].long(), torch.arange(seq, device=cu_seqlens.device), right=True)[None]
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, seq: int) -> None:
+    """Refuse boundaries that do not rise from 0 to `seq` (an empty document is refused too)."""
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seq or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens = {bounds} must rise strictly from 0 to seq = {seq}")
+
+
+def segment_ids(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """(segments, real), both (batch, seq): int64 numbers that rise by one at each document start, and the mask of
+    tokens that are not padding. Padding continues the last segment, so a state is carried through it."""
+    real = documents >= 0
+    starts = torch.zeros_like(documents, dtype=torch.int64)
+    starts[:, 1:] = (documents[:, 1:] != documents[:, :-1]) & real[:, 1:]
+    return starts.cumsum(1), real

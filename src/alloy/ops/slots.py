@@ -1,0 +1,44 @@
+"""Reading and writing rows of slot-major states in place."""
+
+from torch import Tensor
+
+
+def used_rows(slots: Tensor | None, state: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """(rows, used): the state row of each batch row that has one, and the numbers of those batch rows.
+
+    (None, None) when `slots` is None: batch row b uses state row b. `used` is None when every batch row has a slot.
+
+    Args:
+        slots: int (batch,); -1 marks a batch row without a state
+        state: (slots, ...)
+        batch: rows of the input
+    """
+    if slots is None:
+        if batch > state.shape[0]:
+            raise ValueError(f"batch = {batch} rows but the state has {state.shape[0]} slots")
+        return None, None
+    numbers = slots.tolist()
+    if len(numbers) != batch:
+        raise ValueError(f"slots has {len(numbers)} entries for a batch of {batch}")
+    taken = [slot for slot in numbers if slot >= 0]
+    if len(set(taken)) != len(taken):
+        raise ValueError(f"slots = {numbers}: a slot is used twice; each row needs a state of its own")
+    if any(slot >= state.shape[0] for slot in taken):
+        raise ValueError(f"slots = {numbers} but the state has {state.shape[0]} slots")
+    if len(taken) == batch:
+        return slots.long(), None
+    used = (slots >= 0).nonzero()[:, 0]
+    return slots[used].long(), used
+
+
+def read_slots(state: Tensor, rows: Tensor | None, batch: int) -> Tensor:
+    """The rows of `state` (slots, ...) as (rows, ...): a view of the first `batch` for None, else a copy."""
+    return state[:batch] if rows is None else state[rows]
+
+
+def write_slots(state: Tensor, rows: Tensor | None, new: Tensor) -> None:
+    """Write `new` (rows, ...) into `state` (slots, ...) in place; None: the first rows in order."""
+    if rows is None:
+        state[: new.shape[0]].copy_(new)
+    else:
+        state.index_copy_(0, rows, new.to(state.dtype))

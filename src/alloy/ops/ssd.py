@@ -1,0 +1,416 @@
+"""State space duality (SSD), the sequence mixing of Mamba-2: over a sequence, one step, and steps to be verified.
+
+Legend, used by every function here: x inputs of the heads, dt raw step sizes, A (< 0) decay rates, B input and C output
+projections of a group of heads, D skip weights, S the state.
+    d_t = clamp(softplus(dt_t + dt_bias), dt_limit); S_t = exp(d_t A) S_{t-1} + d_t x_t (outer) B_t; y_t = S_t C_t + D x_t
+Head i belongs to group floor(i / (heads / groups)). The scan works on chunks of the sequence: products inside a chunk are
+matmuls, one carried state joins the chunks, and the chunk size does not change the result.
+
+Paper: Mamba-2 (Dao and Gu, 2024), section 6. arXiv:2405.21060
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alloy.ops import backend
+from alloy.ops.documents import as_documents, segment_ids
+from alloy.ops.precision import wide
+from alloy.ops.slots import read_slots, used_rows, write_slots
+
+NO_LIMIT = (0.0, math.inf)
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    h0: Tensor | None = None,
+    documents: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = 64,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the recurrence over a sequence of any length; differentiable in every tensor.
+
+    Args:
+        x: (batch, seq, heads, head_dim)
+        dt: (batch, seq, heads)
+        A: (heads,), negative, kept in fp32
+        B: (batch, seq, groups, state)
+        C: (batch, seq, groups, state)
+        D: (heads,)
+        dt_bias: (heads,)
+        dt_softplus: whether dt passes through softplus
+        dt_limit: bounds of d, after softplus
+        h0: (batch, heads, head_dim, state), the state before the first document of each row
+        documents: int (batch, seq); -1 is padding, only at a row's end: never read, output 0
+        cu_seqlens: int (docs + 1,) instead of `documents` when batch == 1
+        chunk: tokens of a chunk, a power of two in 16 .. 256
+        return_state: also return the state
+
+    Returns:
+        y (batch, seq, heads, head_dim) in x's dtype; the fp32 state (batch, heads, head_dim, state) after the last real
+        token of the row's last document; with `cu_seqlens` (docs, heads, head_dim, state), one of each document
+    """
+    batch, seq = x.shape[:2]
+    _check_scan(x, dt, A, B, C, h0, dt_limit, chunk)
+    if cu_seqlens is not None and return_state:
+        return _scan_documents(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, h0, cu_seqlens, chunk)
+    documents = as_documents(documents, cu_seqlens, batch, seq)
+    scan = backend.resolve("ssd_scan", x.device.type)
+    y, state = scan(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, h0, documents, chunk, return_state)
+    return (y, state) if return_state else y
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """One token for each row; the state is updated in place.
+
+    Args:
+        state: (slots, heads, head_dim, state)
+        x: (batch, heads, head_dim)
+        dt: (batch, heads)
+        A: (heads,)
+        B: (batch, groups, state)
+        C: (batch, groups, state)
+        D: (heads,)
+        dt_bias: (heads,)
+        dt_softplus: as in `ssd_scan`
+        dt_limit: as in `ssd_scan`
+        slots: int (batch,), the state row of each batch row, distinct; -1: no read, no write, output 0. None: in order
+
+    Returns:
+        y (batch, heads, head_dim) in x's dtype
+    """
+    step = backend.resolve("ssd_step", x.device.type)
+    rows, used = used_rows(slots, state, x.shape[0])
+    if used is None:
+        return step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, rows)
+    y = step(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows)
+    return y.new_zeros(x.shape).index_copy_(0, used, y)
+
+
+def ssd_step_multi(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """What `tokens` steps would give, with the state left as it is (drafts to be verified).
+
+    Args:
+        state: (slots, heads, head_dim, state)
+        x: (batch, tokens, heads, head_dim)
+        dt: (batch, tokens, heads)
+        A: (heads,)
+        B: (batch, tokens, groups, state)
+        C: (batch, tokens, groups, state)
+        D: (heads,)
+        dt_bias: (heads,)
+        dt_softplus: as in `ssd_scan`
+        dt_limit: as in `ssd_scan`
+        slots: as in `ssd_step`
+
+    Returns:
+        y (batch, tokens, heads, head_dim) in x's dtype
+    """
+    rows, used = used_rows(slots, state, x.shape[0])
+    given = (x, dt, B, C) if used is None else (x[used], dt[used], B[used], C[used])
+    before = read_slots(state, rows, x.shape[0])
+    y = _multi(before, given[0], given[1], A, given[2], given[3], D, dt_bias, dt_softplus, dt_limit)
+    return y if used is None else y.new_zeros(x.shape).index_copy_(0, used, y)
+
+
+def ssd_replay(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    counts: Tensor,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    slots: Tensor | None = None,
+) -> None:
+    """Advance the state in place by the first counts[b] tokens of each row (drafts that were accepted).
+
+    Args:
+        state: (slots, heads, head_dim, state)
+        x: (batch, tokens, heads, head_dim), like what follows as given to `ssd_step_multi`
+        dt: (batch, tokens, heads)
+        A: (heads,)
+        B: (batch, tokens, groups, state)
+        C: (batch, tokens, groups, state), not read
+        counts: int (batch,), 0 .. tokens
+        dt_bias: (heads,)
+        dt_softplus: as in `ssd_scan`
+        dt_limit: as in `ssd_scan`
+        slots: as in `ssd_step`
+    """
+    rows, used = used_rows(slots, state, x.shape[0])
+    if used is not None:
+        x, dt, B, counts = x[used], dt[used], B[used], counts[used]
+    before = read_slots(state, rows, x.shape[0])
+    kind = wide(before)
+    kept = torch.arange(x.shape[1], device=x.device) < counts[:, None]  # (batch, tokens)
+    d, log_decay = _step_sizes(dt, A, dt_bias, dt_softplus, dt_limit, kept, kind)
+    total = log_decay.sum(1)  # (batch, heads)
+    ahead = torch.exp(total[:, None] - log_decay.cumsum(1)) * d  # (batch, tokens, heads)
+    inputs = torch.where(kept[..., None, None], x, 0).to(kind) * ahead[..., None]
+    added = _by_group(inputs, B.shape[2]).transpose(-1, -2) @ torch.where(kept[..., None, None], B, 0).to(
+        kind
+    ).transpose(1, 2)
+    after = before * torch.exp(total)[..., None, None] + added.view(before.shape)
+    write_slots(state, rows, after)
+
+
+def _check_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None, dt_limit: tuple[float, float], chunk: int
+) -> None:
+    """Refuse what would broadcast silently or is outside the ranges that every backend serves."""
+    batch, seq, heads, head_dim = x.shape
+    groups, state = B.shape[2:]
+    if seq == 0:
+        raise ValueError("ssd_scan: seq = 0; give at least one token")
+    if heads % groups:
+        raise ValueError(f"ssd_scan: heads = {heads} is not a multiple of groups = {groups}")
+    if dt.shape != (batch, seq, heads) or A.shape != (heads,):
+        raise ValueError(
+            f"ssd_scan: x is {tuple(x.shape)}, so dt must be {(batch, seq, heads)} and A ({heads},); "
+            f"got {tuple(dt.shape)} and {tuple(A.shape)}"
+        )
+    if B.shape != (batch, seq, groups, state) or C.shape != B.shape:
+        raise ValueError(
+            f"ssd_scan: B and C must both be {(batch, seq, groups, state)}; got {tuple(B.shape)} and {tuple(C.shape)}"
+        )
+    if head_dim > 256 or state > 256:
+        raise ValueError(f"ssd_scan: head_dim = {head_dim} and state = {state}; both must be at most 256")
+    if h0 is not None and h0.shape != (batch, heads, head_dim, state):
+        raise ValueError(f"ssd_scan: h0 is {tuple(h0.shape)}; expected {(batch, heads, head_dim, state)}")
+    if h0 is not None and not h0.is_floating_point():
+        raise ValueError(f"ssd_scan: h0 is {h0.dtype}; a state is floating point")
+    if chunk not in (16, 32, 64, 128, 256):
+        raise ValueError(f"ssd_scan: chunk = {chunk} is not a power of two in 16 .. 256")
+    if not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"ssd_scan: dt_limit = {dt_limit}; the lower bound must be >= 0 and <= the upper")
+    # only where looking costs no synchronisation
+    if A.device.type == "cpu" and not torch.compiler.is_compiling() and bool((A >= 0).any()):
+        raise ValueError(f"ssd_scan: A must be negative, its largest value is {A.max().item():g}")
+
+
+def _scan_documents(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    h0: Tensor | None,
+    cu_seqlens: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """The scan with a final state of each packed document: every document becomes a padded row."""
+    as_documents(None, cu_seqlens, *x.shape[:2])
+    bounds = cu_seqlens.long()
+    lengths = bounds[1:] - bounds[:-1]
+    place = torch.arange(int(lengths.max()), device=x.device)
+    real = place < lengths[:, None]  # (docs, longest)
+    index = torch.where(real, bounds[:-1, None] + place, 0)
+    rows = [t[0][index] for t in (x, dt, B, C)]
+    if h0 is not None:
+        h0 = torch.cat([h0, h0.new_zeros(len(lengths) - 1, *h0.shape[1:])])
+    documents = torch.where(real, 0, -1).to(torch.int32)
+    scan = backend.resolve("ssd_scan", x.device.type)
+    y, state = scan(
+        rows[0], rows[1], A, rows[2], rows[3], D, dt_bias, dt_softplus, dt_limit, h0, documents, chunk, True
+    )
+    return y[real][None], state
+
+
+def _step_sizes(
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    real: Tensor | None,
+    kind: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(d, d * A), both like dt (batch, tokens, heads); zero where `real` (batch, tokens) is false."""
+    if real is not None:
+        dt = torch.where(real[..., None], dt, 0)
+    d = dt.to(kind)
+    if dt_bias is not None:
+        d = d + dt_bias.to(kind)
+    if dt_softplus:
+        d = F.softplus(d)
+    if dt_limit != NO_LIMIT:
+        d = d.clamp(*dt_limit)
+    if real is not None:
+        d = torch.where(real[..., None], d, 0)
+    return d, d * A.to(kind)
+
+
+def _by_group(heads: Tensor, groups: int) -> Tensor:
+    """(batch, tokens, heads, width) -> (batch, groups, tokens, heads of a group * width)."""
+    return heads.unflatten(2, (groups, -1)).transpose(1, 2).flatten(3)
+
+
+def _multi(
+    before: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """`ssd_step_multi` for rows that all have a state: one chunk of the scan with `before` carried in."""
+    kind = wide(before)
+    batch, tokens, heads, _ = x.shape
+    groups = B.shape[2]
+    d, log_decay = _step_sizes(dt, A, dt_bias, dt_softplus, dt_limit, None, kind)
+    logs = log_decay.cumsum(1)  # (batch, tokens, heads)
+    B, C = B.to(kind).transpose(1, 2), C.to(kind).transpose(1, 2)  # (batch, groups, tokens, state)
+    from_state = C @ before.to(kind).view(batch, groups, -1, before.shape[3]).transpose(-1, -2)
+    y = (
+        from_state.view(batch, groups, tokens, heads // groups, -1).transpose(1, 2).flatten(2, 3)
+        * torch.exp(logs)[..., None]
+    )
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
+    logs = logs.transpose(1, 2)  # (batch, heads, tokens)
+    decay = (logs[..., :, None] - logs[..., None, :]).masked_fill(later, -math.inf).exp() * d.transpose(1, 2)[
+        :, :, None
+    ]
+    mixed = decay.unflatten(1, (groups, -1)) * (C @ B.transpose(-1, -2))[:, :, None]
+    y = y + (mixed.flatten(1, 2) @ x.to(kind).transpose(1, 2)).transpose(1, 2)
+    if D is not None:
+        y = y + x * D.to(kind)[:, None]
+    return y.to(x.dtype)
+
+
+def _ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    h0: Tensor | None,
+    documents: Tensor | None,
+    chunk: int,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Reference: a loop over chunks, each one matmuls; autograd does the backward."""
+    kind = wide(x)
+    batch, seq, heads, head_dim = x.shape
+    groups, width = B.shape[2:]
+    segments, real = (None, None) if documents is None else segment_ids(documents)
+    d, log_decay = _step_sizes(dt, A, dt_bias, dt_softplus, dt_limit, real, kind)
+    out_dtype, x, B, C = x.dtype, x.to(kind), B.to(kind), C.to(kind)
+    if real is not None:
+        x, B, C = (torch.where(real[..., None, None], t, 0) for t in (x, B, C))
+    carry = x.new_zeros(batch, heads, head_dim, width) if h0 is None else h0.to(kind)
+    owner = None if segments is None else segments[:, :1]  # (batch, 1), the segment that the carry belongs to
+    parts = []
+    for start in range(0, seq, chunk):
+        part = slice(start, min(start + chunk, seq))
+        logs = log_decay[:, part].cumsum(1).transpose(1, 2)  # (batch, heads, tokens)
+        tokens = logs.shape[2]
+        u = (d[:, part, :, None] * x[:, part]).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        b, c = B[:, part].transpose(1, 2), C[:, part].transpose(1, 2)  # (batch, groups, tokens, state)
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
+        into, onto, through = logs, logs[..., -1:] - logs, logs[..., -1]
+        if segments is not None and owner is not None:
+            own = segments[:, part]
+            hidden = hidden | (own[:, :, None] != own[:, None, :])[:, None]
+            into = into.masked_fill((own != owner)[:, None], -math.inf)
+            onto = onto.masked_fill((own != own[:, -1:])[:, None], -math.inf)
+            through = through.masked_fill(own[:, -1:] != owner, -math.inf)
+            owner = own[:, -1:]
+        decay = (logs[..., :, None] - logs[..., None, :]).masked_fill(hidden, -math.inf).exp()
+        mixed = (decay.unflatten(1, (groups, -1)) * (c @ b.transpose(-1, -2))[:, :, None]).flatten(1, 2)
+        from_carry = c @ carry.unflatten(1, (groups, -1)).flatten(2, 3).transpose(-1, -2)
+        from_carry = from_carry.unflatten(-1, (-1, head_dim)).transpose(2, 3).flatten(1, 2)
+        parts.append(mixed @ u + into.exp()[..., None] * from_carry)
+        weighted = (onto.exp()[..., None] * u).unflatten(1, (groups, -1))  # (batch, groups, heads, tokens, head_dim)
+        added = weighted.transpose(-1, -2).flatten(2, 3) @ b
+        carry = through.exp()[..., None, None] * carry + added.view(carry.shape)
+    y = torch.cat(parts, dim=2).transpose(1, 2)
+    if D is not None:
+        y = y + D.to(kind)[:, None] * x
+    return y.to(out_dtype), carry
+
+
+def _ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    rows: Tensor | None,
+) -> Tensor:
+    """Reference of the step; `rows` int64 (batch,) are distinct, or None for the first rows in order."""
+    before = read_slots(state, rows, x.shape[0])
+    kind = wide(before)
+    heads, groups = x.shape[1], B.shape[1]
+    d, log_decay = _step_sizes(dt[:, None], A, dt_bias, dt_softplus, dt_limit, None, kind)
+    d, decay = d[:, 0], log_decay[:, 0].exp()
+    b, c = (t.to(kind).repeat_interleave(heads // groups, dim=1)[:, :, None] for t in (B, C))
+    after = before * decay[..., None, None] + (d[..., None] * x)[..., None] * b
+    y = (after * c).sum(-1)
+    if D is not None:
+        y = y + D.to(kind)[:, None] * x
+    write_slots(state, rows, after)
+    return y.to(x.dtype)
+
+
+backend.add("ssd_scan", "torch", _ssd_scan)
+backend.add("ssd_step", "torch", _ssd_step)
