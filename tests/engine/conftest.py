@@ -78,6 +78,12 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
 
 
 @pytest.fixture(scope="session")
+def build_model() -> Callable[..., CausalLM]:
+    """`build`, for fixtures of a test file."""
+    return build
+
+
+@pytest.fixture(scope="session")
 def mtp_model() -> CausalLM:
     """A hybrid with multi-token prediction."""
     return build("mtp", seed=1)
