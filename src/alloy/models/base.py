@@ -7,7 +7,7 @@ blocks, final norm and head; `hybrid.py` and `llama.py` only say which blocks.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +198,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class InitPlan:
-    """How weights are drawn; each module's `init_weights` reads what it needs.
+    """How weights are drawn; each module's `draw_weights` reads what it needs.
 
     Attributes:
         std: standard deviation of matrices
@@ -224,10 +224,10 @@ class InitPlan:
 
 
 @runtime_checkable
-class Initialised(Protocol):
+class Drawn(Protocol):
     """A module that draws its own parameters (not those of its children)."""
 
-    def init_weights(self, plan: InitPlan) -> None: ...
+    def draw_weights(self, plan: InitPlan) -> None: ...
 
 
 class Layer(Protocol):
@@ -396,9 +396,7 @@ class CausalLM(nn.Module):
             generator = torch.Generator(self.embed.weight.device).manual_seed(generator)
         std = self.config.std
         plan = InitPlan(std, std / self.residual_scale(init), len(self.layers), init, generator, dt_range)
-        for module in self.modules():
-            if isinstance(module, Initialised) and module is not self:
-                module.init_weights(plan)
+        _draw(self, plan)
 
     def residual_scale(self, init: InitStyle) -> float:
         """By how much matrices that write to the residual stream start smaller."""
@@ -419,6 +417,13 @@ class CausalLM(nn.Module):
             return checkpoint(layer, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
         return layer(x, layout, cache)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # `to_empty` and moves to another device give the two names a tensor each
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        return self
+
     def compute_logits(
         self, rolled: Tensor, last_hidden: Tensor, layout: Layout, logits: Literal["all", "last"] | Tensor | None
     ) -> Tensor | None:
@@ -435,6 +440,14 @@ class CausalLM(nn.Module):
         # a look at the ids costs a synchronisation on accelerators, which report a bad one themselves
         if tokens.device.type == "cpu" and tokens.shape[1] > 1 and int(tokens.max()) >= self.config.vocab:
             raise RequestError(f"token id {int(tokens.max())} is outside the vocabulary of {self.config.vocab}")
+
+
+def _draw(module: nn.Module, plan: InitPlan) -> None:
+    """Children first, so that a module may redraw what it knows better."""
+    for child in module.children():
+        _draw(child, plan)
+    if isinstance(module, Drawn):
+        module.draw_weights(plan)
 
 
 def merge_stats(stats: Sequence[RouterStats]) -> RouterStats:

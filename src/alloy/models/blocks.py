@@ -39,7 +39,7 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: see the module's docstring."""
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """Normal weights, zero bias."""
         plan.normal(self.weight, self.residual)
         if self.bias is not None:
@@ -52,7 +52,7 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Nothing: see the module's docstring."""
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """Normal weights."""
         plan.normal(self.weight)
 
@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
         """x (..., width) -> the same shape in the weight's dtype."""
         return rms_norm(x, self.weight, self.eps, self.cast_first).to(self.weight.dtype)
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """Ones."""
         self.weight.fill_(1.0)
 
@@ -97,7 +97,7 @@ class LayerNorm1P(nn.Module):
         """x (..., width) -> the same shape."""
         return layer_norm_1p(x, self.weight, self.bias, self.eps)
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """Zeros, so that gamma is 1; transformers starts gamma at 2."""
         self.weight.fill_(1.0 if plan.style == "transformers" else 0.0)
         self.bias.zero_()

@@ -33,7 +33,7 @@ class ConvWeight(nn.Module):
         bias = torch.empty(config.channels, device=device, dtype=dtype) if config.conv_bias else None
         self.bias = None if bias is None else nn.Parameter(bias)
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """U(+-1/sqrt(kernel)); transformers: normal weights, zero bias."""
         bound = self.weight.shape[1] ** -0.5
         if plan.style == "transformers":
@@ -53,7 +53,7 @@ class GateNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """Ones."""
         self.weight.fill_(1.0)
 
@@ -103,7 +103,7 @@ class Mamba(nn.Module):
         y = gated_rms_norm(y.flatten(2), z, self.norm.weight, config.norm_eps, config.inner // config.groups)
         return self.out_proj(y)
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """A ~ U(1, 16), D = 1, dt log-uniform between the config's bounds; transformers: A = 1..heads."""
         config, device = self.config, self.D.device
         self.D.fill_(1.0)

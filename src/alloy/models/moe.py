@@ -41,7 +41,7 @@ class Gate(nn.Module):
                 return F.linear(x.float(), self.weight.float())
         return F.linear(x.float(), self.weight.float())
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """Normal weights, zero bias."""
         plan.normal(self.weight)
         if self.bias is not None:
@@ -72,7 +72,7 @@ class Experts(nn.Module):
         """x (tokens, width), chosen and weights (tokens, top_k) -> (tokens, width)."""
         return moe_experts(x, chosen, weights, self.up, self.down, self.gate, self.activation)
 
-    def init_weights(self, plan: InitPlan) -> None:
+    def draw_weights(self, plan: InitPlan) -> None:
         """Normal; `down` writes to the residual stream."""
         plan.normal(self.up)
         plan.normal(self.down, residual=True)
