@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "pretrain": Command("alloy.cli.pretrain:pretrain", "Train a language model from scratch, or go on with one."),
     "model": Command("alloy.cli.model:app", "Sizes and memory of a configuration."),
+    "convert": Command("alloy.cli.convert:convert", "Rewrite a checkpoint: dtype, config style, shard size."),
     "eval": Command("alloy.cli.eval:evaluate", "Measure a model: bits per byte of a text."),
     "generate": Command("alloy.cli.generate:generate", "Continue a prompt, or a file of prompts."),
     "chat": Command("alloy.cli.chat:chat", "Talk to a model in the terminal."),
