@@ -1,6 +1,7 @@
 """Text from tokens: whole characters, whole text, and never a piece of a stop string."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -66,7 +67,7 @@ def test_stop_strings_are_found_wherever_tokens_cut_them(
     """Random cuts of the bytes: the streamed text ends where the first complete stop string says, to the character."""
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)), max_size=12)) | {0, len(raw)})
-    table = [raw[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    table = [raw[a:b] for a, b in pairwise(cuts)]
 
     def decode(ids: Sequence[int]) -> str:
         return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")

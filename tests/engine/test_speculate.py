@@ -46,7 +46,9 @@ def tokens(outs: list[Output]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, "auto"])
-def test_greedy_answers_are_the_same_with_drafts(taught: CausalLM, mtp_model: CausalLM, length: int | str, reference) -> None:
+def test_greedy_answers_are_the_same_with_drafts(
+    taught: CausalLM, mtp_model: CausalLM, length: int | str, reference
+) -> None:
     """Ragged batches whose rows accept different numbers of drafts; a difference is allowed after a tie, and counted."""
     ties = 0
     for model, many in ((taught, True), (mtp_model, False)):
@@ -85,7 +87,9 @@ def test_every_rule_gives_the_same_answer_with_drafts(taught: CausalLM, params: 
     llm = LLM(taught, max_seqs=3, speculate=3)
     drafted = llm.generate(asked(5), params)
     assert tokens(drafted) == tokens(plain)
-    assert [c.finish_reason for o in drafted for c in o.completions] == [c.finish_reason for o in plain for c in o.completions]
+    assert [c.finish_reason for o in drafted for c in o.completions] == [
+        c.finish_reason for o in plain for c in o.completions
+    ]
     assert sum(llm.stats.drafted_at) > 0
 
 
@@ -112,7 +116,9 @@ def test_pairs_of_uneven_rows_merge_in_order() -> None:
     assert below.mask().sum(1).tolist() == [3, 2, 1]
 
 
-@pytest.mark.parametrize(("rate", "cost", "low", "high"), [(0.95, 0.05, 5, 6), (0.9, 2.0, 0, 0), (0.0, 0.05, 0, 0), (0.6, 0.3, 1, 2)])
+@pytest.mark.parametrize(
+    ("rate", "cost", "low", "high"), [(0.95, 0.05, 5, 6), (0.9, 2.0, 0, 0), (0.0, 0.05, 0, 0), (0.6, 0.3, 1, 2)]
+)
 def test_auto_settles_on_the_length_with_most_tokens_per_second(rate: float, cost: float, low: int, high: int) -> None:
     """Simulated steps of 1 + cost * length seconds, each draft right with the given rate: the best length is computable."""
     r, length = random.Random(1), DraftLength("auto")

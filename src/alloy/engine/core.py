@@ -87,7 +87,9 @@ class LLM:
         self.tokenizer = tokenizer
         config = self.model.config
         if tokenizer is not None and len(tokenizer) > config.vocab:
-            raise RequestError(f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {config.vocab}")
+            raise RequestError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {config.vocab}"
+            )
         self.max_model_len = max_model_len if max_model_len is not None else config.max_positions
         kind = self.model.embed.weight.device.type
         self.max_step_tokens = max_step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS_ACCELERATOR)
@@ -148,7 +150,10 @@ class LLM:
         listed = cast(Items[Prompt], prompts)
         chosen = _per_prompt(params, len(listed))
         ids = [self.encode(p, f"prompt {i}") if isinstance(p, str) else p for i, p in enumerate(listed)]
-        return self._answer([Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(zip(ids, chosen, strict=True))], stream)
+        return self._answer(
+            [Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(zip(ids, chosen, strict=True))],
+            stream,
+        )
 
     @overload
     def chat(
@@ -195,7 +200,10 @@ class LLM:
         if thinking_budget is not None:
             chosen = [replace(p, thinking_budget=thinking_budget) for p in chosen]
         ids = [self.encode_chat(talk, template) for talk in talks]
-        return self._answer([Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(zip(ids, chosen, strict=True))], stream)
+        return self._answer(
+            [Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(zip(ids, chosen, strict=True))],
+            stream,
+        )
 
     def encode(self, text: str, name: str = "prompt") -> list[int]:
         """Token ids of a prompt; `name` is what an error calls it."""
@@ -258,7 +266,8 @@ class LLM:
         if stream:
             return self.stream(requests)
         outputs = [
-            Output(r.id, i, r.token_ids, [_empty(r.params, k) for k in range(r.params.n)]) for i, r in enumerate(requests)
+            Output(r.id, i, r.token_ids, [_empty(r.params, k) for k in range(r.params.n)])
+            for i, r in enumerate(requests)
         ]
         for news in self.stream(requests):
             gather(outputs[news.index], news)
@@ -302,7 +311,9 @@ class LLM:
             raise RequestError(f"{where} is empty; a model needs at least one token to continue")
         low, high = min(tokens), max(tokens)
         if low < 0 or high >= vocab:
-            raise RequestError(f"{where} has the token id {low if low < 0 else high}, outside the vocabulary of {vocab}")
+            raise RequestError(
+                f"{where} has the token id {low if low < 0 else high}, outside the vocabulary of {vocab}"
+            )
         room = self.max_model_len - len(tokens)
         if params.max_tokens is not None and room < params.max_tokens:
             raise RequestError(
@@ -339,7 +350,9 @@ class LLM:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self._decode is None:
             return None
-        return Detokenizer(self._decode, self._special, cast(tuple[str, ...], params.stop), params.include_stop_str_in_output)
+        return Detokenizer(
+            self._decode, self._special, cast(tuple[str, ...], params.stop), params.include_stop_str_in_output
+        )
 
     def _thinking(self, params: SamplingParams) -> ThinkingBudget | None:
         if params.thinking_budget is None:

@@ -39,7 +39,9 @@ def uniforms(seed: int, stream: int, start: int, count: int) -> list[float]:
     """Numbers in (0, 1) for positions start .. start + count - 1 of one stream of a seed (53 bits each)."""
     seed &= 0xFFFFFFFFFFFFFFFF
     positions = np.arange(start, start + count, dtype=np.uint64)
-    counters = np.stack((positions & LOW, positions >> SHIFT, np.full_like(positions, stream), np.zeros_like(positions)))
+    counters = np.stack(
+        (positions & LOW, positions >> SHIFT, np.full_like(positions, stream), np.zeros_like(positions))
+    )
     high, low, _, _ = philox(counters, (seed & 0xFFFFFFFF, seed >> 32))
     bits = (high >> np.uint64(5)) * np.uint64(1 << 26) + (low >> np.uint64(6))
     return ((bits.astype(np.float64) + 0.5) / 2**53).tolist()

@@ -28,10 +28,15 @@ class ThinkingBudget:
     """
 
     def __init__(
-        self, budget: int, grace: int, close: Sequence[int], markers: ThinkingMarkers, has_newline: Callable[[int], bool]
+        self,
+        budget: int,
+        grace: int,
+        close: Sequence[int],
+        markers: ThinkingMarkers,
+        has_newline: Callable[[int], bool],
     ) -> None:
         self._budget = budget
-        self._watch_from = max(0, budget - grace)
+        self._soft = budget - grace
         self._close = tuple(close)
         self._markers = markers
         self._has_newline = has_newline
@@ -57,7 +62,7 @@ class ThinkingBudget:
             self._inside = False
         elif self._inside:
             self.used += 1
-            if self.used >= self._watch_from and self._has_newline(token):
+            if self.used > self._soft and self._has_newline(token):
                 return self._force()
         elif token == self._markers.start:
             self._inside = True

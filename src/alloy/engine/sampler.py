@@ -39,7 +39,9 @@ class Sampler:
         self._plain = all(p.plain for p in params)
         self.wants_logprobs = any(p.logprobs is not None for p in params)
         self._banned = [(row, sorted(s.stop_ids)) for row, s in enumerate(self._sequences) if s.params.min_tokens]
-        self._biased = [(row, list(p.logit_bias), list(p.logit_bias.values())) for row, p in enumerate(params) if p.logit_bias]
+        self._biased = [
+            (row, list(p.logit_bias), list(p.logit_bias.values())) for row, p in enumerate(params) if p.logit_bias
+        ]
         self._drawn = [row for row, p in enumerate(params) if not p.greedy]
         drawn = [params[row] for row in self._drawn]
         self._temperature = torch.tensor([p.temperature for p in drawn], device=device)
@@ -74,7 +76,7 @@ class Sampler:
         """
         if self._plain:
             return _checked(logits, greedy(logits)).tolist()
-        rows, positions, vocab = logits.shape
+        _, positions, vocab = logits.shape
         changed = self._penalise(self._bias(self._ban(logits)), drafts)
         tokens = greedy(changed)
         if self._drawn:

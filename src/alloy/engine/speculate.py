@@ -181,9 +181,7 @@ def stack(above: Pairs, below: Pairs) -> Pairs:
     wide = [_widen(p, width) for p in (above, below)]
     counts = torch.cat([p.mask().sum(1) for p in wide])
     uniform = all(p.counts is None for p in wide)
-    return Pairs(
-        torch.cat([p.tokens for p in wide]), torch.cat([p.hidden for p in wide]), None if uniform else counts
-    )
+    return Pairs(torch.cat([p.tokens for p in wide]), torch.cat([p.hidden for p in wide]), None if uniform else counts)
 
 
 def _widen(pairs: Pairs, width: int) -> Pairs:
