@@ -6,7 +6,7 @@ The engine holds no state between calls: closing a stream cancels what is left o
 
 import heapq
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,18 +15,19 @@ from time import perf_counter
 from typing import Any, Literal, cast, overload
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
+from alloy.engine.codec import THINK, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
-from alloy.engine.reasoning import ThinkingBudget, ThinkingMarkers
+from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
 from alloy.engine.runner import EngineStats, Runner
 from alloy.engine.sequence import Sequence
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
+from alloy.models.registry import load
 
 Prompt = str | Items[int]
-Message = Mapping[str, Any]
 Params = SamplingParams | Items[SamplingParams] | None
 
 # prompt tokens per model call
@@ -34,9 +35,6 @@ STEP_TOKENS = {"cpu": 512}
 STEP_TOKENS_ACCELERATOR = 2048
 # requests read ahead of the running ones, so that prompts can be computed together
 LOOKAHEAD = 64
-THINK = ("<think>", "</think>")
-# special tokens that end a turn in the chat layouts that models are released with
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
 @dataclass
@@ -64,7 +62,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path | CausalLM,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_model_len: int | None = None,
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
@@ -80,8 +78,6 @@ class LLM:
         if isinstance(model, CausalLM):
             self.model = model
         else:
-            from alloy.models.registry import load
-
             self.model, found = load(model, dtype=dtype, device=device)
             tokenizer = tokenizer or found
         self.tokenizer = tokenizer
@@ -97,27 +93,22 @@ class LLM:
         for name, value in (("max_model_len", self.max_model_len), ("max_seqs", max_seqs)):
             if value < 1:
                 raise RequestError(f"{name} = {value} must be at least 1")
+        self.speculate: int | Literal["auto"] = speculate
         if speculate == "auto":
             self.speculate = "auto" if self.model.has_mtp else 0
         elif speculate < 0:
             raise RequestError(f'speculate = {speculate} must be "auto" or a number of tokens from 0')
         elif speculate and not self.model.has_mtp:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")
-        else:
-            self.speculate = speculate
         # counters of the latest call
         self.stats = EngineStats()
-        self._decode: Callable[[Items[int]], str] | None = None
-        self._special: frozenset[int] = frozenset()
-        self._eos_ids = frozenset(config.eos_ids)
-        self._markers: ThinkingMarkers | None = None
-        if tokenizer is not None:
-            self._read_tokenizer(tokenizer)
+        self.codec = None if tokenizer is None else Codec(tokenizer)
+        self._eos_ids = frozenset(config.eos_ids) | (self.codec.ends if self.codec else frozenset[int]())
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be used."""
-        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+        return self.codec is not None and self.codec.has_chat_template
 
     @overload
     def generate(
@@ -207,20 +198,11 @@ class LLM:
 
     def encode(self, text: str, name: str = "prompt") -> list[int]:
         """Token ids of a prompt; `name` is what an error calls it."""
-        tokenizer = self._need_tokenizer("a text prompt")
-        _refuse_surrogates(text, name)
-        return tokenizer.encode(text)
+        return self._need_codec("a text prompt").encode(text, name)
 
     def encode_chat(self, messages: Items[Message], template: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
-        tokenizer = self._need_tokenizer("chat")
-        if not tokenizer.chat_template:
-            raise RequestError("the model's tokenizer has no chat template; use generate with a text prompt")
-        text = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **(template or {})
-        )
-        _refuse_surrogates(cast(str, text), "a message")
-        return tokenizer.encode(cast(str, text), add_special_tokens=False)
+        return self._need_codec("chat").encode_chat(messages, template or {})
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Increments of the answers to `requests`, which are read only as room comes free.
@@ -329,7 +311,7 @@ class LLM:
             for token in ids:
                 if token >= vocab:
                     raise RequestError(f"{name} names token {token}, outside the vocabulary of {vocab}")
-        if params.stop and self._decode is None:
+        if params.stop and self.codec is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         request = replace(request, arrival=perf_counter())
         seed = params.seed if params.seed is not None else random.SystemRandom().getrandbits(64)
@@ -348,49 +330,34 @@ class LLM:
         ]
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        if self._decode is None:
+        codec = self.codec
+        if codec is None:
             return None
-        return Detokenizer(
-            self._decode, self._special, cast(tuple[str, ...], params.stop), params.include_stop_str_in_output
-        )
+        return Detokenizer(codec.decode, codec.skipped, params.stop, params.include_stop_str_in_output)
 
     def _thinking(self, params: SamplingParams) -> ThinkingBudget | None:
         if params.thinking_budget is None:
             return None
-        if self._markers is None or self._decode is None:
+        codec = self.codec
+        if codec is None or codec.markers is None:
             raise RequestError(
                 f"thinking_budget = {params.thinking_budget}, but the tokenizer has no single tokens {THINK[0]} and "
                 f"{THINK[1]}; leave it out"
             )
-        decode = self._decode
         text = params.thinking_close_text
-        close = self._need_tokenizer("thinking_close_text").encode(text, add_special_tokens=False) if text else []
+        close = codec.encode(text, "thinking_close_text", add_special_tokens=False) if text else []
         return ThinkingBudget(
             params.thinking_budget,
             params.thinking_grace,
-            [*close, self._markers.end],
-            self._markers,
-            lambda token: "\n" in decode([token]),
+            [*close, codec.markers.end],
+            codec.markers,
+            lambda token: "\n" in codec.decode([token]),
         )
 
-    def _need_tokenizer(self, what: str) -> PreTrainedTokenizerFast:
-        if self.tokenizer is None:
+    def _need_codec(self, what: str) -> Codec:
+        if self.codec is None:
             raise RequestError(f"{what} needs a tokenizer, and this model has none; pass one, or token ids")
-        return self.tokenizer
-
-    def _read_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        backend = tokenizer.backend_tokenizer
-        self._decode = lambda ids: backend.decode(ids, skip_special_tokens=False)
-        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        vocabulary = tokenizer.get_vocab()
-        if all(marker in vocabulary for marker in THINK):
-            self._markers = ThinkingMarkers(vocabulary[THINK[0]], vocabulary[THINK[1]])
-        # the markers of a thought are part of the text: without them thought and answer would run together
-        self._special = frozenset(i for content, i in added.items() if content not in THINK)
-        ends = {added[content] for content in TURN_ENDS if content in added}
-        if tokenizer.eos_token_id is not None:
-            ends.add(cast(int, tokenizer.eos_token_id))
-        self._eos_ids |= ends
+        return self.codec
 
 
 def gather(whole: Output, news: Output) -> None:
@@ -416,13 +383,3 @@ def _per_prompt(params: Params, count: int) -> list[SamplingParams]:
     if len(params) != count:
         raise RequestError(f"params has {len(params)} entries for {count} prompts; give one, or one per prompt")
     return list(params)
-
-
-def _refuse_surrogates(text: str, name: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise RequestError(
-            f"{name} holds a lone surrogate U+{code:04X} at character {error.start}, which is not text; remove it"
-        ) from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alloy.engine.request import TokenLogprobs
-from alloy.engine.sampler import Sampler, token_logprobs
+from alloy.engine.sampler import Sampler, on_host, token_logprobs
 from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import Drafter, DraftLength
 from alloy.models.base import CausalLM
@@ -129,9 +129,9 @@ class Runner:
             drafts = self._drafter.draft(cache, length)
             with cache.drafting():
                 out = self.model(torch.cat([self._newest, drafts], 1), cache=cache, logits="all")
-            guesses: list[list[int]] | None = drafts.tolist()
+            guesses: list[list[int]] | None = on_host(drafts)
         else:
-            drafts = guesses = None
+            drafts, guesses = None, None
             out = self.model(self._newest, cache=cache, logits="last")
         assert out.logits is not None, "the call asked for logits"
         accepted = _append(self.sequences, self._sampler.choose(out.logits, drafts), guesses)
@@ -189,7 +189,7 @@ class Runner:
             if self._drafter is not None and following.shape[1]:
                 self.model.mtp_step(following, hidden[:, : following.shape[1]], cache, logits=None)
             if scored is not None and wanted is not None and logits is not None:
-                ids = following[0].tolist()
+                ids = list(prompt[start + 1 : end + 1])
                 scored += token_logprobs(ids, {"model": logits[0, : len(ids)].log_softmax(-1)}, wanted)
         assert logits is not None, "the last chunk gives logits"
         assert hidden is not None, "a prompt has a token"

@@ -6,6 +6,7 @@ are rows with several positions: position j is chosen as if the drafts before it
 """
 
 from collections.abc import Sequence as Items
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Sampler:
             per row one token per position; -1 where the logits were not finite
         """
         if self._plain:
-            return _checked(logits, greedy(logits)).tolist()
+            return on_host(_checked(logits, greedy(logits)))
         _, positions, vocab = logits.shape
         changed = self._penalise(self._bias(self._ban(logits)), drafts)
         tokens = greedy(changed)
@@ -90,7 +91,7 @@ class Sampler:
             uniform = torch.tensor(places, dtype=torch.float64, device=self._device)
             tokens[self._drawn] = sample(drawn.softmax(-1), uniform=uniform).view(-1, positions)
             self._filtered = drawn.view(-1, positions, vocab)
-        return _checked(logits, tokens).tolist()
+        return on_host(_checked(logits, tokens))
 
     def commit(self, accepted: Items[Items[int]]) -> None:
         """Count the tokens that each row really got."""
@@ -191,9 +192,10 @@ def token_logprobs(tokens: Items[int], tables: dict[str, Tensor], top: int) -> l
     """
     first = next(iter(tables.values()))
     ids = torch.tensor(tokens, dtype=torch.int64, device=first.device)[:, None]
-    chosen = {name: table.gather(1, ids)[:, 0].tolist() for name, table in tables.items()}
+    chosen: dict[str, list[float]] = {name: on_host(table.gather(1, ids)[:, 0]) for name, table in tables.items()}
     best = first.topk(min(top, first.shape[1]), dim=1)
-    values, places = best.values.tolist(), best.indices.tolist()
+    values: list[list[float]] = on_host(best.values)
+    places: list[list[int]] = on_host(best.indices)
     return [
         TokenLogprobs(
             token=token,
@@ -203,6 +205,12 @@ def token_logprobs(tokens: Items[int], tables: dict[str, Tensor], top: int) -> l
         )
         for j, token in enumerate(tokens)
     ]
+
+
+def on_host(tensor: Tensor) -> Any:
+    """The values as nested lists; torch leaves the type of `tolist` open."""
+    untyped: Any = tensor
+    return untyped.tolist()
 
 
 def _checked(logits: Tensor, tokens: Tensor) -> Tensor:

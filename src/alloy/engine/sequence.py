@@ -44,7 +44,7 @@ class Sequence:
         self.prompt = request.token_ids
         self.tokens: list[int] = []
         self.max_tokens = max_tokens
-        self.eos_ids = frozenset() if request.params.ignore_eos else eos_ids
+        self.eos_ids = frozenset[int]() if request.params.ignore_eos else eos_ids
         self.stop_ids = self.eos_ids | frozenset(request.params.stop_token_ids)
         self.forced: deque[int] = deque()
         self.finish_reason: FinishReason | None = None
