@@ -13,14 +13,14 @@ from torch import Tensor
 class Loss:
     """The loss of one micro-batch in parts; total = sum over parts of weight * sum / (count over the global batch).
 
+    Counts are not here: `Task.counts` gives them before the forward pass, because the whole batch's are needed.
+
     Attributes:
         sums: scalar fp32 tensors with gradient, one a part.
-        counts: how many terms each sum has.
         weights: factor of each part in the total.
         stats: detached tensors that the loop adds up over micro-batches and ranks and hands to `Task.after_step`.
     """
 
     sums: dict[str, Tensor]
-    counts: dict[str, int]
     weights: dict[str, float]
     stats: dict[str, Tensor] = field(default_factory=dict)

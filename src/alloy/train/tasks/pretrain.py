@@ -238,7 +238,9 @@ class PretrainTask:
         counts = {"lm": count_labels(rows.labels)}
         for depth in range(1, self.depths + 1):
             counts[f"mtp{depth}"] = count_labels(mtp_labels(labels, documents, depth))
-        return counts | {"balance": count_sequences(rows.documents, 1), "mtp_balance": count_sequences(documents, 2)}
+        depths = range(1, self.depths + 1)
+        ahead = sum(count_sequences(documents, depth + 1) for depth in depths)
+        return counts | {"balance": count_sequences(rows.documents, 1), "mtp_balance": ahead}
 
     def loss(self, model: nn.Module, batch: PretrainBatch) -> Loss:
         """Next-token loss of all rows, multi-token loss of the first ones, balance of every router."""
@@ -253,13 +255,12 @@ class PretrainTask:
             routers = routers + stats
             for depth, hidden in enumerate(ahead, start=1):
                 sums[f"mtp{depth}"] = linear_cross_entropy(hidden, model.head.weight, mtp_labels(labels, documents, depth))
-        counts = self.counts(batch)
         for name, members in (("balance", routers[:num_backbone]), ("mtp_balance", routers[num_backbone:])):
             if members and table.balance_weight:
-                sums[name] = torch.stack([router.balance for router in members]).sum() * counts[name]
+                sums[name] = torch.stack([router.balance * router.sequences for router in members]).sum()
         weights = {"balance": table.balance_weight, "mtp_balance": table.balance_weight}
         weights |= {name: self.mtp_weight for name in sums if name.startswith("mtp") and name not in weights} | {"lm": 1.0}
-        return Loss(sums, counts, weights, router_stats(model, routers))
+        return Loss(sums, weights, router_stats(model, routers))
 
     def after_step(self, model: nn.Module, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move the correction biases by the counts of the global batch; returns the balance of every router."""
@@ -359,21 +360,17 @@ def router_stats(model: CausalLM, routers: list[RouterStats]) -> dict[str, Tenso
     missing = model.gates()[len(routers) :]
     counts = [router.counts for router in routers]
     counts += [counts[0].new_zeros(gate.weight.shape[0]) for gate in missing]
-    entropy = [router.entropy * router.counts.sum() for router in routers]
+    entropy = [router.entropy.nan_to_num() * router.counts.sum() for router in routers]
     entropy += [torch.zeros_like(entropy[0]) for _ in missing]
     return {"router_counts": torch.cat(counts), "router_entropy": torch.stack(entropy)}
 
 
 def count_sequences(documents: Tensor, shortest: int) -> int:
     """Runs of at least `shortest` equal document numbers in the rows; padding does not count. documents: (rows, seq)."""
-    same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-    starts = (documents >= 0).sum() - same.sum()
-    if shortest == 1:
-        return int(starts)
-    # a run of two or more has a first pair
-    first_pair = same.clone()
-    first_pair[:, 1:] &= ~same[:, :-1]
-    return int(first_pair.sum())
+    starts = documents >= 0
+    starts[:, 1:] &= documents[:, 1:] != documents[:, :-1]
+    span = shortest - 1
+    return int((starts[:, : starts.shape[1] - span] & (documents[:, span:] == documents[:, : documents.shape[1] - span])).sum())
 
 
 def prepare_data(
