@@ -6,7 +6,7 @@ The engine holds no state between calls: closing a stream cancels what is left o
 
 import heapq
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -116,16 +116,16 @@ class LLM:
     ) -> list[Output]: ...
 
     @overload
-    def generate(self, prompts: Prompt | Items[Prompt], params: Params, stream: Literal[True]) -> Iterator[Output]: ...
+    def generate(self, prompts: Prompt | Items[Prompt], params: Params, stream: Literal[True]) -> Generator[Output]: ...
 
     @overload
     def generate(
         self, prompts: Prompt | Items[Prompt], params: Params = None, *, stream: Literal[True]
-    ) -> Iterator[Output]: ...
+    ) -> Generator[Output]: ...
 
     def generate(
         self, prompts: Prompt | Items[Prompt], params: Params = None, stream: bool = False
-    ) -> list[Output] | Iterator[Output]:
+    ) -> list[Output] | Generator[Output]:
         """Continue prompts.
 
         Args:
@@ -169,7 +169,7 @@ class LLM:
         stream: Literal[True],
         thinking_budget: int | None = None,
         template: Mapping[str, Any] | None = None,
-    ) -> Iterator[Output]: ...
+    ) -> Generator[Output]: ...
 
     def chat(
         self,
@@ -179,7 +179,7 @@ class LLM:
         stream: bool = False,
         thinking_budget: int | None = None,
         template: Mapping[str, Any] | None = None,
-    ) -> list[Output] | Iterator[Output]:
+    ) -> list[Output] | Generator[Output]:
         """Answer one conversation or several, laid out by the tokenizer's chat template.
 
         Args:
@@ -235,7 +235,7 @@ class LLM:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         self._thinking(params)
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Output]:
+    def stream(self, requests: Iterable[Request]) -> Generator[Output]:
         """Increments of the answers to `requests`, which are read only as room comes free.
 
         One increment is one sample's news. Of the waiting requests the lowest `priority` goes first. A request that
@@ -272,7 +272,7 @@ class LLM:
         finally:
             self.model.train(was_training)
 
-    def _answer(self, requests: list[Request], stream: bool) -> list[Output] | Iterator[Output]:
+    def _answer(self, requests: list[Request], stream: bool) -> list[Output] | Generator[Output]:
         # a bad request is refused before any work, and before a stream is handed out
         for i, request in enumerate(requests):
             self.check(request, f"prompt {i}" if len(requests) > 1 else "prompt")
