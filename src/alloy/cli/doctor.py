@@ -17,7 +17,10 @@ _PACKAGES = (
     "jinja2", "matplotlib", "pyarrow",
 )  # fmt: skip
 # what each extra is for; its packages come from the installed metadata
-_EXTRAS = {"track": "TensorBoard as a metric sink (log.tensorboard = true)", "dev": "tests and checks of this repository"}
+_EXTRAS = {
+    "track": "TensorBoard as a metric sink (log.tensorboard = true)",
+    "dev": "tests and checks of this repository",
+}
 _ADVICE = (
     "GOMP_SPINCOUNT is not set: when other programs share the cores, steps may take several times as long. "
     "Start with GOMP_SPINCOUNT=1000 in the environment."
@@ -26,7 +29,9 @@ _ADVICE = (
 Facts = dict[str, Any]
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
     """Versions, devices, backends, threads, and what each extra would add."""
     facts = diagnose()
     if as_json:
