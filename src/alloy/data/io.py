@@ -15,6 +15,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alloy.core.runs import atomic_write
 from alloy.errors import DataError
 
 # what a folder is searched for; a file named by the user is read whatever its suffix
@@ -58,6 +59,12 @@ def read_documents(path: str | Path, column: str = "text") -> Iterator[Document]
                 yield document
     if not found:
         raise DataError(f"{path} holds no text: every document in it is empty. Point at a file or folder with text.")
+
+
+def write_jsonl(path: Path, documents: Iterable[Document]) -> None:
+    """Write documents as JSON lines with `text` and `name`, in one step."""
+    rows = (json.dumps({"text": document.text, "name": document.name}, ensure_ascii=False) for document in documents)
+    atomic_write(path, "".join(f"{row}\n" for row in rows))
 
 
 def list_files(folder: Path) -> list[Path]:
