@@ -361,3 +361,24 @@ def layer_counts(config: AnyConfig) -> dict[str, int]:
     """Number of mixers of each kind in the backbone."""
     names = {MambaConfig: "mamba", AttentionConfig: "attention", MLPConfig: "mlp", MoEConfig: "moe", LinearConfig: "linear"}
     return dict(Counter(names[type(mixer)] for mixer in backbone_mixers(config)))
+
+
+def training_bytes(
+    config: AnyConfig, tokens: int, ranks: int = 1, moments: int = 2, dtype: str = "float32", checkpointing: bool = False
+) -> int:
+    """Estimate of what training takes on one rank: fp32 parameters, gradients and moments, shared by the ranks, and
+    activations of one micro-batch.
+
+    Args:
+        config: of the model
+        tokens: of a micro-batch
+        ranks: that share parameters, gradients and moments
+        moments: of the optimizer (AdamW 2, Muon 1)
+        dtype: in which activations are kept
+        checkpointing: only the residual stream and the widest layer are kept
+    """
+    states = (parameters(config) + mtp_parameters(config)) * 4 * (2 + moments) / ranks
+    mixers = backbone_mixers(config) + list(_mtp_mixers(config))
+    inner = [2 * _inner_elements(mixer) for mixer in mixers]
+    per_token = len(mixers) * config.hidden + (max(inner) if checkpointing else sum(inner) + 2 * len(mixers) * config.hidden)
+    return math.ceil(states + tokens * per_token * dtype_bytes(dtype))

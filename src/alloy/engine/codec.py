@@ -1,0 +1,72 @@
+"""Between text and token ids: what the engine needs of a transformers tokenizer, typed.
+
+Special tokens have no text, except the markers of a thought: without them thought and answer would run together.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from alloy.engine.reasoning import ThinkingMarkers
+from alloy.errors import RequestError
+
+Message = Mapping[str, Any]
+
+THINK = ("<think>", "</think>")
+# special tokens that end a turn in the chat layouts that models are released with
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+
+
+class Codec:
+    """A fast tokenizer, its special tokens sorted by what they mean to the engine.
+
+    Attributes:
+        skipped: ids without text
+        ends: ids that end an answer
+        markers: ids that open and close a thought, if both are single tokens
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # transformers types its tokenizers too loosely to check
+        self._tokenizer: Any = tokenizer
+        self._backend: Any = self._tokenizer.backend_tokenizer
+        special = {token.content: i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        known: dict[str, int] = self._tokenizer.get_vocab()
+        self.skipped = frozenset[int](i for content, i in special.items() if content not in THINK)
+        ends: set[int] = {special[content] for content in TURN_ENDS if content in special}
+        eos: int | None = self._tokenizer.eos_token_id
+        self.ends = frozenset(ends if eos is None else ends | {eos})
+        self.markers = ThinkingMarkers(known[THINK[0]], known[THINK[1]]) if all(m in known for m in THINK) else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens written out; incomplete UTF-8 as U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def encode(self, text: str, name: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; `name` is what an error calls it."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{name} holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, "
+                "which is not text; remove it"
+            ) from error
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[int]:
+        """Ids of a conversation, up to where the answer begins."""
+        if not self.has_chat_template:
+            raise RequestError("the model's tokenizer has no chat template; use generate with a text prompt")
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **variables
+            )
+        except TemplateError as error:
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        return self.encode(text, "a message", add_special_tokens=False)

@@ -1,0 +1,201 @@
+"""Self-speculation: multi-token prediction drafts, one backbone pass checks them, wrong ones are rolled back.
+
+A draft is a point guess, so rejection sampling (accept d with probability p(d), else draw from p without d) is the same
+as drawing x from p and accepting when x = d. The engine does exactly that, with the same random number per position as
+without drafts: greedy and seeded sampled answers are the same tokens either way, penalties and bans included.
+
+Paper: Fast Inference from Transformers via Speculative Decoding (Leviathan et al., 2023), arXiv:2211.17192;
+DeepSeek-V3 (2024), section 2.2, arXiv:2412.19437.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alloy.models.base import CausalLM
+from alloy.models.cache import DenseCache
+
+# published runs peak at six drafts for a batch of one (performance.md, appendix B)
+LONGEST_DRAFT = 6
+FIRST_DRAFT = 3
+# each length of the first measurement runs this often, the fastest counts
+TRIALS = 3
+# steps between two looks at a length that was not chosen
+PROBE_EVERY = 64
+DECAY = 0.98
+
+
+@dataclass
+class Pairs:
+    """What the MTP blocks have not seen yet: backbone outputs with the token that follows each.
+
+    Attributes:
+        tokens: (rows, width) int64
+        hidden: (rows, width, hidden)
+        counts: (rows,) int64, real pairs per row, the rest of a row is padding; None: all are real
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    counts: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "Pairs":
+        return Pairs(self.tokens[rows], self.hidden[rows], None if self.counts is None else self.counts[rows])
+
+    def mask(self) -> Tensor:
+        """(rows, width) bool, real pairs."""
+        index = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        if self.counts is None:
+            return (index >= 0).expand_as(self.tokens)
+        return index < self.counts[:, None]
+
+
+class Drafter:
+    """Drafts for the rows of one cache; follows the rows as they come and go."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+        self._pending: list[Pairs] = []
+
+    def observe(self, tokens: Tensor, hidden: Tensor, counts: Tensor | None = None) -> None:
+        """Remember tokens (rows, width) and the hidden states (rows, width, hidden) they followed.
+
+        counts (rows,): how many of each row are real.
+        """
+        self._pending.append(Pairs(tokens, hidden, counts))
+
+    def draft(self, cache: DenseCache, length: int) -> Tensor:
+        """The greedy guess of the next `length` tokens after the last observed one: (rows, length) int64."""
+        mtp = cache.mtp
+        assert mtp is not None, "the engine drafts only for models with MTP"
+        pairs = merge(self._pending)
+        documents = None if pairs.counts is None else pairs.mask().to(torch.int32) - 1
+        out = self._model.mtp_step(pairs.tokens, pairs.hidden, cache, documents=documents, logits="last")
+        self._pending = []
+        hidden = out.last_hidden[:, -1:]
+        if pairs.counts is not None:
+            last = (pairs.counts - 1)[:, None, None].expand(-1, 1, out.last_hidden.shape[2])
+            hidden = out.last_hidden.gather(1, last)
+        drafts = [_greedy(out.logits)]
+        if length > 1:
+            mark = mtp.mark()
+            for _ in range(length - 1):
+                out = self._model.mtp_step(drafts[-1], hidden, cache, logits="last")
+                hidden = out.last_hidden
+                drafts.append(_greedy(out.logits))
+            mtp.rollback(mark)
+        return torch.cat(drafts, 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows."""
+        self._pending = [pairs.select(rows) for pairs in self._pending]
+
+    def join(self, other: "Drafter") -> None:
+        """Append the rows of `other`."""
+        self._pending = [stack(merge(self._pending), merge(other._pending))]
+
+
+class DraftLength:
+    """How many tokens to draft: a fixed number, or the one with most expected tokens per second so far.
+
+    Expected tokens come from the acceptance rate of each draft position, seconds from the steps of the same batch size
+    (in powers of two). Lengths that were never run are interpolated from those that were.
+    """
+
+    def __init__(self, setting: int | Literal["auto"]) -> None:
+        self._fixed = None if setting == "auto" else setting
+        self._tried = [1.0] * LONGEST_DRAFT
+        self._kept = [0.7] * LONGEST_DRAFT
+        self._seconds: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._steps = 0
+
+    def choose(self, rows: int) -> int:
+        """Draft length of the next step of `rows` rows."""
+        if self._fixed is not None:
+            return self._fixed
+        seconds = self._seconds[rows.bit_length()]
+        for length in (FIRST_DRAFT, 0, 1):
+            if len(seconds[length]) < TRIALS:
+                return length
+        self._steps += 1
+        best = max(range(LONGEST_DRAFT + 1), key=lambda n: self._expected(n) / self._cost(seconds, n))
+        if self._steps % PROBE_EVERY == 0:
+            return best + 1 if best < LONGEST_DRAFT else best - 1
+        return best
+
+    def record(self, rows: int, length: int, seconds: float, accepted: Sequence[int]) -> None:
+        """Note one step: its time, and how many drafts each row kept."""
+        if self._fixed is not None:
+            return
+        times = self._seconds[rows.bit_length()][length]
+        times.append(seconds)
+        del times[: -4 * TRIALS]
+        for i in range(length):
+            tried = sum(kept >= i for kept in accepted)
+            self._tried[i] = DECAY * self._tried[i] + tried
+            self._kept[i] = DECAY * self._kept[i] + sum(kept > i for kept in accepted)
+
+    def _expected(self, length: int) -> float:
+        """Tokens of a step with `length` drafts."""
+        total = run = 1.0
+        for i in range(length):
+            run *= self._kept[i] / self._tried[i]
+            total += run
+        return total
+
+    @staticmethod
+    def _cost(seconds: dict[int, list[float]], length: int) -> float:
+        known = {n: sorted(times)[len(times) // 2] for n, times in seconds.items() if times}
+        if length in known:
+            return known[length]
+        low = max(n for n in known if n < length)
+        high = min((n for n in known if n > length), default=None)
+        if high is None:
+            # beyond the longest run: as much per draft as the last ones cost
+            before = max(n for n in known if n < low)
+            return known[low] + max(0.0, known[low] - known[before]) / (low - before) * (length - low)
+        return known[low] + (known[high] - known[low]) * (length - low) / (high - low)
+
+
+def merge(pending: Sequence[Pairs]) -> Pairs:
+    """Successive pairs of the same rows as one, real pairs first in each row."""
+    if len(pending) == 1:
+        return pending[0]
+    tokens = torch.cat([p.tokens for p in pending], 1)
+    hidden = torch.cat([p.hidden for p in pending], 1)
+    if all(p.counts is None for p in pending):
+        return Pairs(tokens, hidden)
+    real = torch.cat([p.mask() for p in pending], 1)
+    counts = real.sum(1)
+    order = (~real).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
+    return Pairs(tokens.gather(1, order), hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[2])), counts)
+
+
+def stack(above: Pairs, below: Pairs) -> Pairs:
+    """Rows of both, padded to one width."""
+    width = max(above.tokens.shape[1], below.tokens.shape[1])
+    wide = [_widen(p, width) for p in (above, below)]
+    counts = torch.cat([p.mask().sum(1) for p in wide])
+    uniform = all(p.counts is None for p in wide)
+    return Pairs(torch.cat([p.tokens for p in wide]), torch.cat([p.hidden for p in wide]), None if uniform else counts)
+
+
+def _widen(pairs: Pairs, width: int) -> Pairs:
+    missing = width - pairs.tokens.shape[1]
+    if not missing:
+        return pairs
+    return Pairs(
+        torch.nn.functional.pad(pairs.tokens, (0, missing)),
+        torch.nn.functional.pad(pairs.hidden, (0, 0, 0, missing)),
+        pairs.mask().sum(1),
+    )
+
+
+def _greedy(logits: Tensor | None) -> Tensor:
+    """logits (rows, 1, vocab) -> (rows, 1)."""
+    assert logits is not None, "mtp_step was asked for logits"
+    return logits.argmax(-1)
