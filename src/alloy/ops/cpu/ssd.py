@@ -26,8 +26,10 @@ from torch import Tensor
 
 from alloy.ops.documents import segment_ids
 from alloy.ops.precision import wide
+from alloy.ops.slots import slot_numbers
 
 # d * A times this is the log of a decay in base 2
+NO_LIMIT = (0.0, math.inf)
 _LOG2_E = math.log2(math.e)
 # smallest exponents in base 2 whose powers are normal numbers with room for a factor
 _FLOOR = {torch.float32: -100.0, torch.float64: -900.0}
@@ -57,6 +59,44 @@ def ssd_scan(
     return y.to(x.dtype), state
 
 
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    slots: Tensor | None,
+) -> Tensor:
+    """As `alloy.ops.ssd_step`: three passes over each state, in place where it lies; a slot's own state is contiguous."""
+    batch, heads, head_dim = x.shape
+    groups, width = B.shape[1:]
+    kind = wide(state)
+    d = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
+    d = _soft(d, dt_softplus)
+    d = d if dt_limit == NO_LIMIT else d.clamp(*dt_limit)
+    decay = torch.exp(d * A.to(kind))[..., None, None]
+    inputs = (x * d[..., None]).view(batch, groups, -1, 1)
+    B, C = B.to(kind)[:, :, None], C.to(kind)[:, :, None]
+    y = torch.zeros(batch, groups, 1, heads // groups * head_dim, dtype=kind, device=x.device)
+    for row, slot in enumerate(range(batch) if slots is None else slot_numbers(slots, state, batch)):
+        if slot < 0:
+            continue
+        own = state[slot]
+        own = own.mul_(decay[row]).view(groups, -1, width)
+        own.addcmul_(inputs[row], B[row])
+        torch.bmm(C[row], own.to(kind).transpose(1, 2), out=y[row])
+    y = y.view(x.shape)
+    if D is not None:
+        used = x if slots is None else torch.where((slots >= 0)[:, None, None], x, 0)
+        y.addcmul_(used, D.to(kind)[:, None])
+    return y.to(x.dtype)
+
+
 @dataclass
 class _Steps:
     """What depends on dt alone, for all chunks: small beside x, B and C."""
@@ -82,14 +122,15 @@ def _prepare(
 ) -> _Steps:
     dt_softplus, dt_limit, chunk, _ = settings
     kind = wide(x)
-    batch, seq, heads, _ = x.shape
+    batch, seq = x.shape[:2]
     groups = B.shape[2]
     chunks = -(-seq // chunk)
     # chunks of equal size leave the fewest places empty in the last one
     tokens = -(-seq // chunks)
     extra = chunks * tokens - seq
     raw = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
-    d = _soft(raw, dt_softplus).clamp(*dt_limit)
+    d = _soft(raw, dt_softplus)
+    d = d if dt_limit == NO_LIMIT else d.clamp(*dt_limit)
     real = segments = None
     if documents is not None:
         segments, real = segment_ids(documents)
