@@ -337,12 +337,13 @@ class TokenCorpus:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        prefix = self.path.with_suffix("") if self.path.suffix in (".bin", ".idx") else self.path
+        if not self.path.is_dir() and not Path(f"{prefix}.idx").exists():
+            raise DataError(f"{path}: no token shards there. Run `alloy data tokenize` first, or name an .idx file.")
         self.manifest = load_manifest(self.path) if self.path.is_dir() else None
-        prefixes = (
-            [self.path / shard["name"] for shard in self.manifest["shards"]] if self.manifest else [_prefix(self.path)]
-        )
-        self.shards = [TokenShard(prefix) for prefix in prefixes]
-        for shard, entry in zip(self.shards, self.manifest["shards"] if self.manifest else [], strict=False):
+        entries = self.manifest["shards"] if self.manifest else []
+        self.shards = [TokenShard(self.path / entry["name"]) for entry in entries] or [TokenShard(prefix)]
+        for shard, entry in zip(self.shards, entries, strict=False):
             if (shard.num_documents, shard.num_tokens) != (entry["documents"], entry["tokens"]):
                 raise DataError(
                     f"{shard.prefix} has {shard.num_tokens} tokens but {MANIFEST} says {entry['tokens']}; tokenize again."
@@ -404,7 +405,7 @@ def tokenize_corpus(
     if (folder / MANIFEST).exists():
         if not overwrite:
             raise RecipeError(
-                f"{folder} holds a tokenized corpus already; choose another folder or ask to overwrite it."
+                f"{folder} holds a tokenized corpus already; choose another folder, or overwrite it (--overwrite)."
             )
         (folder / MANIFEST).unlink()
     for leftover in folder.glob(".shard-*.tmp"):
@@ -478,7 +479,3 @@ def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     if not chosen:
         raise DataError(f"max_bytes = {max_bytes} leaves no whole text to train on; raise it.")
     return [text for _, _, text in sorted(chosen, key=lambda item: item[1])]
-
-
-def _prefix(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
