@@ -168,7 +168,7 @@ def _read_nas(fields: Mapping[str, Any], keys: ConfigKeys) -> tuple[DecoderLayer
         )
     layers = []
     for i, block in enumerate(blocks):
-        attention, ffn = block.get("attention") or {"no_op": True}, block.get("ffn") or {"no_op": True}
+        attention, ffn = block.get("attention") or {}, block.get("ffn") or {}
         for part, name in ((attention, "attention"), (ffn, "ffn")):
             refused = [key for key in NAS_REFUSED if part.get(key)]
             if refused:
