@@ -37,15 +37,12 @@ COMMANDS = {
 
 
 class LazyGroup(TyperGroup):
-    """Lists commands from the table; imports the one that is invoked."""
+    """Lists stand-ins that only know their help line; imports the command that is invoked."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A stand-in that only knows its help line."""
-        entry = COMMANDS.get(cmd_name)
-        return TyperCommand(cmd_name, help=entry.help) if entry else None
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, entry in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=entry.help))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         """The real command, once it is known which one is meant."""

@@ -17,7 +17,10 @@ _PACKAGES = (
     "jinja2", "matplotlib", "pyarrow",
 )  # fmt: skip
 # what each extra is for; its packages come from the installed metadata
-_EXTRAS = {"track": "TensorBoard as a metric sink (log.tensorboard = true)", "dev": "tests and checks of this repository"}
+_EXTRAS = {
+    "track": "TensorBoard as a metric sink (log.tensorboard = true)",
+    "dev": "tests and checks of this repository",
+}
 _ADVICE = (
     "GOMP_SPINCOUNT is not set: when other programs share the cores, steps may take several times as long. "
     "Start with GOMP_SPINCOUNT=1000 in the environment."
@@ -26,7 +29,9 @@ _ADVICE = (
 Facts = dict[str, Any]
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
     """Versions, devices, backends, threads, and what each extra would add."""
     facts = diagnose()
     if as_json:
@@ -64,16 +69,20 @@ def devices() -> Facts:
     """CPU and accelerators, with memory and the peak rate that MFU is counted against."""
     import torch
 
-    from alloy.core.device import peak_flops
+    from alloy.core.device import memory_bytes, peak_flops
+
+    def gib(device: torch.device) -> float:
+        return round(memory_bytes(device) / 2**30, 1)
 
     capability = torch.backends.cpu.get_cpu_capability()
-    found: Facts = {"cpu": {"cores": len(os.sched_getaffinity(0)), "vectors": capability, "memory_gib": _memory_gib()}}
+    found: Facts = {
+        "cpu": {"cores": len(os.sched_getaffinity(0)), "vectors": capability, "memory_gib": gib(torch.device("cpu"))}
+    }
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
         device = torch.device("cuda", index)
         found[f"cuda:{index}"] = {
-            "name": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "name": torch.cuda.get_device_name(device),
+            "memory_gib": gib(device),
             "peak_bf16_tflops": (peak_flops(device, torch.bfloat16) or 0.0) / 1e12 or None,
         }
     return found
@@ -132,10 +141,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _memory_gib() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def _written(value: object) -> str:

@@ -2,6 +2,7 @@
 so that `require` costs nothing."""
 
 import importlib
+import os
 import random
 import resource
 import sys
@@ -132,3 +133,12 @@ def peak_memory_bytes(device: "torch.device | None" = None) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def memory_bytes(device: "torch.device") -> int:
+    """Memory that `device` has in all: of the CUDA device, or of this machine."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -97,7 +97,12 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
         close = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", known), n=1)
         hint = f'Did you mean "{close[0]}"?' if close else f"Known: {known}."
         return f'{composed.where((*key, tag))}: {name}.{tag} = "{context["tag"]}" is not known. {hint}'
-    wish = detail["msg"].replace("Input should be", "must be")
+    wish = (
+        detail["msg"]
+        .replace("Input should be", "must be")
+        .replace("an object", "a table")
+        .replace("valid array", "list")
+    )
     hint = ""
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         hint = f" Write {int(value)}."

@@ -35,14 +35,15 @@ class Sink(Protocol):
 
 
 class MetricLog:
-    """Appends one JSON object a line to `path`, flushed at once; a last line torn by a crash is removed on opening."""
+    """Appends one JSON object a line to `path`, at once; a last line torn by a crash is removed on opening."""
 
     def __init__(self, path: Path, sinks: Sequence[Sink] = ()) -> None:
         self.path = path
         self.sinks = list(sinks)
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        # unbuffered: nothing is left over that a later close could fail to write
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, **values: Any) -> None:
         """Record `values` at `step`, with the time. Numbers that are not finite are recorded as null."""
@@ -52,8 +53,9 @@ class MetricLog:
             **{name: _plain(value) for name, value in values.items()},
         }
         with full_disk_is_resource_error(self.path):
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
+            line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
+            while line:
+                line = line[self._file.write(line) :]
         for sink in self.sinks:
             sink.log(step, values)
 
@@ -62,7 +64,7 @@ class MetricLog:
         kept = [record for record in read_metrics(self.path) if _step_of(record) <= step]
         self._file.close()
         atomic_write(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         for sink in self.sinks:
             sink.truncate_after(step)
 

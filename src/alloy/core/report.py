@@ -189,7 +189,7 @@ def draw(curves: Curves, prefix: str) -> str:
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
     """Mean of each value with its `reach` neighbours on either side: no lag, so that steep starts are not misdrawn.
 
-    At the ends the window is narrower, but stays centred. Values that are not finite are left out of the means.
+    At the ends the window narrows to a third and is cut off there. Values that are not finite are left out of the means.
     """
     sums, counts = [0.0], [0]
     for value in values:
@@ -198,8 +198,8 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
         counts.append(counts[-1] + is_finite)
     result: list[float] = []
     for index in range(len(values)):
-        width = min(reach, index, len(values) - 1 - index)
-        first, end = index - width, index + width + 1
+        width = max(min(reach, index, len(values) - 1 - index), reach // 3)
+        first, end = max(0, index - width), min(len(values), index + width + 1)
         count = counts[end] - counts[first]
         result.append((sums[end] - sums[first]) / count if count else math.nan)
     return result

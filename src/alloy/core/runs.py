@@ -58,15 +58,15 @@ class RunDir:
         acquire_lock(path)
         run.resumed = resumed
         atomic_write(path / RECIPE, loaded.to_toml())
-        now = _now()
-        run.update_manifest(status="running", hash=loaded.hash, origins=loaded.origins)
+        now, line = _now(), shlex.join(sys.argv)
+        facts: dict[str, object]
         if resumed:
-            history: list[Any] = run.manifest.get("resumed", [])
-            entry = {"time": now, "command_line": _command_line(), "hash": loaded.hash}
-            run.update_manifest(resumed=[*history, entry])
+            entry = {"time": now, "command_line": line, "hash": loaded.hash}
+            facts = {"resumed": [*run.manifest.get("resumed", []), entry], "finished": None}
         else:
-            facts = {"command": command, "recipe": loaded.name, "created": now, "command_line": _command_line()}
-            run.update_manifest(**facts, **environment())
+            facts = {"command": command, "recipe": loaded.name, "created": now, "command_line": line, **environment()}
+        # one write: a run killed here has a whole manifest or none
+        run.update_manifest(**facts, status="running", hash=loaded.hash, origins=loaded.origins)
         return run
 
     @property
@@ -85,8 +85,10 @@ class RunDir:
 
     def finish(self, status: Status) -> None:
         """Write the final status and give the lock back."""
-        self.update_manifest(status=status, finished=_now())
-        release_lock(self.path)
+        try:
+            self.update_manifest(status=status, finished=_now())
+        finally:
+            release_lock(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -333,10 +335,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _command_line() -> str:
-    return shlex.join(sys.argv)
 
 
 def _now() -> str:

@@ -101,9 +101,10 @@ class _Scanner:
         path: Key = ()
         for part in parents:
             path = self.current((*path, part))
-        path = (*path, last)
-        if brackets == 2:
             self.mark(path)
+        path = (*path, last)
+        self.mark(path)
+        if brackets == 2:
             self.elements[path] = self.elements.get(path, 0) + 1
         path = self.current(path)
         self.mark(path)

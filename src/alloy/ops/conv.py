@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import backend
+from alloy.ops.cpu import conv as cpu
 from alloy.ops.documents import as_documents, segment_ids
 from alloy.ops.precision import wide
 from alloy.ops.slots import read_slots, used_rows, write_slots
@@ -65,6 +66,7 @@ def causal_conv1d(
     return y, _last_inputs(x, weight.shape[1] - 1, init, end - last.sum(1), end)
 
 
+@torch.no_grad()
 def causal_conv1d_step(
     state: Tensor,
     x: Tensor,
@@ -87,9 +89,9 @@ def causal_conv1d_step(
     Returns:
         y (batch, channels) in x's dtype
     """
-    y = causal_conv1d_multi(state, x[:, None], weight, bias, activation=activation, slots=slots)[:, 0]
-    conv_replay(state, x[:, None], torch.ones(x.shape[0], dtype=torch.int64, device=x.device), slots)
-    return y
+    _check_taps(weight, x.shape[1])
+    step = backend.resolve("causal_conv1d_step", x.device.type)
+    return step(state, x, weight, bias, activation, slots)
 
 
 def causal_conv1d_multi(
@@ -121,6 +123,7 @@ def causal_conv1d_multi(
     return y if used is None else y.new_zeros(x.shape).index_copy(0, used, y)
 
 
+@torch.no_grad()
 def conv_replay(state: Tensor, x: Tensor, counts: Tensor, slots: Tensor | None = None) -> None:
     """Advance the state in place by the first counts[b] tokens of each row (drafts that were accepted).
 
@@ -193,4 +196,28 @@ def _causal_conv1d(
     return y.to(x.dtype)
 
 
+def _causal_conv1d_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, slots: Tensor | None
+) -> Tensor:
+    """One product a tap, then the taps move up; quick where the channels of a tap lie next to each other."""
+    rows, used = used_rows(slots, state, x.shape[0])
+    if used is not None:
+        y = _causal_conv1d_step(state, x[used], weight, bias, activation, rows)
+        return y.new_zeros(x.shape).index_copy_(0, used, y)
+    window = read_slots(state, rows, x.shape[0])
+    kind = wide(x)
+    taps = window.shape[2]
+    weight = weight.to(kind)
+    y = x * weight[:, taps] if bias is None else torch.addcmul(bias.to(kind), x.to(kind), weight[:, taps])
+    for k in range(taps):
+        y.addcmul_(window[..., k].to(kind), weight[:, k])
+    for k in range(taps):
+        window[..., k].copy_(window[..., k + 1] if k + 1 < taps else x)
+    if rows is not None:
+        write_slots(state, rows, window)
+    return (F.silu(y, inplace=True) if activation == "silu" else y).to(x.dtype)
+
+
 backend.add("causal_conv1d", "torch", _causal_conv1d)
+backend.add("causal_conv1d", "cpu", cpu.causal_conv1d)
+backend.add("causal_conv1d_step", "torch", _causal_conv1d_step)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import backend
+from alloy.ops.cpu import norm as cpu
 from alloy.ops.precision import wide
 
 
@@ -64,4 +65,6 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_s
 
 
 backend.add("rms_norm", "torch", _rms_norm)
+backend.add("rms_norm", "cpu", cpu.rms_norm)
 backend.add("gated_rms_norm", "torch", _gated_rms_norm)
+backend.add("gated_rms_norm", "cpu", cpu.gated_rms_norm)

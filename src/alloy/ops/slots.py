@@ -3,29 +3,35 @@
 from torch import Tensor
 
 
-def used_rows(slots: Tensor | None, state: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """(rows, used): the state row of each batch row that has one, and the numbers of those batch rows.
-
-    (None, None) when `slots` is None: batch row b uses state row b. `used` is None when every batch row has a slot.
+def slot_numbers(slots: Tensor, state: Tensor, batch: int) -> list[int]:
+    """The state row of each batch row, -1 for none; refuses numbers past the end and a slot that is used twice.
 
     Args:
-        slots: int (batch,); -1 marks a batch row without a state
+        slots: int (batch,)
         state: (slots, ...)
         batch: rows of the input
     """
-    if slots is None:
-        if batch > state.shape[0]:
-            raise ValueError(f"batch = {batch} rows but the state has {state.shape[0]} slots")
-        return None, None
-    numbers = slots.tolist()
+    numbers: list[int] = slots.tolist()
     if len(numbers) != batch:
         raise ValueError(f"slots has {len(numbers)} entries for a batch of {batch}")
     taken = [slot for slot in numbers if slot >= 0]
     if len(set(taken)) != len(taken):
         raise ValueError(f"slots = {numbers}: a slot is used twice; each row needs a state of its own")
-    if any(slot >= state.shape[0] for slot in taken):
-        raise ValueError(f"slots = {numbers} but the state has {state.shape[0]} slots")
-    if len(taken) == batch:
+    if any(slot >= state.shape[0] or slot < -1 for slot in numbers):
+        raise ValueError(f"slots = {numbers}, but the state has {state.shape[0]} slots; -1 marks a row without one")
+    return numbers
+
+
+def used_rows(slots: Tensor | None, state: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """(rows, used): the state row of each batch row that has one, and the numbers of those batch rows.
+
+    (None, None) when `slots` is None: batch row b uses state row b. `used` is None when every batch row has a slot.
+    """
+    if slots is None:
+        if batch > state.shape[0]:
+            raise ValueError(f"batch = {batch} rows, but the state has {state.shape[0]} slots")
+        return None, None
+    if min(slot_numbers(slots, state, batch), default=0) >= 0:
         return slots.long(), None
     used = (slots >= 0).nonzero()[:, 0]
     return slots[used].long(), used

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import backend
+from alloy.ops.cpu import ssd as cpu
+from alloy.ops.cpu.ssd import NO_LIMIT
 from alloy.ops.documents import as_documents, segment_ids
 from alloy.ops.precision import wide
 from alloy.ops.slots import read_slots, used_rows, write_slots
-
-NO_LIMIT = (0.0, math.inf)
 
 
 def ssd_scan(
@@ -72,6 +72,7 @@ def ssd_scan(
     return (y, state) if return_state else y
 
 
+@torch.no_grad()
 def ssd_step(
     state: Tensor,
     x: Tensor,
@@ -105,11 +106,7 @@ def ssd_step(
         y (batch, heads, head_dim) in x's dtype
     """
     step = backend.resolve("ssd_step", x.device.type)
-    rows, used = used_rows(slots, state, x.shape[0])
-    if used is None:
-        return step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, rows)
-    y = step(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows)
-    return y.new_zeros(x.shape).index_copy_(0, used, y)
+    return step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
 def ssd_step_multi(
@@ -144,13 +141,11 @@ def ssd_step_multi(
     Returns:
         y (batch, tokens, heads, head_dim) in x's dtype
     """
-    rows, used = used_rows(slots, state, x.shape[0])
-    given = (x, dt, B, C) if used is None else (x[used], dt[used], B[used], C[used])
-    before = read_slots(state, rows, x.shape[0])
-    y = _multi(before, given[0], given[1], A, given[2], given[3], D, dt_bias, dt_softplus, dt_limit)
-    return y if used is None else y.new_zeros(x.shape).index_copy_(0, used, y)
+    multi = backend.resolve("ssd_step_multi", x.device.type)
+    return multi(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
+@torch.no_grad()
 def ssd_replay(
     state: Tensor,
     x: Tensor,
@@ -180,21 +175,8 @@ def ssd_replay(
         dt_limit: as in `ssd_scan`
         slots: as in `ssd_step`
     """
-    rows, used = used_rows(slots, state, x.shape[0])
-    if used is not None:
-        x, dt, B, counts = x[used], dt[used], B[used], counts[used]
-    before = read_slots(state, rows, x.shape[0])
-    kind = wide(before)
-    kept = torch.arange(x.shape[1], device=x.device) < counts[:, None]  # (batch, tokens)
-    d, log_decay = _step_sizes(dt, A, dt_bias, dt_softplus, dt_limit, kept, kind)
-    total = log_decay.sum(1)  # (batch, heads)
-    ahead = torch.exp(total[:, None] - log_decay.cumsum(1)) * d  # (batch, tokens, heads)
-    inputs = torch.where(kept[..., None, None], x, 0).to(kind) * ahead[..., None]
-    added = _by_group(inputs, B.shape[2]).transpose(-1, -2) @ torch.where(kept[..., None, None], B, 0).to(
-        kind
-    ).transpose(1, 2)
-    after = before * torch.exp(total)[..., None, None] + added.view(before.shape)
-    write_slots(state, rows, after)
+    replay = backend.resolve("ssd_replay", x.device.type)
+    replay(state, x, dt, A, B, counts, dt_bias, dt_softplus, dt_limit, slots)
 
 
 def _check_scan(
@@ -292,8 +274,8 @@ def _by_group(heads: Tensor, groups: int) -> Tensor:
     return heads.unflatten(2, (groups, -1)).transpose(1, 2).flatten(3)
 
 
-def _multi(
-    before: Tensor,
+def _ssd_step_multi(
+    state: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -303,19 +285,24 @@ def _multi(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    slots: Tensor | None,
 ) -> Tensor:
-    """`ssd_step_multi` for rows that all have a state: one chunk of the scan with `before` carried in."""
+    """One chunk of the scan with the state carried in and no state carried out."""
+    rows, used = used_rows(slots, state, x.shape[0])
+    if used is not None:
+        y = _ssd_step_multi(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows)
+        return y.new_zeros(x.shape).index_copy_(0, used, y)
+    before = read_slots(state, rows, x.shape[0])
     kind = wide(before)
-    batch, tokens, heads, _ = x.shape
+    batch, tokens = x.shape[:2]
     groups = B.shape[2]
     d, log_decay = _step_sizes(dt, A, dt_bias, dt_softplus, dt_limit, None, kind)
     logs = log_decay.cumsum(1)  # (batch, tokens, heads)
     B, C = B.to(kind).transpose(1, 2), C.to(kind).transpose(1, 2)  # (batch, groups, tokens, state)
-    from_state = C @ before.to(kind).view(batch, groups, -1, before.shape[3]).transpose(-1, -2)
-    y = (
-        from_state.view(batch, groups, tokens, heads // groups, -1).transpose(1, 2).flatten(2, 3)
-        * torch.exp(logs)[..., None]
-    )
+    from_state = _read_state(before, C).unflatten(
+        -1, (-1, x.shape[3])
+    )  # (batch, groups, tokens, heads a group, head_dim)
+    y = from_state.transpose(1, 2).flatten(2, 3) * logs.exp()[..., None]
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
     logs = logs.transpose(1, 2)  # (batch, heads, tokens)
     decay = (logs[..., :, None] - logs[..., None, :]).masked_fill(later, -math.inf).exp() * d.transpose(1, 2)[
@@ -326,6 +313,45 @@ def _multi(
     if D is not None:
         y = y + x * D.to(kind)[:, None]
     return y.to(x.dtype)
+
+
+def _read_state(before: Tensor, C: Tensor) -> Tensor:
+    """C_i . S for the queries C (batch, groups, tokens, state): (batch, groups, tokens, heads a group * head_dim).
+
+    The states of slots need not lie next to each other; row by row they are read where they are, without a copy."""
+    groups = C.shape[1]
+    rows = [c @ row.view(groups, -1, row.shape[-1]).transpose(1, 2) for c, row in zip(C, before, strict=True)]
+    return torch.stack(rows)
+
+
+def _ssd_replay(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    counts: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    slots: Tensor | None,
+) -> None:
+    """What a chunk adds to its state, with d = 0 for the tokens that are not kept."""
+    rows, used = used_rows(slots, state, x.shape[0])
+    if used is not None:
+        x, dt, B, counts = x[used], dt[used], B[used], counts[used]
+    before = read_slots(state, rows, x.shape[0])
+    kind = wide(before)
+    kept = torch.arange(x.shape[1], device=x.device) < counts[:, None]  # (batch, tokens)
+    d, log_decay = _step_sizes(dt, A, dt_bias, dt_softplus, dt_limit, kept, kind)
+    total = log_decay.sum(1)  # (batch, heads)
+    ahead = torch.exp(total[:, None] - log_decay.cumsum(1)) * d  # (batch, tokens, heads)
+    inputs = torch.where(kept[..., None, None], x, 0).to(kind) * ahead[..., None]
+    added = _by_group(inputs, B.shape[2]).transpose(-1, -2) @ torch.where(kept[..., None, None], B, 0).to(
+        kind
+    ).transpose(1, 2)
+    after = before * torch.exp(total)[..., None, None] + added.view(before.shape)
+    write_slots(state, rows, after)
 
 
 def _ssd_scan(
@@ -395,15 +421,19 @@ def _ssd_step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
-    rows: Tensor | None,
+    slots: Tensor | None,
 ) -> Tensor:
-    """Reference of the step; `rows` int64 (batch,) are distinct, or None for the first rows in order."""
+    """Reference: the recurrence as it is written."""
+    rows, used = used_rows(slots, state, x.shape[0])
+    if used is not None:
+        y = _ssd_step(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows)
+        return y.new_zeros(x.shape).index_copy_(0, used, y)
     before = read_slots(state, rows, x.shape[0])
     kind = wide(before)
-    heads, groups = x.shape[1], B.shape[1]
+    share = x.shape[1] // B.shape[1]
     d, log_decay = _step_sizes(dt[:, None], A, dt_bias, dt_softplus, dt_limit, None, kind)
     d, decay = d[:, 0], log_decay[:, 0].exp()
-    b, c = (t.to(kind).repeat_interleave(heads // groups, dim=1)[:, :, None] for t in (B, C))
+    b, c = (t.to(kind).repeat_interleave(share, dim=1)[:, :, None] for t in (B, C))
     after = before * decay[..., None, None] + (d[..., None] * x)[..., None] * b
     y = (after * c).sum(-1)
     if D is not None:
@@ -413,4 +443,8 @@ def _ssd_step(
 
 
 backend.add("ssd_scan", "torch", _ssd_scan)
+backend.add("ssd_scan", "cpu", cpu.ssd_scan)
 backend.add("ssd_step", "torch", _ssd_step)
+backend.add("ssd_step", "cpu", cpu.ssd_step)
+backend.add("ssd_step_multi", "torch", _ssd_step_multi)
+backend.add("ssd_replay", "torch", _ssd_replay)

@@ -1,11 +1,11 @@
-"""The SSD scan for CPU cores: batched matmuls over all chunks at once and a hand-written backward.
+"""The SSD scan for CPU cores: one loop over chunks in buffers that stay in the cache, and a hand-written backward.
 
-Legend as in `alloy.ops.ssd`. Inside, arrays are chunk-major, so that matmul operands are contiguous and the carried
-states of consecutive chunks lie next to each other:
-    by head   (chunks, batch, heads, tokens, head_dim)             inside a chunk: decays differ from head to head
-    by group  (chunks, batch, groups, tokens, heads a group * head_dim)   states: B and C are shared by the group's heads
-    states    (chunks, batch, groups, heads a group * head_dim, state)
-B and C are never expanded to heads. What keeps the element-wise passes cheap (torch 2.13, AVX-512):
+Legend as in `alloy.ops.ssd`; `share` is the number of heads in a group. The loop copies a chunk into buffers made once
+a call, so that all heads of a chunk are a few batched matmuls on contiguous operands and memory does not grow with the
+sequence. Two layouts occur, and B and C are never expanded to heads:
+    by head   (batch, groups, share, tokens, head_dim)   inside a chunk: decays differ from head to head
+    by group  (batch, groups, tokens, share, head_dim)   states: all heads of a group meet the same B and C
+What keeps the element-wise passes cheap (torch 2.13, AVX-512):
     - exponents are in base 2: exp2 takes a third of exp's time
     - exponents are clamped from both sides, to 0 (never exp of a positive) and to where results are still normal numbers:
       exp is ten times slower when it underflows; pairs that do not meet are zeroed in C . B, once a group
@@ -26,8 +26,10 @@ from torch import Tensor
 
 from alloy.ops.documents import segment_ids
 from alloy.ops.precision import wide
+from alloy.ops.slots import slot_numbers
 
 # d * A times this is the log of a decay in base 2
+NO_LIMIT = (0.0, math.inf)
 _LOG2_E = math.log2(math.e)
 # smallest exponents in base 2 whose powers are normal numbers with room for a factor
 _FLOOR = {torch.float32: -100.0, torch.float64: -900.0}
@@ -53,75 +55,60 @@ def ssd_scan(
     given = (x, dt, A, B, C, D, dt_bias, h0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _Scan.apply(*given, documents, settings)
-    y, state = _forward(_prepare(x, dt, A, B, C, dt_bias, documents, settings), D, h0, return_state)
+    y, state = _forward(_prepare(x, dt, A, B, dt_bias, documents, settings), x, B, C, D, h0, return_state)
     return y.to(x.dtype), state
 
 
-@dataclass
-class _Chunked:
-    """The inputs in chunk-major layout, in the wide dtype; padding is zero."""
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    slots: Tensor | None,
+) -> Tensor:
+    """As `alloy.ops.ssd_step`: three passes over each state, in place where it lies; a slot's own state is contiguous."""
+    batch, heads, head_dim = x.shape
+    groups, width = B.shape[1:]
+    kind = wide(state)
+    d = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
+    d = _soft(d, dt_softplus)
+    d = d if dt_limit == NO_LIMIT else d.clamp(*dt_limit)
+    decay = torch.exp(d * A.to(kind))[..., None, None]
+    inputs = (x * d[..., None]).view(batch, groups, -1, 1)
+    B, C = B.to(kind)[:, :, None], C.to(kind)[:, :, None]
+    y = torch.zeros(batch, groups, 1, heads // groups * head_dim, dtype=kind, device=x.device)
+    for row, slot in enumerate(range(batch) if slots is None else slot_numbers(slots, state, batch)):
+        if slot < 0:
+            continue
+        own = state[slot]
+        own = own.mul_(decay[row]).view(groups, -1, width)
+        own.addcmul_(inputs[row], B[row])
+        torch.bmm(C[row], own.to(kind).transpose(1, 2), out=y[row])
+    y = y.view(x.shape)
+    if D is not None:
+        used = x if slots is None else torch.where((slots >= 0)[:, None, None], x, 0)
+        y.addcmul_(used, D.to(kind)[:, None])
+    return y.to(x.dtype)
 
-    batch: int
-    seq: int
-    heads: int
-    groups: int
+
+@dataclass
+class _Steps:
+    """What depends on dt alone, for all chunks: small beside x, B and C."""
+
     raw: Tensor  # (batch, seq, heads), dt + dt_bias
     real: Tensor | None  # bool (batch, seq)
-    d: Tensor  # (chunks, batch, heads, tokens), like the next three
+    d: Tensor  # (chunks, batch, groups, share, tokens), like the next three
     logs: Tensor  # cumulated d * A, base 2
     into: Tensor  # decay from the carried state to a token
     onto: Tensor  # decay from a token to the chunk's end
-    through: Tensor  # (chunks, batch, heads), decay from the carried state to the chunk's end
-    meet: Tensor  # (chunks or 1, batch or 1, 1, tokens, tokens), 1 where token i sees token j, else 0
-    x: Tensor  # (chunks, batch, heads, tokens, head_dim)
-    B: Tensor  # (chunks * batch * groups, tokens, state)
-    C: Tensor  # (chunks * batch * groups, tokens, state)
-
-    @property
-    def rows(self) -> int:
-        """Rows of B and C that belong to one chunk."""
-        return self.batch * self.groups
-
-    def chunked(self, t: Tensor) -> Tensor:
-        """(batch, seq, heads or groups, width) -> contiguous (chunks, batch, heads or groups, tokens, width)."""
-        if self.real is not None:
-            t = torch.where(self.real[..., None, None], t, 0)
-        chunks, _, _, tokens = self.d.shape
-        t = F.pad(t, (0, 0, 0, 0, 0, chunks * tokens - self.seq)) if self.seq < chunks * tokens else t
-        out = torch.empty(chunks, self.batch, t.shape[2], tokens, t.shape[3], dtype=self.d.dtype, device=t.device)
-        return out.copy_(t.unflatten(1, (chunks, tokens)).permute(1, 0, 3, 2, 4))
-
-    def merged(self, t: Tensor) -> Tensor:
-        """Inverse of `chunked`: (chunks, batch, heads or groups, tokens, width) -> (batch, seq, heads or groups, width)."""
-        return t.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : self.seq]
-
-    def grouped(self, t: Tensor) -> Tensor:
-        """A view: (chunks, batch, heads, ...) -> (chunks, batch, groups, heads a group, ...)."""
-        return t.unflatten(2, (self.groups, -1))
-
-    def by_group(self, t: Tensor, weight: Tensor) -> Tensor:
-        """t (chunks, batch, heads, tokens, head_dim) * weight (chunks, batch, heads, tokens), laid out by group:
-        (chunks * batch * groups, tokens, heads a group * head_dim). Fewer chunks may be given."""
-        t, weight = self.grouped(t).transpose(3, 4), self.grouped(weight).transpose(3, 4)
-        out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        return torch.mul(t, weight[..., None], out=out).flatten(0, 2).flatten(2)
-
-    def add_by_head(self, total: Tensor, t: Tensor, weight: Tensor) -> None:
-        """total += t * weight in place: total and weight as in `by_group`, t laid out by group."""
-        total = self.grouped(total)
-        t = t.view(*total.shape[:3], total.shape[4], total.shape[3], total.shape[5]).transpose(3, 4)
-        total.addcmul_(t, self.grouped(weight)[..., None])
-
-    def decay(self) -> Tensor:
-        """exp(l_i - l_j) for i >= j: (chunks, batch, groups, heads a group, tokens, tokens)."""
-        logs = self.grouped(self.logs)
-        return (logs[..., :, None] - logs[..., None, :]).clamp_(_FLOOR[logs.dtype], 0).exp2_()
-
-    def products(self) -> Tensor:
-        """C_i . B_j where token i sees token j, else 0: (chunks, batch, groups, 1, tokens, tokens)."""
-        tokens = self.B.shape[1]
-        products = torch.bmm(self.C, self.B.transpose(1, 2)).view(-1, self.batch, self.groups, tokens, tokens)
-        return products.mul_(self.meet)[:, :, :, None]
+    through: Tensor  # (chunks, batch, groups, share), decay from the carried state to the chunk's end
+    meet: Tensor  # (chunks, batch, 1, tokens, tokens), 1 where token i sees token j, else 0
 
 
 def _prepare(
@@ -129,83 +116,167 @@ def _prepare(
     dt: Tensor,
     A: Tensor,
     B: Tensor,
-    C: Tensor,
     dt_bias: Tensor | None,
     documents: Tensor | None,
     settings: tuple[bool, tuple[float, float], int, bool],
-) -> _Chunked:
+) -> _Steps:
     dt_softplus, dt_limit, chunk, _ = settings
     kind = wide(x)
-    batch, seq, heads, _ = x.shape
-    tokens = min(chunk, seq)
-    chunks = -(-seq // tokens)
+    batch, seq = x.shape[:2]
+    groups = B.shape[2]
+    chunks = -(-seq // chunk)
+    # chunks of equal size leave the fewest places empty in the last one
+    tokens = -(-seq // chunks)
     extra = chunks * tokens - seq
     raw = dt.to(kind) if dt_bias is None else dt.to(kind) + dt_bias.to(kind)
-    d = _soft(raw, dt_softplus).clamp(*dt_limit)
-    segments = real = None
+    d = _soft(raw, dt_softplus)
+    d = d if dt_limit == NO_LIMIT else d.clamp(*dt_limit)
+    real = segments = None
     if documents is not None:
         segments, real = segment_ids(documents)
         d = torch.where(real[..., None], d, 0)
-        segments = torch.cat([segments, segments[:, -1:].expand(-1, extra)], dim=1)
-    d = F.pad(d, (0, 0, 0, extra)).view(batch, chunks, tokens, heads).permute(1, 0, 3, 2).contiguous()
-    logs = (d * (A.to(kind) * _LOG2_E)[:, None]).cumsum(-1)
-    into, onto = ((t.clamp(min=_FLOOR[kind])).exp2_() for t in (logs, logs[..., -1:] - logs))
-    through = into[..., -1]
-    meet = torch.ones(1, 1, 1, tokens, tokens, dtype=kind, device=x.device).tril_()
+    d = F.pad(d, (0, 0, 0, extra)).view(batch, chunks, tokens, groups, -1).permute(1, 0, 3, 4, 2).contiguous()
+    logs = (d * (A.to(kind) * _LOG2_E).view(groups, -1, 1)).cumsum(-1)
+    into, onto = (t.clamp(min=_FLOOR[kind]).exp2_() for t in (logs, logs[..., -1:] - logs))
+    meet = torch.ones(tokens, tokens, dtype=kind, device=x.device).tril_().expand(chunks, batch, 1, -1, -1)
     if segments is not None:
-        own = segments.view(batch, chunks, tokens).transpose(0, 1)[:, :, None]  # (chunks, batch, 1, tokens)
+        segments = torch.cat([segments, segments[:, -1:].expand(-1, extra)], dim=1)
+        own = segments.view(batch, chunks, 1, tokens).transpose(0, 1)  # (chunks, batch, 1, tokens)
         # the segment whose state is carried into a chunk
         owner = torch.cat([own[:1, ..., :1], own[:-1, ..., -1:]])
         meet = meet * (own[..., :, None] == own[..., None, :])
-        into = into * (own == owner)
-        onto = onto * (own == own[..., -1:])
-        through = into[..., -1]
-    p = _Chunked(batch, seq, heads, B.shape[2], raw, real, d, logs, into, onto, through, meet, x, B, C)
-    p.x, p.B, p.C = p.chunked(x), p.chunked(B).flatten(0, 2), p.chunked(C).flatten(0, 2)
-    return p
+        into = into * (own == owner)[:, :, None]
+        onto = onto * (own == own[..., -1:])[:, :, None]
+    return _Steps(raw, real, d, logs, into, onto, into[..., -1], meet)
 
 
 def _soft(raw: Tensor, dt_softplus: bool) -> Tensor:
     return F.softplus(raw) if dt_softplus else raw
 
 
-def _states(p: _Chunked, h0: Tensor | None, last: bool) -> Tensor:
-    """States carried into each chunk and, if `last`, out of the last one: (chunks (+ 1), batch, heads, head_dim, state)."""
-    count = p.d.shape[0] + last
-    head_dim, width = p.x.shape[-1], p.B.shape[-1]
-    states = torch.empty(count, p.batch, p.heads, head_dim, width, dtype=p.d.dtype, device=p.d.device)
-    if h0 is None:
-        states[0].zero_()
+class _Buffers:
+    """One chunk's arrays, and the pieces of the algorithm that forward and backward share."""
+
+    def __init__(self, steps: _Steps, head_dim: int, width: int) -> None:
+        self.steps = steps
+        self.chunks, self.batch, self.groups, self.share, self.tokens = steps.d.shape
+        self.head_dim, self.width = head_dim, width
+        self.weights = steps.onto * steps.d
+        self.x, self.inputs = self.by_head(), self.by_group()
+        self.B, self.C = self.shared(), self.shared()
+        self.products = self.new(self.batch, self.groups, self.tokens, self.tokens)
+        self.decay = self.new(self.batch, self.groups, self.share, self.tokens, self.tokens)
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.steps.d.dtype, device=self.steps.d.device)
+
+    def by_head(self) -> Tensor:
+        return self.new(self.batch, self.groups, self.share, self.tokens, self.head_dim)
+
+    def by_group(self) -> Tensor:
+        return self.new(self.batch, self.groups, self.tokens, self.share, self.head_dim)
+
+    def shared(self) -> Tensor:
+        """The size of B, C and their gradients."""
+        return self.new(self.batch, self.groups, self.tokens, self.width)
+
+    def states(self, *count: int) -> Tensor:
+        return self.new(*count, self.batch, self.groups, self.share, self.head_dim, self.width)
+
+    def place(self, t: Tensor, i: int) -> Tensor:
+        """Chunk i of t (batch, seq, groups, ..., width) as a view (batch, groups, ..., tokens, width); the last chunk may
+        have fewer tokens."""
+        return t[:, i * self.tokens : (i + 1) * self.tokens].movedim(1, -2)
+
+    def load(self, buffer: Tensor, t: Tensor, i: int) -> None:
+        """Copy chunk i of t (batch, seq, groups, ..., width) into `buffer`; padding and places past the end are zero."""
+        part = self.place(t, i)
+        if self.steps.real is not None:
+            real = self.steps.real[:, i * self.tokens : (i + 1) * self.tokens]
+            part = torch.where(real.view(self.batch, *[1] * (part.dim() - 3), -1, 1), part, 0)
+        count = part.shape[-2]
+        buffer[..., :count, :].copy_(part)
+        if count < self.tokens:
+            buffer[..., count:, :].zero_()
+
+    def multiply(self) -> None:
+        """products = C_i . B_j where token i sees token j, else 0, of the chunk that is loaded."""
+        _bmm(self.C, self.B.transpose(-1, -2), self.products)
+
+    def decays(self, i: int) -> None:
+        """decay = exp(l_i - l_j) for token i at or after token j."""
+        logs = self.steps.logs[i]
+        torch.sub(logs[..., :, None], logs[..., None, :], out=self.decay).clamp_(_FLOOR[logs.dtype], 0).exp2_()
+
+    def advance(self, i: int, before: Tensor | None, after: Tensor) -> None:
+        """after = through * before + what chunk i adds; `before` may be `after`, None is zero."""
+        torch.mul(self.x, self.weights[i][..., None], out=self.inputs.transpose(2, 3))
+        inputs = self.inputs.flatten(3).transpose(-1, -2)
+        if before is None:
+            _bmm(inputs, self.B, after)
+        else:
+            torch.mul(before, self.steps.through[i][..., None, None], out=after)
+            _bmm(inputs, self.B, after, add=True)
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out (+)= a @ b. a (..., n, k) and b (..., k, m) have collapsible leading dimensions; `out` is contiguous and may be
+    split into more dimensions."""
+    a, b = a.flatten(0, -3), b.flatten(0, -3)
+    out = out.view(a.shape[0], a.shape[1], b.shape[2])
+    if add:
+        out.baddbmm_(a, b)
     else:
-        states[0].copy_(h0)
-    if count > 1:
-        inputs = p.by_group(p.x[: count - 1], (p.onto * p.d)[: count - 1])
-        torch.bmm(inputs.transpose(1, 2), p.B[: inputs.shape[0]], out=states[1:].view(inputs.shape[0], -1, width))
-    for i in range(1, count):
-        states[i].addcmul_(states[i - 1], p.through[i - 1, ..., None, None])
-    return states
+        torch.bmm(a, b, out=out)
 
 
-def _forward(p: _Chunked, D: Tensor | None, h0: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(
+    steps: _Steps, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
     """y (batch, seq, heads, head_dim) in the wide dtype, and the last state if asked for."""
-    chunks, _, _, tokens = p.d.shape
-    mixed = p.decay().mul_(p.products()).mul_(p.grouped(p.d)[..., None, :])
-    if D is not None:
-        mixed.diagonal(dim1=-2, dim2=-1).add_(D.to(mixed.dtype).view(p.groups, -1, 1))
-    y = torch.bmm(mixed.view(-1, tokens, tokens), p.x.flatten(0, 2)).view(p.x.shape)
-    # without h0 nothing is carried into the first chunk
-    first = 1 if h0 is None else 0
-    if chunks == first and not return_state:
-        return p.merged(y), None
-    states = _states(p, h0, return_state)
-    if chunks > first:
-        carried = states[first:chunks].view((chunks - first) * p.rows, -1, states.shape[-1])
-        p.add_by_head(y[first:], torch.bmm(p.C[first * p.rows :], carried.transpose(1, 2)), p.into[first:])
-    return p.merged(y), states[chunks].clone() if return_state else None
+    buffers = _Buffers(steps, x.shape[-1], B.shape[-1])
+    chunks, groups = buffers.chunks, buffers.groups
+    within, carried = buffers.by_head(), buffers.by_group()
+    diagonal = buffers.decay.diagonal(dim1=-2, dim2=-1)
+    skip = None if D is None else D.to(within.dtype).view(groups, -1, 1)
+    x = x.unflatten(2, (groups, -1))
+    y = torch.empty(x.shape, dtype=within.dtype, device=x.device)
+    state = buffers.states() if chunks > 1 or return_state or h0 is not None else None
+    before = None
+    if h0 is not None and state is not None:
+        before = state.copy_(h0.view(state.shape))
+    for i in range(chunks):
+        buffers.load(buffers.x, x, i)
+        buffers.load(buffers.B, B, i)
+        buffers.load(buffers.C, C, i)
+        buffers.multiply()
+        buffers.products.mul_(steps.meet[i])
+        buffers.decays(i)
+        buffers.decay.mul_(buffers.products[:, :, None]).mul_(steps.d[i][..., None, :])
+        if skip is not None:
+            diagonal.add_(skip)
+        _bmm(buffers.decay, buffers.x, within)
+        out = buffers.place(y, i)
+        count = out.shape[-2]
+        if before is None:
+            out.copy_(within[..., :count, :])
+        else:
+            _bmm(buffers.C, before.flatten(2, 3).transpose(-1, -2), carried)
+            torch.addcmul(
+                within[..., :count, :],
+                carried.transpose(2, 3)[..., :count, :],
+                steps.into[i][..., :count, None],
+                out=out,
+            )
+        if state is not None and (i < chunks - 1 or return_state):
+            buffers.advance(i, before, state)
+            before = state
+    y = y.flatten(2, 3)
+    return y, state.flatten(1, 2) if return_state and state is not None else None
 
 
 class _Scan(torch.autograd.Function):
-    """Keeps the chunk-major inputs and y; decays, products and states are computed again in the backward."""
+    """Keeps the inputs and y; decays, products and states are computed again in the backward."""
 
     @staticmethod
     def forward(
@@ -221,86 +292,126 @@ class _Scan(torch.autograd.Function):
         documents: Tensor | None,
         settings: tuple[bool, tuple[float, float], int, bool],
     ) -> tuple[Tensor, Tensor | None]:
-        p = _prepare(x, dt, A, B, C, dt_bias, documents, settings)
-        y, state = _forward(p, D, h0, settings[3])
-        given = tuple(vars(p).values())
-        ctx.sizes, ctx.settings = given[:4], settings
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, dt, A, B, C, D, dt_bias, h0))
+        steps = _prepare(x, dt, A, B, dt_bias, documents, settings)
+        y, state = _forward(steps, x, B, C, D, h0, settings[3])
         out = y.to(x.dtype)
-        ctx.save_for_backward(A, D, h0, y, *given[4:])
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, h0, y, *vars(steps).values())
+        ctx.settings = settings
         return out, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        A, D, h0, y, *saved = ctx.saved_tensors
-        p = _Chunked(*ctx.sizes, *saved)
-        dx, dB, dC, dlogs, dd, dh0, skip = _backward(p, p.chunked(dy), dstate, D, h0, p.chunked(y))
+        x, dt, A, B, C, D, dt_bias, h0, y, *saved = ctx.saved_tensors
+        steps = _Steps(*saved)
+        dx, dB, dC, dlogs, dd, dh0, skip = _backward(steps, x, B, C, D, h0, y, dy, dstate)
         da = dlogs.flip(-1).cumsum(-1).flip(-1)
-        dA = (da * p.d).sum((0, 1, 3))
-        dd.addcmul_(da, A.to(dd.dtype)[:, None])
-        ddt = dd.permute(1, 0, 3, 2).flatten(1, 2)[:, : p.seq]
+        dA = (da * steps.d).sum((0, 1, 4))
+        dd.addcmul_(da, A.to(dd.dtype).view(*dA.shape, 1))
+        ddt = dd.permute(1, 0, 4, 2, 3).flatten(3).flatten(1, 2)[:, : x.shape[1]]
         dt_softplus, (low, high), _, _ = ctx.settings
-        soft = _soft(p.raw, dt_softplus)
+        soft = _soft(steps.raw, dt_softplus)
         passed = (soft >= low) & (soft <= high)
-        passed = passed if p.real is None else passed & p.real[..., None]
-        ddt = torch.where(passed, ddt * p.raw.sigmoid() if dt_softplus else ddt, 0)
-        gradients = (dx, ddt, dA, dB, dC, skip, ddt.sum((0, 1)), dh0)
-        return *(None if kind is None else g.to(kind) for g, kind in zip(gradients, ctx.dtypes, strict=True)), None, None
+        passed = passed if steps.real is None else passed & steps.real[..., None]
+        ddt = torch.where(passed, ddt * steps.raw.sigmoid() if dt_softplus else ddt, 0)
+        pairs = ((x, dx), (dt, ddt), (A, dA), (B, dB), (C, dC), (D, skip), (dt_bias, ddt.sum((0, 1))), (h0, dh0))
+        return *(None if t is None else g.view(t.shape).to(t.dtype) for t, g in pairs), None, None
 
 
 def _backward(
-    p: _Chunked, dy: Tensor, dstate: Tensor | None, D: Tensor | None, h0: Tensor | None, y: Tensor
+    steps: _Steps,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    y: Tensor,
+    dy: Tensor,
+    dstate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, B, C (as given), of the cumulated log decays (base e) and of d (chunks, batch, heads, tokens), of
-    h0 and of D. dy and y are (chunks, batch, heads, tokens, head_dim)."""
-    chunks, _, _, tokens = p.d.shape
-    head_dim, width = p.x.shape[-1], p.B.shape[-1]
-    u = p.x * p.d[..., None]
-    # inside the chunks
-    decay = p.decay()
-    dmixed = torch.bmm(dy.flatten(0, 2), u.flatten(0, 2).transpose(1, 2)).view(decay.shape)
-    dproducts = dmixed[:, :, :, 0] * decay[:, :, :, 0]
-    for head in range(1, decay.shape[3]):
-        dproducts.addcmul_(dmixed[:, :, :, head], decay[:, :, :, head])
-    dproducts = dproducts.mul_(p.meet).flatten(0, 2)
-    dC = torch.bmm(dproducts, p.B)
-    dB = torch.bmm(dproducts.transpose(1, 2), p.C)
-    mixed = decay.mul_(p.products()).flatten(0, 3)
-    du = torch.bmm(mixed.transpose(1, 2), dy.flatten(0, 2), out=dmixed.new_empty(mixed.shape[0], tokens, head_dim))
-    du = du.view(p.x.shape)
-    del dmixed, decay, mixed
-    # the carried states, forwards, and their gradients, backwards
-    first = 1 if h0 is None else 0
-    last = 0 if dstate is None else 1
-    states = _states(p, h0, bool(last))
-    weighted = p.by_group(dy, p.into)
-    if chunks > first:
-        dC[first * p.rows :].baddbmm_(weighted[first * p.rows :], states[first:chunks].view(-1, weighted.shape[2], width))
-    dstates = torch.empty(chunks + 1, *states.shape[1:], dtype=u.dtype, device=u.device)
-    torch.bmm(weighted.transpose(1, 2), p.C, out=dstates[:chunks].view(-1, weighted.shape[2], width))
-    if dstate is None:
-        dstates[chunks].zero_()
+    """Gradients of x, B and C, of the cumulated log decays (base e) and of d (like d), of h0 and of D.
+
+    A first sweep computes the states again; the second goes backwards with `dcarry`, the gradient of the state that leaves
+    the chunk.
+    """
+    buffers = _Buffers(steps, x.shape[-1], B.shape[-1])
+    chunks, groups = buffers.chunks, buffers.groups
+    x, y, dy = (t.unflatten(2, (groups, -1)) for t in (x, y, dy))
+    skip = None if D is None else D.to(steps.d.dtype).view(groups, -1, 1, 1)
+    states = buffers.states(chunks + 1)
+    if h0 is None:
+        states[0].zero_()
     else:
-        dstates[chunks].copy_(dstate)
+        states[0].copy_(h0.view(states[0].shape))
+    last = chunks if dstate is not None else chunks - 1
+    for i in range(last):
+        buffers.load(buffers.x, x, i)
+        buffers.load(buffers.B, B, i)
+        buffers.advance(i, None if i == 0 and h0 is None else states[i], states[i + 1])
+
+    dx = torch.empty(x.shape, dtype=steps.d.dtype, device=x.device)
+    dB, dC = (
+        torch.empty(B.shape, dtype=dx.dtype, device=x.device),
+        torch.empty(C.shape, dtype=dx.dtype, device=x.device),
+    )
+    dlogs, dd, dskip = (torch.empty_like(steps.d) for _ in range(3))
+    dcarry = buffers.states()
+    if dstate is None:
+        dcarry.zero_()
+    else:
+        dcarry.copy_(dstate.view(dcarry.shape))
+    dyc, u, du, product, yc = (buffers.by_head() for _ in range(5))
+    weighted, from_state = buffers.by_group(), buffers.by_group()
+    dshared = buffers.shared()
+    dmixed, dproducts = torch.empty_like(buffers.decay), torch.empty_like(buffers.products)
     for i in reversed(range(chunks)):
-        dstates[i].addcmul_(dstates[i + 1], p.through[i, ..., None, None])
-    dlogs = torch.zeros_like(p.logs)
-    used = chunks - 1 + last
-    if used:
-        out = dstates[1 : used + 1]
-        by_row = out.view(used * p.rows, -1, width)
-        dB[: used * p.rows].baddbmm_(p.by_group(u[:used], p.onto[:used]), by_row)
-        p.add_by_head(du[:used], torch.bmm(p.B[: used * p.rows], by_row.transpose(1, 2)), p.onto[:used])
-        dlogs[:used, ..., -1] = (states[1 : used + 1] * out).sum((-2, -1))
-    dd = (p.x * du).sum(-1)
-    skip = (p.x * dy).sum(-1)
-    dlogs += (dy * y).sum(-1)
-    dlogs -= p.d * dd
-    dx = du.mul_(p.d[..., None])
-    if D is not None:
-        D = D.to(dx.dtype)[:, None]
-        dlogs -= skip * D
-        dx.addcmul_(dy, D[..., None])
-    shape = (chunks, p.batch, p.groups, tokens, width)
-    return p.merged(dx), p.merged(dB.view(shape)), p.merged(dC.view(shape)), dlogs, dd, dstates[0], skip.sum((0, 1, 3))
+        for buffer, t in ((buffers.x, x), (buffers.B, B), (buffers.C, C), (dyc, dy), (yc, y)):
+            buffers.load(buffer, t, i)
+        into, onto, d = (t[i][..., None] for t in (steps.into, steps.onto, steps.d))
+        torch.mul(buffers.x, d, out=u)
+        # inside the chunk
+        buffers.decays(i)
+        _bmm(dyc, u.transpose(-1, -2), dmixed)
+        torch.mul(dmixed[:, :, 0], buffers.decay[:, :, 0], out=dproducts)
+        for head in range(1, buffers.share):
+            dproducts.addcmul_(dmixed[:, :, head], buffers.decay[:, :, head])
+        dproducts.mul_(steps.meet[i])
+        buffers.multiply()
+        buffers.decay.mul_(buffers.products.mul_(steps.meet[i])[:, :, None])
+        _bmm(buffers.decay.transpose(-1, -2), dyc, du)
+        # B and the state that leaves the chunk
+        _bmm(dproducts.transpose(-1, -2), buffers.C, dshared)
+        if i < last:
+            torch.mul(u, onto, out=weighted.transpose(2, 3))
+            _bmm(weighted.flatten(3), dcarry.flatten(2, 3), dshared, add=True)
+            _bmm(buffers.B, dcarry.flatten(2, 3).transpose(-1, -2), from_state)
+            du.addcmul_(from_state.transpose(2, 3), onto)
+        _put(buffers.place(dB, i), dshared)
+        # C and the state that enters it
+        _bmm(dproducts, buffers.B, dshared)
+        if i > 0 or h0 is not None:
+            torch.mul(dyc, into, out=weighted.transpose(2, 3))
+            _bmm(weighted.flatten(3), states[i].flatten(2, 3), dshared, add=True)
+        _put(buffers.place(dC, i), dshared)
+        torch.sum(torch.mul(dyc, yc, out=product), -1, out=dlogs[i])
+        if i < last:
+            dlogs[i, ..., -1] += (states[i + 1] * dcarry).sum((-2, -1))
+        if i > 0 or h0 is not None:
+            dcarry.mul_(steps.through[i][..., None, None])
+            _bmm(weighted.flatten(3).transpose(-1, -2), buffers.C, dcarry, add=True)
+        # x and d
+        torch.sum(torch.mul(buffers.x, du, out=product), -1, out=dd[i])
+        torch.sum(torch.mul(buffers.x, dyc, out=product), -1, out=dskip[i])
+        du.mul_(d)
+        if skip is not None:
+            du.addcmul_(dyc, skip)
+        _put(buffers.place(dx, i), du)
+    dlogs -= steps.d * dd
+    if skip is not None:
+        dlogs -= dskip * skip[..., 0]
+    return dx, dB, dC, dlogs, dd, dcarry, dskip.sum((0, 1, 4))
+
+
+def _put(target: Tensor, buffer: Tensor) -> None:
+    """Copy a buffer to its place, without what lies past the end of the sequence."""
+    target.copy_(buffer[..., : target.shape[-2], :])
