@@ -18,6 +18,7 @@ from alloy.models.cache import DenseCache
 from alloy.models.configs import AttentionConfig, MLPConfig, RopeConfig
 from alloy.ops.activation import ACTIVATIONS
 from alloy.ops.attention import attention
+from alloy.ops.linear import linear
 from alloy.ops.norm import layer_norm_1p, rms_norm
 
 
@@ -38,6 +39,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: see the module's docstring."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., inputs) -> (..., outputs)."""
+        return linear(input, self.weight, self.bias)
 
     def draw_weights(self, plan: InitPlan) -> None:
         """Normal weights, zero bias."""

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from alloy.models.base import InitPlan, Layout, RouterStats, keep_fp32
 from alloy.models.blocks import MLP, Linear
 from alloy.models.configs import MLPConfig, MoEConfig
+from alloy.ops.linear import linear
 from alloy.ops.moe import expert_counts, moe_experts, route, sequence_balance
 
 
@@ -38,8 +38,8 @@ class Gate(nn.Module):
         """x (tokens, hidden) -> fp32 logits (tokens, experts); never in lower precision."""
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return F.linear(x.float(), self.weight.float())
-        return F.linear(x.float(), self.weight.float())
+                return linear(x.float(), self.weight.float())
+        return linear(x.float(), self.weight.float())
 
     def draw_weights(self, plan: InitPlan) -> None:
         """Normal weights, zero bias."""

@@ -1,0 +1,50 @@
+"""The linear product of the CPU backend against float64: values and gradients."""
+
+import pytest
+import torch
+
+from alloy.ops.backend import use_backend
+from alloy.ops.linear import linear
+
+
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 1), (5, 7), (301,), (0,)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(33, 17), (64, 26), (515, 8)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_values_and_gradients(rows: tuple[int, ...], inputs: int, outputs: int, has_bias: bool) -> None:
+    """Any shape, strided input, with and without a gradient; a summed output has a gradient of stride 0."""
+    generator = torch.Generator().manual_seed(0)
+    # the input is a slice of something wider
+    x = torch.randn(*rows, inputs + 3, generator=generator)[..., 2:-1].detach().requires_grad_()
+    weight = torch.randn(outputs, inputs, generator=generator, requires_grad=True)
+    bias = torch.randn(outputs, generator=generator, requires_grad=True) if has_bias else None
+    given = [t for t in (x, weight, bias) if t is not None]
+    double = [t.detach().double().requires_grad_() for t in given]
+    truth = double[0] @ double[1].T + (double[2] if has_bias else 0)
+
+    y = linear(x, weight, bias)
+    assert y.shape == (*rows, outputs)
+    torch.testing.assert_close(y, truth.float(), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias), truth.float(), atol=1e-4, rtol=1e-4)
+    for factor in (torch.randn(y.shape, generator=generator), torch.ones(())):
+        grads = torch.autograd.grad((y * factor).sum(), given, retain_graph=True)
+        expected = torch.autograd.grad((truth * factor).sum(), double, retain_graph=True)
+        for ours, theirs in zip(grads, expected, strict=True):
+            torch.testing.assert_close(ours, theirs.float(), atol=1e-3, rtol=1e-4)
+    grads = torch.autograd.grad(y.sum(), given)
+    for ours, theirs in zip(grads, torch.autograd.grad(truth.sum(), double), strict=True):
+        torch.testing.assert_close(ours, theirs.float(), atol=1e-3, rtol=1e-4)
+
+
+def test_other_dtypes_and_autocast_are_torch() -> None:
+    """bf16 and autocast go to torch; a frozen weight gets no gradient."""
+    x, weight = torch.randn(5, 33), torch.randn(17, 33)
+    low = linear(x.bfloat16(), weight.bfloat16())
+    assert torch.equal(low, torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    x.requires_grad_()
+    linear(x, weight).square().sum().backward()
+    assert weight.grad is None
+    with use_backend("torch"):
+        torch.testing.assert_close(linear(x, weight), x @ weight.T)
