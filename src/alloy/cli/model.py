@@ -32,7 +32,9 @@ def info(
     dtype: Annotated[str, typer.Option(help="Of weights, conv state and activations.")] = "bfloat16",
     kv_dtype: Annotated[str | None, typer.Option(help="Of keys and values; default: --dtype.")] = None,
     state_dtype: Annotated[str, typer.Option(help="Of the recurrent state.")] = "float32",
-    gpu_mem: Annotated[str | None, typer.Option(help="Device memory, such as 22GiB: exit code 3 if it does not fit.")] = None,
+    gpu_mem: Annotated[
+        str | None, typer.Option(help="Device memory, such as 22GiB: exit code 3 if it does not fit.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Parameters, FLOPs and memory of a model, from its configuration alone."""

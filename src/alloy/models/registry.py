@@ -14,12 +14,13 @@ from alloy.core.device import resolve_device, resolve_dtype
 from alloy.core.logging import get_logger
 from alloy.core.registry import Registry
 from alloy.core.runs import atomic_write
-from alloy.errors import CheckpointError
+from alloy.errors import CheckpointError, RecipeError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig, HybridConfig
-from alloy.models.hf.config import Style, read_config, read_json, style, write_config
+from alloy.models.hf.config import read_config, read_json, style, write_config
 from alloy.models.hf.files import Progress, Stored
 from alloy.models.hf.folder import DEFAULT_SHARD, load_weights, read_optional_json, save_weights, stored_tensors
+from alloy.models.hf.keys import Style
 from alloy.models.hf.names import bare_name
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 AnyConfig = HybridConfig | DecoderConfig
 GENERATION = "generation_config.json"
+# the one library whose numbers can be reproduced, where they differ
+COMPAT = "transformers-5.23"
 log = get_logger(__name__)
 
 # kind -> class(config, device, dtype)
@@ -62,6 +65,8 @@ def load(
         layers: load only these blocks, in this order (None: all)
         progress: called with the bytes of every tensor read
     """
+    if compat not in (None, COMPAT):
+        raise RecipeError(f'compat = "{compat}" is not known. Use None or "{COMPAT}"')
     folder = hub.resolve(path)
     config, foreign, stored = inspect(folder)
     if layers is not None:
@@ -75,7 +80,7 @@ def load(
     _log_rate("loaded", model, start)
     model.foreign = foreign
     model.generation = read_optional_json(folder / GENERATION)
-    if compat is not None:
+    if isinstance(config, HybridConfig):
         model.compat = compat
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and len(tokenizer) > config.vocab:

@@ -187,7 +187,7 @@ def weight_bytes(config: AnyConfig, dtype: str = "bfloat16", mtp: bool = True) -
 
 def kv_bytes(config: AnyConfig, batch: int, context: int, dtype: str = "bfloat16", mtp: bool = False) -> int:
     """Bytes of keys and values of `batch` sequences of `context` tokens; a window caps its layer's context."""
-    mixers = backbone_mixers(config) + (list(_mtp_mixers(config)) if mtp else [])
+    mixers = _cached_mixers(config, mtp)
     elements = sum(
         2 * mixer.num_kv_heads * mixer.head_dim * min(context, mixer.window or context)
         for mixer in mixers
@@ -196,15 +196,16 @@ def kv_bytes(config: AnyConfig, batch: int, context: int, dtype: str = "bfloat16
     return math.ceil(batch * elements * dtype_bytes(dtype))
 
 
-def state_bytes(config: AnyConfig, batch: int, dtype: str = "float32") -> int:
+def state_bytes(config: AnyConfig, batch: int, dtype: str = "float32", mtp: bool = False) -> int:
     """Bytes of the recurrent states (heads x head_dim x state a Mamba layer)."""
-    elements = sum(m.inner * m.state for m in backbone_mixers(config) if isinstance(m, MambaConfig))
+    elements = sum(m.inner * m.state for m in _cached_mixers(config, mtp) if isinstance(m, MambaConfig))
     return math.ceil(batch * elements * dtype_bytes(dtype))
 
 
-def conv_bytes(config: AnyConfig, batch: int, dtype: str = "bfloat16") -> int:
+def conv_bytes(config: AnyConfig, batch: int, dtype: str = "bfloat16", mtp: bool = False) -> int:
     """Bytes of the convolution states: the last conv_kernel - 1 inputs of every channel."""
-    elements = sum(m.channels * (m.conv_kernel - 1) for m in backbone_mixers(config) if isinstance(m, MambaConfig))
+    mixers = _cached_mixers(config, mtp)
+    elements = sum(m.channels * (m.conv_kernel - 1) for m in mixers if isinstance(m, MambaConfig))
     return math.ceil(batch * elements * dtype_bytes(dtype))
 
 
@@ -236,6 +237,11 @@ def _inner_elements(mixer: Mixer) -> int:
     if isinstance(mixer, MLPConfig):
         return (2 + mixer.gated) * mixer.ffn
     return mixer.top_k * ((2 + mixer.gated) * mixer.ffn + 2 * (mixer.latent or mixer.hidden)) + 2 * mixer.shared_ffn
+
+
+def _cached_mixers(config: AnyConfig, mtp: bool) -> list[Mixer]:
+    """Mixers that keep something per sequence; MTP's depths share one cache, as they run one after another."""
+    return backbone_mixers(config) + (list(config.mtp_mixers) if mtp and isinstance(config, HybridConfig) else [])
 
 
 def _mtp_mixers(config: AnyConfig) -> tuple[Mixer, ...]:
@@ -293,8 +299,8 @@ def memory(
     return Memory(
         weights=weight_bytes(config, s.dtype, mtp),
         kv=kv_bytes(config, batch, context, s.kv_dtype, mtp),
-        state=state_bytes(config, batch, s.state_dtype),
-        conv=conv_bytes(config, batch, s.dtype),
+        state=state_bytes(config, batch, s.state_dtype, mtp),
+        conv=conv_bytes(config, batch, s.dtype, mtp),
         activations=activation_bytes(config, batch, context, s.dtype),
         reserved=int(device_bytes * RESERVED_FRAC),
     )
