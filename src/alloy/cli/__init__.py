@@ -23,6 +23,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "data": Command("alloy.cli.data:app", "From text to tokenizers and token shards."),
     "pretrain": Command("alloy.cli.pretrain:pretrain", "Train a language model from scratch, or go on with one."),
     "model": Command("alloy.cli.model:app", "Sizes and memory of a configuration."),
     "convert": Command("alloy.cli.convert:convert", "Rewrite a checkpoint: dtype, config style, shard size."),

@@ -163,12 +163,17 @@ def _docstrings(name: str, code: str) -> Document | None:
             tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return None
-    owners = [
-        node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    owners.sort(key=lambda node: node.lineno)
-    found = [text for node in [tree, *owners] if (text := ast.get_docstring(node))]
+    found = [text for node in [tree, *_definitions(tree)] if (text := ast.get_docstring(node))]
     return Document("\n\n".join(found) + "\n", name) if found else None
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Classes and functions below a statement, in the order of the file; expressions are not searched."""
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for child in getattr(node, block, ()):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            yield from _definitions(child)
 
 
 def _source(modules: list[tuple[str, str]], train_bytes: int) -> tuple[list[Document], list[Document]]:

@@ -173,7 +173,7 @@ def _lines(file: Path) -> Iterator[bytes]:
         yield rest
 
 
-def _open(file: Path) -> IO[bytes]:
+def _open(file: Path) -> IO[bytes] | gzip.GzipFile:
     if file.name.endswith(".gz"):
         return gzip.open(file, "rb")
     if file.name.endswith(".zst"):

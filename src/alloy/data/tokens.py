@@ -161,8 +161,8 @@ class TextEncoder:
         self._backend.no_padding()
         self.hash = tokenizer_hash(tokenizer)
         self.vocab = len(tokenizer)
-        self.bos: int | None = tokenizer.bos_token_id
-        self.eos: int | None = tokenizer.eos_token_id
+        self.bos = _token_id(tokenizer, tokenizer.bos_token)
+        self.eos = _token_id(tokenizer, tokenizer.eos_token)
         self._backend.encode_special_tokens = True
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -337,12 +337,13 @@ class TokenCorpus:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        prefix = self.path.with_suffix("") if self.path.suffix in (".bin", ".idx") else self.path
+        if not self.path.is_dir() and not Path(f"{prefix}.idx").exists():
+            raise DataError(f"{path}: no token shards there. Run `alloy data tokenize` first, or name an .idx file.")
         self.manifest = load_manifest(self.path) if self.path.is_dir() else None
-        prefixes = (
-            [self.path / shard["name"] for shard in self.manifest["shards"]] if self.manifest else [_prefix(self.path)]
-        )
-        self.shards = [TokenShard(prefix) for prefix in prefixes]
-        for shard, entry in zip(self.shards, self.manifest["shards"] if self.manifest else [], strict=False):
+        entries = self.manifest["shards"] if self.manifest else []
+        self.shards = [TokenShard(self.path / entry["name"]) for entry in entries] or [TokenShard(prefix)]
+        for shard, entry in zip(self.shards, entries, strict=False):
             if (shard.num_documents, shard.num_tokens) != (entry["documents"], entry["tokens"]):
                 raise DataError(
                     f"{shard.prefix} has {shard.num_tokens} tokens but {MANIFEST} says {entry['tokens']}; tokenize again."
@@ -404,7 +405,7 @@ def tokenize_corpus(
     if (folder / MANIFEST).exists():
         if not overwrite:
             raise RecipeError(
-                f"{folder} holds a tokenized corpus already; choose another folder or ask to overwrite it."
+                f"{folder} holds a tokenized corpus already; choose another folder, or overwrite it (--overwrite)."
             )
         (folder / MANIFEST).unlink()
     for leftover in folder.glob(".shard-*.tmp"):
@@ -436,6 +437,10 @@ def tokenize_corpus(
     }
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _token_id(tokenizer: PreTrainedTokenizerFast, token: object) -> int | None:
+    return None if token is None else tokenizer.backend_tokenizer.token_to_id(str(token))
 
 
 def _encode(documents: Iterable[Document | str], encoder: TextEncoder) -> Iterator[tuple[Ids, int]]:
@@ -474,7 +479,3 @@ def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     if not chosen:
         raise DataError(f"max_bytes = {max_bytes} leaves no whole text to train on; raise it.")
     return [text for _, _, text in sorted(chosen, key=lambda item: item[1])]
-
-
-def _prefix(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path

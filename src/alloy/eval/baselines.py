@@ -111,7 +111,7 @@ def _level(keys: Ints, counts: Ints, vocab: int, num_contexts: int) -> _Level:
     context = keys // vocab
     totals = np.bincount(context, weights=counts, minlength=num_contexts)
     backoff = np.bincount(context, weights=discounts[np.minimum(counts, 3)], minlength=num_contexts)
-    return _Level(keys, counts, discounts, totals, backoff)
+    return _Level(keys, counts, discounts, totals.astype(np.float64), backoff.astype(np.float64))
 
 
 def _discounts(counts: Ints) -> Floats:
