@@ -262,7 +262,7 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(model) -> None:
             r"prompt has 160 tokens, which leaves no room for an answer within max_model_len = 160",
         ),
         ([], SamplingParams(), r"is empty"),
-        ([4, 261], SamplingParams(), r"prompt 0 has the token id 261, outside the vocabulary of 261"),
+        ([4, 261], SamplingParams(), r"prompt has the token id 261, outside the vocabulary of 261"),
         ([-1], SamplingParams(), r"token id -1"),
         ([1], SamplingParams(logit_bias={400: 1}), r"logit_bias names token 400"),
         ([1], SamplingParams(stop_token_ids=[400]), r"stop_token_ids names token 400"),

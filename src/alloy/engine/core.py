@@ -6,7 +6,7 @@ The engine holds no state between calls: closing a stream cancels what is left o
 
 import heapq
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +23,7 @@ from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
 from alloy.engine.runner import EngineStats, Runner
 from alloy.engine.sequence import Sequence
+from alloy.engine.speculate import DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 from alloy.models.registry import load
@@ -100,6 +101,8 @@ class LLM:
             raise RequestError(f'speculate = {speculate} must be "auto" or a number of tokens from 0')
         elif speculate and not self.model.has_mtp:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")
+        # what was measured stays from call to call
+        self._draft_length = DraftLength(self.speculate) if self.speculate else None
         # counters of the latest call
         self.stats = EngineStats()
         self.codec = None if tokenizer is None else Codec(tokenizer)
@@ -116,16 +119,16 @@ class LLM:
     ) -> list[Output]: ...
 
     @overload
-    def generate(self, prompts: Prompt | Items[Prompt], params: Params, stream: Literal[True]) -> Iterator[Output]: ...
+    def generate(self, prompts: Prompt | Items[Prompt], params: Params, stream: Literal[True]) -> Generator[Output]: ...
 
     @overload
     def generate(
         self, prompts: Prompt | Items[Prompt], params: Params = None, *, stream: Literal[True]
-    ) -> Iterator[Output]: ...
+    ) -> Generator[Output]: ...
 
     def generate(
         self, prompts: Prompt | Items[Prompt], params: Params = None, stream: bool = False
-    ) -> list[Output] | Iterator[Output]:
+    ) -> list[Output] | Generator[Output]:
         """Continue prompts.
 
         Args:
@@ -140,7 +143,10 @@ class LLM:
             prompts = [cast(Prompt, prompts)]
         listed = cast(Items[Prompt], prompts)
         chosen = _per_prompt(params, len(listed))
-        ids = [self.encode(p, f"prompt {i}") if isinstance(p, str) else p for i, p in enumerate(listed)]
+        ids = [
+            self.encode(p, f"prompt {i}" if len(listed) > 1 else "prompt") if isinstance(p, str) else p
+            for i, p in enumerate(listed)
+        ]
         return self._answer(
             [Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(zip(ids, chosen, strict=True))],
             stream,
@@ -166,7 +172,7 @@ class LLM:
         stream: Literal[True],
         thinking_budget: int | None = None,
         template: Mapping[str, Any] | None = None,
-    ) -> Iterator[Output]: ...
+    ) -> Generator[Output]: ...
 
     def chat(
         self,
@@ -176,7 +182,7 @@ class LLM:
         stream: bool = False,
         thinking_budget: int | None = None,
         template: Mapping[str, Any] | None = None,
-    ) -> list[Output] | Iterator[Output]:
+    ) -> list[Output] | Generator[Output]:
         """Answer one conversation or several, laid out by the tokenizer's chat template.
 
         Args:
@@ -204,13 +210,41 @@ class LLM:
         """Token ids of a conversation, up to where the answer begins."""
         return self._need_codec("chat").encode_chat(messages, template or {})
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Output]:
+    def check(self, request: Request, name: str = "prompt") -> None:
+        """Refuse a request that cannot be run on this model; `name` is what the error calls its prompt."""
+        params, tokens = request.params, request.token_ids
+        vocab = self.model.config.vocab
+        if len(tokens) == 0:
+            raise RequestError(f"{name} is empty; a model needs at least one token to continue")
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= vocab:
+            raise RequestError(f"{name} has the token id {low if low < 0 else high}, outside the vocabulary of {vocab}")
+        room = self.max_model_len - len(tokens)
+        if params.max_tokens is not None and room < params.max_tokens:
+            raise RequestError(
+                f"{name} has {len(tokens):,} tokens and max_tokens is {params.max_tokens:,}; "
+                f"together they exceed max_model_len = {self.max_model_len:,}"
+            )
+        if room < 1:
+            raise RequestError(
+                f"{name} has {len(tokens):,} tokens, which leaves no room for an answer within "
+                f"max_model_len = {self.max_model_len:,}"
+            )
+        for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token in ids:
+                if token >= vocab:
+                    raise RequestError(f"{field} names token {token}, outside the vocabulary of {vocab}")
+        if params.stop and self.codec is None:
+            raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        self._thinking(params)
+
+    def stream(self, requests: Iterable[Request]) -> Generator[Output]:
         """Increments of the answers to `requests`, which are read only as room comes free.
 
         One increment is one sample's news. Of the waiting requests the lowest `priority` goes first. A request that
         cannot be run raises when it is read; closing the iterator cancels everything.
         """
-        runner = Runner(self.model, self.speculate, self.max_step_tokens)
+        runner = Runner(self.model, self._draft_length, self.max_step_tokens)
         self.stats = runner.stats
         source = enumerate(requests)
         waiting: list[tuple[int, int, list[Sequence]]] = []
@@ -241,10 +275,10 @@ class LLM:
         finally:
             self.model.train(was_training)
 
-    def _answer(self, requests: list[Request], stream: bool) -> list[Output] | Iterator[Output]:
+    def _answer(self, requests: list[Request], stream: bool) -> list[Output] | Generator[Output]:
         # a bad request is refused before any work, and before a stream is handed out
-        for order, request in enumerate(requests):
-            self._sequences(request, order)
+        for i, request in enumerate(requests):
+            self.check(request, f"prompt {i}" if len(requests) > 1 else "prompt")
         if stream:
             return self.stream(requests)
         outputs = [
@@ -285,34 +319,10 @@ class LLM:
         return Output(request.id, sequence.order, request.token_ids, [completion], finished=not answer.open)
 
     def _sequences(self, request: Request, order: int) -> list[Sequence]:
-        """The n samples of a request, after every check that needs the model."""
-        params, tokens = request.params, request.token_ids
-        vocab = self.model.config.vocab
-        where = f"prompt {order}"
-        if len(tokens) == 0:
-            raise RequestError(f"{where} is empty; a model needs at least one token to continue")
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= vocab:
-            raise RequestError(
-                f"{where} has the token id {low if low < 0 else high}, outside the vocabulary of {vocab}"
-            )
-        room = self.max_model_len - len(tokens)
-        if params.max_tokens is not None and room < params.max_tokens:
-            raise RequestError(
-                f"prompt has {len(tokens):,} tokens and max_tokens is {params.max_tokens:,}; "
-                f"together they exceed max_model_len = {self.max_model_len:,}"
-            )
-        if room < 1:
-            raise RequestError(
-                f"prompt has {len(tokens):,} tokens, which leaves no room for an answer within "
-                f"max_model_len = {self.max_model_len:,}"
-            )
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for token in ids:
-                if token >= vocab:
-                    raise RequestError(f"{name} names token {token}, outside the vocabulary of {vocab}")
-        if params.stop and self.codec is None:
-            raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        """The n samples of a request."""
+        self.check(request)
+        params = request.params
+        room = self.max_model_len - len(request.token_ids)
         request = replace(request, arrival=perf_counter())
         seed = params.seed if params.seed is not None else random.SystemRandom().getrandbits(64)
         return [
