@@ -25,7 +25,11 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     """Tensors of several dtypes and plain values come back as they were."""
-    trainer = {"step": 3, "window": {"loss_max": float("-inf"), "sums": {"loss": 0.1 + 0.2}}, "rng": [torch.get_rng_state()]}
+    trainer = {
+        "step": 3,
+        "window": {"loss_max": float("-inf"), "sums": {"loss": 0.1 + 0.2}},
+        "rng": [torch.get_rng_state()],
+    }
     folder = save_state(tmp_path, 3, tensors(1), trainer, WORLD, keep_last=2)
     empty = {name: torch.zeros_like(value) for name, value in tensors(1).items()}
     got = load_state(folder, empty, WORLD)
@@ -76,7 +80,12 @@ def test_damage_is_found_on_load(tmp_path: Path, damage: str) -> None:
         file.unlink()
     else:
         (folder / "digests.json").unlink()
-    wanted = {"flip": "is not what was written", "cut": "is not what was written", "remove": "is missing", "unfinished": "not complete"}
+    wanted = {
+        "flip": "is not what was written",
+        "cut": "is not what was written",
+        "remove": "is missing",
+        "unfinished": "not complete",
+    }
     with pytest.raises(CheckpointError, match=wanted[damage]):
         load_state(folder, tensors(1), WORLD)
 

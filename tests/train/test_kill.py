@@ -14,14 +14,24 @@ from alloy.train.checkpoint import latest_state
 from tests.train.tiny import curve, train, write_recipe
 
 STEPS = 200
-SETTINGS = [f"train.steps={STEPS}", "train.save_every=7", "train.eval_every=50", "train.keep_last=2", "train.micro_batch=12"]
+SETTINGS = [
+    f"train.steps={STEPS}",
+    "train.save_every=7",
+    "train.eval_every=50",
+    "train.keep_last=2",
+    "train.micro_batch=12",
+]
 
 
 def start(folder: Path, run_dir: Path) -> subprocess.Popen[bytes]:
     """A process that runs or resumes the recipe."""
     command = [sys.executable, "-m", "alloy", "pretrain", str(folder / "tiny.toml"), *SETTINGS]
     options = ["--run-dir", str(run_dir), "--resume", "auto", "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GOMP_SPINCOUNT": "1000",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     return subprocess.Popen(command + options, env=environment, stderr=subprocess.PIPE)
 
 

@@ -68,14 +68,24 @@ def test_text_is_tokenized_in_the_run_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        (["train.batch_tokens=100"], RecipeError, r"batch_tokens = 100 is not a multiple of ranks x micro_batch x seq = 1 x 4 x 21 = 84"),
-        (['data.sources.0.path="nowhere"'], RecipeError, r'data.sources\[0\].path = "nowhere": no .idx files there. Run `alloy data tokenize`'),
+        (
+            ["train.batch_tokens=100"],
+            RecipeError,
+            r"batch_tokens = 100 is not a multiple of ranks x micro_batch x seq = 1 x 4 x 21 = 84",
+        ),
+        (
+            ['data.sources.0.path="nowhere"'],
+            RecipeError,
+            r'data.sources\[0\].path = "nowhere": no .idx files there. Run `alloy data tokenize`',
+        ),
         (['data.sources=[{path="package:nosuchpackage"}]', "data.vocab=300"], DataError, "no such Python package"),
         (['device="cuda:7"'], RecipeError, 'device = "cuda:7": there is no such device'),
         (["train.micro_batch=4000000", "train.batch_tokens=84000000"], None, ""),
     ],
 )
-def test_refusals_come_before_training(tmp_path: Path, overrides: list[str], error: type[Exception] | None, message: str) -> None:
+def test_refusals_come_before_training(
+    tmp_path: Path, overrides: list[str], error: type[Exception] | None, message: str
+) -> None:
     """Each bad setting has its message; the last is refused by a dry run only, for want of memory."""
     if error is not None:
         with pytest.raises(error, match=message):
@@ -83,7 +93,7 @@ def test_refusals_come_before_training(tmp_path: Path, overrides: list[str], err
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
         return
     loaded = tiny(tmp_path, *overrides)
-    with pytest.raises(ResourceError, match="Lower train.micro_batch"):
+    with pytest.raises(ResourceError, match=r"Lower train\.micro_batch"):
         run(loaded.recipe, RunOptions(dry_run=True, json=True, loaded=loaded))
 
 

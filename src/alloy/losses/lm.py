@@ -71,7 +71,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if want_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for x, target, rows in zip(hidden.split(chunk), labels.split(chunk), _ranges(len(hidden), chunk), strict=True):
+            for x, target, rows in zip(
+                hidden.split(chunk), labels.split(chunk), _ranges(len(hidden), chunk), strict=True
+            ):
                 x = x.to(dtype)
                 logits = (x @ cast.mT).float()
                 keep = target != IGNORE
