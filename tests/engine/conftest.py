@@ -89,8 +89,7 @@ def mtp_model() -> CausalLM:
     return build("mtp", seed=1)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Single bytes and the special tokens of a chat."""
     alphabet = {c: i for i, c in enumerate(_byte_order())}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
@@ -100,6 +99,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     fast.chat_template = TEMPLATE
     return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """`byte_tokenizer`, made once."""
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ from torch.nn import functional as F
 from alloy.losses.lm import count_labels, linear_cross_entropy, mtp_labels
 
 
-def example(rows: int = 3, seq: int = 17, hidden: int = 13, vocab: int = 29) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def example(
+    rows: int = 3, seq: int = 17, hidden: int = 13, vocab: int = 29
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, seq, hidden, generator=generator, requires_grad=True)
     weight = torch.randn(vocab, hidden, generator=generator, requires_grad=True)
@@ -75,7 +77,9 @@ def test_mtp_labels_never_cross_documents() -> None:
         for row in range(2):
             for t in range(9 - depth):
                 last = t + depth + 1
-                inside = last < 9 and len({int(d) for d in documents[row, t : last + 1]}) == 1 and documents[row, t] >= 0
+                inside = (
+                    last < 9 and len({int(d) for d in documents[row, t : last + 1]}) == 1 and documents[row, t] >= 0
+                )
                 wanted = int(tokens[row, last]) if inside else 7 if row == 1 and last == 9 else -100
                 assert got[row, t] == wanted
     assert count_labels(mtp_labels(labels, documents, 2)) == 1 + 7

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alloy.core.recipe import RunOptions, run
 from alloy.core.runs import RunDir
 from alloy.errors import AlloyError, InterruptedRun, RecipeError
 from alloy.train.recipe import TrainTable, micro_batches
@@ -41,6 +42,15 @@ def test_micro_batch_and_checkpointing_leave_the_loss(reference: Path, overrides
     torch.testing.assert_close(losses(reference / name), losses(reference / "adamw"), rtol=2e-5, atol=2e-5)
     for mine, other in zip(curve(reference / name), curve(reference / "adamw"), strict=True):
         assert mine.get("max_vio_by_layer") == other.get("max_vio_by_layer")
+
+
+def test_bf16_stays_near_fp32(reference: Path) -> None:
+    """Under autocast the curve is that of fp32 within bf16's error; parameters and the exported model stay fp32."""
+    train(reference, "bf16", "train.precision=bf16")
+    whole = [line["loss"] for line in curve(reference / "whole") if "loss" in line]
+    low = [line["loss"] for line in curve(reference / "bf16") if "loss" in line]
+    torch.testing.assert_close(low, whole, rtol=2e-2, atol=0)
+    assert low != whole
 
 
 def test_training_learns_and_logs(reference: Path) -> None:
@@ -76,7 +86,9 @@ def test_resumed_run_is_bit_identical(reference: Path) -> None:
     assert len(curve(folder)) < len(curve(reference / "whole"))
     train(reference, "stopped", resume=str(folder))
     assert curve(folder) == curve(reference / "whole")
-    a, b = (torch.load(path, weights_only=True) for path in sorted(reference.glob("*/state/step-000012/trainer.pt"))[:2])
+    a, b = (
+        torch.load(path, weights_only=True) for path in sorted(reference.glob("*/state/step-000012/trainer.pt"))[:2]
+    )
     assert a["task"] == b["task"]
 
 
@@ -86,8 +98,6 @@ def test_nan_keeps_the_state_before_and_names_the_rows(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "run/state/step-000003/trainer.pt", weights_only=True)
     loaded = tiny(tmp_path, "train.steps=6", "train.muon_lr=1e30", "train.warmup_frac=0.0")
     with pytest.raises(AlloyError, match=r"became (NaN|infinite) at step 5 .*step-000005.json.*data.skip_steps=1"):
-        from alloy.core.recipe import RunOptions, run
-
         run(loaded.recipe, RunOptions(resume=str(tmp_path / "run"), quiet=True, loaded=loaded))
     assert RunDir(tmp_path / "run").status == "failed"
     record = json.loads((tmp_path / "run/nan/step-000005.json").read_text())
@@ -120,7 +130,10 @@ def test_time_limit_ends_the_run_and_shapes_the_schedule(tmp_path: Path) -> None
 
 def test_indivisible_batch_is_refused() -> None:
     """The message has all the factors."""
-    with pytest.raises(RecipeError, match=r"batch_tokens = 100000 is not a multiple of ranks x micro_batch x seq = 8 x 4 x 4096 = 131072\."):
+    with pytest.raises(
+        RecipeError,
+        match=r"batch_tokens = 100000 is not a multiple of ranks x micro_batch x seq = 8 x 4 x 4096 = 131072\.",
+    ):
         micro_batches(100_000, 8, 4, 4096)
     assert micro_batches(262_144, 8, 4, 4096) == 2
 

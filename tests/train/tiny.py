@@ -56,7 +56,9 @@ every = 1
 def write_recipe(folder: Path) -> Path:
     """A recipe and its shards: 60 documents of 2 to 40 tokens, each counting upwards from a random start."""
     generator = np.random.default_rng(5)
-    documents = [(start + np.arange(length)) % 61 for start, length in generator.integers((0, 2), (61, 41), size=(60, 2))]
+    documents = [
+        (start + np.arange(length)) % 61 for start, length in generator.integers((0, 2), (61, 41), size=(60, 2))
+    ]
     write_shard(folder / "shards", documents)
     path = folder / "tiny.toml"
     path.write_text(RECIPE.replace("SHARDS", str(folder / "shards")))

@@ -44,7 +44,9 @@ NO_TEMPLATE = "this model has no chat template: each line is continued as plain 
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, thought included.")] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens, thought included; default: all that fit.")
+    ] = None,
     temperature: Temperature = 0.7,
     top_k: TopK = 0,
     top_p: TopP = 0.95,

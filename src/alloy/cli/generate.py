@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from alloy.engine.request import Completion, Output, Request, SamplingParams
     from alloy.engine.runner import EngineStats
 
+# the longest answer when --max-tokens is not given, as far as the model has room
+MAX_TOKENS = 256
 PROMPT_KEYS = ("prompt", "messages", "token_ids")
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
-MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")]
@@ -38,7 +39,10 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
     source: Annotated[Path | None, typer.Option("--input", help="JSONL with prompt, messages or token_ids.")] = None,
     target: Annotated[Path | None, typer.Option("--output", help="JSONL of answers; answered ids are skipped.")] = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"Longest answer, in tokens; default: {MAX_TOKENS}, less where that does not fit."),
+    ] = None,
     min_tokens: Annotated[int, typer.Option(help="Shortest answer, in tokens.")] = 0,
     n: Annotated[int, typer.Option("--n", "-n", help="Answers per prompt.")] = 1,
     temperature: Temperature = 1.0,
@@ -102,6 +106,13 @@ def draft_setting(text: str) -> int | Literal["auto"]:
     if not text.isdecimal():
         raise RequestError(f'--speculate = "{text}" must be "auto" or a number of tokens from 0')
     return int(text)
+
+
+def bounded(llm: "LLM", prompt: Sequence[int], params: "SamplingParams", limit: int) -> "SamplingParams":
+    """`params` with at most `limit` tokens, or what is left of the model's length, where it sets no bound itself."""
+    if params.max_tokens is not None:
+        return params
+    return replace(params, max_tokens=max(1, params.min_tokens, min(limit, llm.max_model_len - len(prompt))))
 
 
 def stats_line(stats: "EngineStats") -> str:
@@ -202,16 +213,12 @@ def write_line(descriptor: int, data: Mapping[str, Any]) -> None:
 def _answer_file(llm: "LLM", tasks: Sequence[Task], source: Path, target: Path) -> None:
     from alloy.core.logging import ProgressLine
     from alloy.engine.core import gather
-    from alloy.engine.request import Completion, Output, Request
+    from alloy.engine.request import Completion, Output
 
     with open_answers(target) as (answered, descriptor):
         open_tasks = [t for t in tasks if t.id not in answered]
         sys.stderr.write(f"{len(tasks):,} prompts, {len(tasks) - len(open_tasks):,} answered already\n")
-        requests = [
-            Request(id=str(i), token_ids=_encode(llm, t, source), params=t.params) for i, t in enumerate(open_tasks)
-        ]
-        for task, request in zip(open_tasks, requests, strict=True):
-            _located(source, task.line, llm, request)
+        requests = [_request(llm, task, source, str(i)) for i, task in enumerate(open_tasks)]
         partial: dict[int, Output] = {}
         done = len(tasks) - len(open_tasks)
         try:
@@ -237,14 +244,16 @@ def _answer_file(llm: "LLM", tasks: Sequence[Task], source: Path, target: Path) 
 
 def _print_answers(llm: "LLM", prompts: Sequence[str], params: "SamplingParams") -> None:
     """One answer is streamed; several are printed whole, each under its number."""
+    ids = [llm.encode(text) for text in prompts]
+    each = [bounded(llm, prompt, params, MAX_TOKENS) for prompt in ids]
     try:
-        if len(prompts) == 1 and params.n == 1:
-            for news in llm.generate(prompts, params, stream=True):
+        if len(ids) == 1 and params.n == 1:
+            for news in llm.generate(ids, each, stream=True):
                 sys.stdout.write(news.completions[0].text)
                 sys.stdout.flush()
             sys.stdout.write("\n")
         else:
-            for output in llm.generate(prompts, params):
+            for output in llm.generate(ids, each):
                 for answer in output.completions:
                     sys.stdout.write(f"== prompt {output.index + 1}, answer {answer.index + 1}\n{answer.text}\n")
     finally:
@@ -273,21 +282,22 @@ def _completion(answer: "Completion") -> dict[str, Any]:
     return data
 
 
-def _encode(llm: "LLM", task: Task, path: Path) -> Sequence[int]:
+def _request(llm: "LLM", task: Task, path: Path, name: str) -> "Request":
+    """The checked request of a line; its error names the line."""
+    from alloy.engine.request import Request
+
     try:
         if isinstance(task.prompt, str):
-            return llm.encode(task.prompt)
-        return llm.encode_chat(task.prompt) if task.prompt and isinstance(task.prompt[0], Mapping) else task.prompt
-    except RequestError as error:
-        raise DataError(f"{path}:{task.line}: {error}") from error
-
-
-def _located(path: Path, line: int, llm: "LLM", request: "Request") -> None:
-    """Check a request; its error names the line."""
-    try:
+            ids = llm.encode(task.prompt)
+        elif task.prompt and isinstance(task.prompt[0], Mapping):
+            ids = llm.encode_chat(task.prompt)
+        else:
+            ids = task.prompt
+        request = Request(id=name, token_ids=ids, params=bounded(llm, ids, task.params, MAX_TOKENS))
         llm.check(request)
     except RequestError as error:
-        raise DataError(f"{path}:{line}: {error}") from error
+        raise DataError(f"{path}:{task.line}: {error}") from error
+    return request
 
 
 def _line_params(where: str, data: Mapping[str, Any], defaults: "SamplingParams") -> "SamplingParams":

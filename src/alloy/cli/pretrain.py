@@ -2,7 +2,17 @@
 
 import os
 
-from alloy.cli.run_command import DryRun, Json, Overrides, Profile, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
+from alloy.cli.run_command import (
+    DryRun,
+    Json,
+    Overrides,
+    Profile,
+    Quiet,
+    RecipeName,
+    Resume,
+    RunDirOption,
+    run_recipe_command,
+)
 from alloy.core.recipe import RunOptions
 
 

@@ -23,6 +23,7 @@ from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
 from alloy.engine.runner import EngineStats, Runner
 from alloy.engine.sequence import Sequence
+from alloy.engine.speculate import DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 from alloy.models.registry import load
@@ -100,6 +101,8 @@ class LLM:
             raise RequestError(f'speculate = {speculate} must be "auto" or a number of tokens from 0')
         elif speculate and not self.model.has_mtp:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")
+        # what was measured stays from call to call
+        self._draft_length = DraftLength(self.speculate) if self.speculate else None
         # counters of the latest call
         self.stats = EngineStats()
         self.codec = None if tokenizer is None else Codec(tokenizer)
@@ -241,7 +244,7 @@ class LLM:
         One increment is one sample's news. Of the waiting requests the lowest `priority` goes first. A request that
         cannot be run raises when it is read; closing the iterator cancels everything.
         """
-        runner = Runner(self.model, self.speculate, self.max_step_tokens)
+        runner = Runner(self.model, self._draft_length, self.max_step_tokens)
         self.stats = runner.stats
         source = enumerate(requests)
         waiting: list[tuple[int, int, list[Sequence]]] = []

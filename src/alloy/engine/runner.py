@@ -7,7 +7,6 @@ prompt is longer than a step may be, in chunks, and join the running rows; finis
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,11 +59,11 @@ class Runner:
 
     Args:
         model: in evaluation mode
-        speculate: draft length, or "auto" to measure it; 0: none
+        length: chooses how many tokens to draft; None: no drafts
         max_step_tokens: prompt tokens per model call, padding included
     """
 
-    def __init__(self, model: CausalLM, speculate: int | Literal["auto"], max_step_tokens: int) -> None:
+    def __init__(self, model: CausalLM, length: DraftLength | None, max_step_tokens: int) -> None:
         self.model = model
         self.max_step_tokens = max_step_tokens
         self.sequences: list[Sequence] = []
@@ -72,8 +71,8 @@ class Runner:
         self._device = model.embed.weight.device
         self._vocab = model.config.vocab
         self._cache: DenseCache | None = None
-        self._drafter = Drafter(model) if speculate else None
-        self._length = DraftLength(speculate)
+        self._length = length
+        self._drafter = Drafter(model) if length is not None else None
         self._sampler = Sampler([], self._vocab, self._device)
         # (rows, 1): the newest token of each row, which the cache does not hold yet
         self._newest = torch.zeros(0, 1, dtype=torch.int64, device=self._device)
@@ -151,14 +150,15 @@ class Runner:
         elif self._drafter is not None:
             self._drafter.observe(self._newest, out.last_hidden)
         seconds = perf_counter() - start
-        self._length.record(rows, length, seconds, [max(0, n - 1) for n in kept])
+        if self._length is not None:
+            self._length.record(rows, length, seconds, [max(0, n - 1) for n in kept])
         self.stats.steps += 1
         self.stats.decode_s += seconds
         self.stats.decoded_tokens += sum(kept)
         self.stats.generated_tokens += sum(kept)
 
     def _draft_length(self) -> int:
-        if self._drafter is None:
+        if self._length is None:
             return 0
         # the last token of a sequence needs no draft
         room = max(s.max_tokens - len(s.tokens) for s in self.sequences) - 1

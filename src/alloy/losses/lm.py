@@ -71,19 +71,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if want_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for x, target, rows in zip(hidden.split(chunk), labels.split(chunk), _ranges(len(hidden), chunk), strict=True):
+            for x, target, rows in zip(
+                hidden.split(chunk), labels.split(chunk), _ranges(len(hidden), chunk), strict=True
+            ):
                 x = x.to(dtype)
                 logits = (x @ cast.mT).float()
                 keep = target != IGNORE
                 index = target.clamp_min(0).unsqueeze(1)
-                norm = logits.logsumexp(1, keepdim=True)
-                total += ((norm - logits.gather(1, index)).squeeze(1) * keep).sum()
+                shift = logits.amax(1, keepdim=True)
+                picked = logits.gather(1, index) - shift
+                powers = logits.sub_(shift).exp_()
+                norm = powers.sum(1, keepdim=True)
+                total += ((norm.log() - picked).squeeze(1) * keep).sum()
                 if hidden_grad is None and weight_grad is None:
                     continue
                 # softmax minus one-hot, zero where the label is ignored
-                delta = logits.sub_(norm).exp_()
-                delta.scatter_add_(1, index, torch.full_like(norm, -1.0))
-                delta = delta.mul_(keep.unsqueeze(1)).to(dtype)
+                scale = keep.unsqueeze(1) / norm
+                delta = powers.mul_(scale).scatter_add_(1, index, -keep.unsqueeze(1).float()).to(dtype)
                 if hidden_grad is not None:
                     hidden_grad[rows] = delta @ cast
                 if weight_grad is not None:

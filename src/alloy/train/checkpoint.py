@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from alloy.core.runs import atomic_write
 from alloy.errors import CheckpointError, ResourceError
@@ -36,13 +38,17 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
-def save_state(root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], world: World, keep_last: int) -> Path:
+def save_state(
+    root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], world: World, keep_last: int
+) -> Path:
     """Write the state after `step` steps under `root` and make it the latest.
 
     Args:
         root: the run's state/ folder.
+        step: steps that are done.
         tensors: by name; DTensors are written as this rank's shards.
         trainer: what rank 0 knows besides: plain values and tensors.
+        world: all ranks write, rank 0 makes the state valid.
         keep_last: how many states stay.
     """
     name = f"step-{step:06d}"
@@ -59,7 +65,7 @@ def save_state(root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[
         with warnings.catch_warnings():
             # says that one process saves alone, which is meant
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            dcp.save(values, storage_writer=dcp.FileSystemWriter(part), no_dist=world.mesh is None)
+            save(values, storage_writer=FileSystemWriter(part), no_dist=world.mesh is None)
         if world.is_main:
             with open(part / TRAINER, "wb") as file:
                 torch.save(trainer, file)
@@ -101,7 +107,7 @@ def load_state(folder: Path, tensors: dict[str, Tensor], world: World) -> dict[s
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=world.mesh is None)
+            load(wanted, storage_reader=FileSystemReader(folder), no_dist=world.mesh is None)
     except (RuntimeError, ValueError, CheckpointException) as error:
         raise CheckpointError(
             f"state {folder} does not fit this model: {_first_cause(error)}. "
@@ -180,6 +186,7 @@ def _disk_failure(error: BaseException) -> str | None:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    if isinstance(error, CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
+    if isinstance(error, CheckpointException):
+        failures: dict[int, tuple[BaseException, Any]] = error.failures
+        return next((cause for cause, _ in failures.values()), error)
     return error

@@ -5,9 +5,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from alloy.core.device import peak_flops, resolve_device, seed_everything
@@ -15,7 +15,7 @@ from alloy.core.logging import get_logger, setup, start_panel
 from alloy.core.metrics import SINKS, Sink
 from alloy.core.recipe import RunOptions, RunResult
 from alloy.core.run_report import report_run
-from alloy.core.runs import RunDir, atomic_write
+from alloy.core.runs import RunDir, atomic_write, full_disk_is_resource_error
 from alloy.parallel.fsdp import parallelize
 from alloy.parallel.mesh import World, start_world
 from alloy.train.checkpoint import replace_folder
@@ -105,12 +105,16 @@ def export(task: Task[Any], model: nn.Module, world: World, folder: Path) -> Non
     """Write the product so that `folder` holds a whole checkpoint at any time; rank 0 gathers a sharded model."""
     whole = model
     if world.mesh is not None:
-        tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        tensors = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
         if world.is_main:
             whole = task.build_model()
             whole.load_state_dict({name: tensor.to(world.device) for name, tensor in tensors.items()})
     if world.is_main:
-        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=folder.parent) as part:
+        with (
+            full_disk_is_resource_error(folder),
+            tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent) as part,
+        ):
             task.export(whole, Path(part) / folder.name)
             replace_folder(Path(part) / folder.name, folder)
     world.barrier()
@@ -120,7 +124,9 @@ def model_card(run: RunDir, rows: Mapping[str, object], metrics: Mapping[str, ob
     """README.md of a checkpoint, from what the run knows; what it does not know is said to be not measured."""
     manifest = run.manifest
     facts = [f"| {name} | {value} |" for name, value in rows.items()]
-    scores = [f"| {name} | {metrics[name]:.4f} |" for name in ("loss", "val_loss", "val_bits_per_token") if name in metrics]
+    scores = [
+        f"| {name} | {metrics[name]:.4f} |" for name in ("loss", "val_loss", "val_bits_per_token") if name in metrics
+    ]
     packages = ", ".join(f"{name} {version}" for name, version in manifest.get("packages", {}).items())
     return "\n".join(
         [
@@ -158,7 +164,9 @@ def model_card(run: RunDir, rows: Mapping[str, object], metrics: Mapping[str, ob
 def _data_lines(manifest: Mapping[str, Any]) -> list[str]:
     sources = manifest.get("data", [])
     lines = ["| source | documents | tokens | licence |", "|---|---|---|---|"]
-    lines += [f"| {s['path']} | {s['documents']:,} | {s['tokens']:,} | {s.get('licence') or 'not stated'} |" for s in sources]
+    lines += [
+        f"| {s['path']} | {s['documents']:,} | {s['tokens']:,} | {s.get('licence') or 'not stated'} |" for s in sources
+    ]
     return lines if sources else ["Not recorded."]
 
 

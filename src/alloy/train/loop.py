@@ -242,7 +242,9 @@ class Trainer(Generic[Batch]):
                     self.save()
                 if asked and not self.finished:
                     name = signal.Signals(asked).name
-                    raise InterruptedRun(f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked)
+                    raise InterruptedRun(
+                        f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked
+                    )
         return self.latest
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -311,7 +313,9 @@ class Trainer(Generic[Batch]):
             return totals
         flat = self.world.sum(torch.cat([value.double().flatten() for value in totals.values()]))
         pieces = flat.split([value.numel() for value in totals.values()])
-        return {name: piece.view_as(totals[name]).to(totals[name].dtype) for name, piece in zip(totals, pieces, strict=True)}
+        return {
+            name: piece.view_as(totals[name]).to(totals[name].dtype) for name, piece in zip(totals, pieces, strict=True)
+        }
 
     def _agree(self, received: int, elapsed: float) -> tuple[int, float]:
         """The signal that any rank received and the longest time, so that all ranks stop after the same step."""
@@ -330,7 +334,13 @@ class Trainer(Generic[Batch]):
         file = self.folder / "nan" / f"step-{step:06d}.json"
         if self.world.is_main:
             file.parent.mkdir(exist_ok=True)
-            record = {"step": step, "loss": repr(total), "grad_norm": repr(grad_norm), "position": position, "rows_by_rank": rows}
+            record = {
+                "step": step,
+                "loss": repr(total),
+                "grad_norm": repr(grad_norm),
+                "position": position,
+                "rows_by_rank": rows,
+            }
             atomic_write(file, json.dumps(record, indent=1))
         what = "loss" if not math.isfinite(total) else "gradient norm"
         value = total if what == "loss" else grad_norm
@@ -345,7 +355,9 @@ class Trainer(Generic[Batch]):
         """Count the step; every `log.every` steps write what came since the last time and return it."""
         self.window.add(values)
         rate, memory = self.meter.recent, peak_memory_bytes(self.world.device)
-        mfu = rate * self.flops_per_token / self.peak_flops if rate and self.peak_flops and self.flops_per_token else None
+        mfu = (
+            rate * self.flops_per_token / self.peak_flops if rate and self.peak_flops and self.flops_per_token else None
+        )
         is_due = self.step % self.log_every == 0 or self.finished
         shown = self.window.means() if is_due else values
         left = self.elapsed * (1.0 / max(self.progress, 1e-9) - 1.0)

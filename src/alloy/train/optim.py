@@ -82,7 +82,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
-                    raise ValueError(f"Muon takes matrices and stacks of matrices, not a tensor of shape {tuple(p.shape)}")
+                    raise ValueError(
+                        f"Muon takes matrices and stacks of matrices, not a tensor of shape {tuple(p.shape)}"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would mean a second loop

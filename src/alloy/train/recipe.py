@@ -66,7 +66,9 @@ class TrainTable(Config):
         if self.steps is None and self.seconds is None:
             raise ValueError("neither train.steps nor train.seconds is set; say when the run ends")
         if self.seconds is not None and (self.warmup_steps is not None or self.decay_steps is not None):
-            raise ValueError("warmup_steps and decay_steps need a known number of steps; with seconds use warmup_frac and decay_frac")
+            raise ValueError(
+                "warmup_steps and decay_steps need a known number of steps; with seconds use warmup_frac and decay_frac"
+            )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} is more than lr = {self.lr}")
         if self.steps is not None and self.warmup + (self.decay if self.schedule == "wsd" else 0.0) > 1.0:

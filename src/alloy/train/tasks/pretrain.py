@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-import numpy as np
 import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
@@ -25,14 +24,15 @@ from alloy.core.logging import short_time
 from alloy.core.recipe import Config, RunOptions, RunResult
 from alloy.data.io import read_documents
 from alloy.data.mixture import Batch, Mixture, Pack, Source
-from alloy.data.packing import Piece, fill_row, pack_best_fit
 from alloy.data.tokens import MANIFEST, load_tokenizer, save_tokenizer, tokenize_corpus, train_tokenizer
 from alloy.errors import DataError, RecipeError, ResourceError
 from alloy.losses.base import Loss
-from alloy.losses.lm import IGNORE, count_labels, linear_cross_entropy, mtp_labels
+from alloy.losses.likelihood import document_nats
+from alloy.losses.lm import count_labels, linear_cross_entropy, mtp_labels
 from alloy.models import sizes
 from alloy.models.base import CausalLM, Layout, RouterStats
 from alloy.models.configs import DecoderConfig, HybridConfig
+from alloy.models.moe import Gate
 from alloy.models.registry import build, inspect, load, save
 from alloy.ops.moe import update_router_bias
 from alloy.parallel.mesh import World
@@ -56,7 +56,9 @@ def _model_form(value: object) -> str:
 
 
 ModelTable = Annotated[
-    Annotated[FromCheckpoint, Tag("checkpoint")] | Annotated[HybridConfig, Tag("hybrid")] | Annotated[DecoderConfig, Tag("decoder")],
+    Annotated[FromCheckpoint, Tag("checkpoint")]
+    | Annotated[HybridConfig, Tag("hybrid")]
+    | Annotated[DecoderConfig, Tag("decoder")],
     Discriminator(_model_form),
 ]
 
@@ -106,7 +108,9 @@ class PretrainRecipe(TrainingRecipe):
         """Train, or with `--dry-run` say what it would take."""
         if options.dry_run:
             return dry_run(self, options)
-        return launch(self, options, lambda world: plan(self, world.size), lambda world, folder: PretrainTask(self, world, folder))
+        return launch(
+            self, options, lambda world: plan(self, world.size), lambda world, folder: PretrainTask(self, world, folder)
+        )
 
 
 def plan(recipe: PretrainRecipe, ranks: int) -> Plan:
@@ -130,7 +134,9 @@ def plan(recipe: PretrainRecipe, ranks: int) -> Plan:
     mtp = sizes.mtp_parameters(config)
     rows: dict[str, object] = {
         "model": f"{config.kind}, {_layout(config)}",
-        "parameters": f"{total:,}" + (f" ({active:,} active)" if active != total else "") + (f" + {mtp:,} MTP" if mtp else ""),
+        "parameters": f"{total:,}"
+        + (f" ({active:,} active)" if active != total else "")
+        + (f" + {mtp:,} MTP" if mtp else ""),
         "tokens": f"{tokens:,} in {table.steps:,} steps" if tokens else f"as many as {table.seconds:g} s allow",
         "batch": f"{table.batch_tokens:,} tokens = {ranks} ranks x {accumulation} x {table.micro_batch} rows x {data.seq}",
         "optimizer": f"{table.optimizer}, {table.schedule}, {table.precision}",
@@ -199,7 +205,6 @@ class PretrainTask:
         self.mtp_rows = min(self.local_rows, math.ceil(self.local_rows * table.mtp_rows))
         self.depths = 0
         self.mtp_weight = 0.0
-        self._validation: list[Batch] | None = None
 
     def build_model(self) -> nn.Module:
         """A new model, or the checkpoint's."""
@@ -217,7 +222,7 @@ class PretrainTask:
                 f"the tokenizer has {len(self.tokenizer)} ids but model.vocab = {config.vocab}; set model.vocab to at least that."
             )
         self.depths = mtp_depths(config, recipe.train.mtp_weight) if self.mtp_rows else 0
-        if self.depths:
+        if self.depths and isinstance(config, HybridConfig):
             weight = recipe.train.mtp_weight
             self.mtp_weight = (config.mtp_loss_scale if weight is None else weight) / self.depths
         return model
@@ -254,56 +259,66 @@ class PretrainTask:
             ahead, stats = model.run_mtp(output.last_hidden[: batch.mtp_rows], Layout(tokens, documents), self.depths)
             routers = routers + stats
             for depth, hidden in enumerate(ahead, start=1):
-                sums[f"mtp{depth}"] = linear_cross_entropy(hidden, model.head.weight, mtp_labels(labels, documents, depth))
+                sums[f"mtp{depth}"] = linear_cross_entropy(
+                    hidden, model.head.weight, mtp_labels(labels, documents, depth)
+                )
         for name, members in (("balance", routers[:num_backbone]), ("mtp_balance", routers[num_backbone:])):
             if members and table.balance_weight:
                 sums[name] = torch.stack([router.balance * router.sequences for router in members]).sum()
         weights = {"balance": table.balance_weight, "mtp_balance": table.balance_weight}
-        weights |= {name: self.mtp_weight for name in sums if name.startswith("mtp") and name not in weights} | {"lm": 1.0}
+        weights |= {name: self.mtp_weight for name in sums if name.startswith("mtp") and name not in weights} | {
+            "lm": 1.0
+        }
         return Loss(sums, weights, router_stats(model, routers))
 
     def after_step(self, model: nn.Module, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move the correction biases by the counts of the global batch; returns the balance of every router."""
         if not stats:
             return {}
-        gates = cast(CausalLM, model).gates()
+        gates = cast(list[Gate], cast(CausalLM, model).gates())
         counts = stats["router_counts"].split([gate.weight.shape[0] for gate in gates])
-        for gate, load in zip(gates, counts, strict=True):
+        for gate, used in zip(gates, counts, strict=True):
             if gate.bias is not None and self.recipe.train.router_bias_rate:
-                update_router_bias(gate.bias, load, self.recipe.train.router_bias_rate)
+                update_router_bias(gate.bias, used, self.recipe.train.router_bias_rate)
         # a router that was not used in this step (MTP without rows) has no balance
-        violation = torch.stack([load.max() / load.float().mean().clamp_min(1e-9) - 1.0 for load in counts]).clamp_min(0.0)
-        tokens = torch.stack([load.sum() for load in counts]).clamp_min(1)
+        violation = torch.stack([used.max() / used.float().mean().clamp_min(1e-9) - 1.0 for used in counts]).clamp_min(
+            0.0
+        )
+        tokens = torch.stack([used.sum() for used in counts]).clamp_min(1)
         return {
             "max_vio": violation.max(),
             "max_vio_by_layer": violation,
-            "dead_experts": torch.stack([(load == 0).sum() for load in counts]).sum(),
+            "dead_experts": torch.stack([(used == 0).sum() for used in counts]).sum(),
             "router_entropy": (stats["router_entropy"] / tokens).mean(),
         }
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean next-token loss on held-out documents."""
-        if self._validation is None:
-            self._validation = self._held_out()
-        if not self._validation:
+        """Mean next-token loss on held-out documents, each token once; every rank measures all of them."""
+        data = self.recipe.data
+        documents = self.mixture.validation_documents(data.validation_tokens) if data.validation else []
+        nats = document_nats(cast(CausalLM, model), documents, data.seq)
+        count = sum(len(part) for part in nats)
+        if not count:
             return {}
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for batch in self._validation:
-            rows = batch.to(self.world.device)
-            output = model(rows.tokens, documents=rows.documents, logits=None)
-            sums[0] += linear_cross_entropy(output.last_hidden, cast(CausalLM, model).head.weight, rows.labels)
-            sums[1] += (rows.labels >= 0).sum()
-        total, count = self.world.sum(sums).tolist()
-        return {"val_loss": total / count, "val_bits_per_token": total / count / math.log(2)}
+        loss = float(sum(part.sum() for part in nats)) / count
+        return {"val_loss": loss, "val_bits_per_token": loss / math.log(2)}
 
     def describe(self, batch: PretrainBatch) -> object:
         """The first tokens of every row, to find it in the data."""
-        return [{"tokens": row[:32].tolist(), "documents": int(d.max()) + 1} for row, d in zip(batch.batch.tokens, batch.batch.documents, strict=True)]
+        return [
+            {"tokens": row[:32].tolist(), "documents": int(d.max()) + 1}
+            for row, d in zip(batch.batch.tokens, batch.batch.documents, strict=True)
+        ]
 
     def provenance(self) -> list[dict[str, Any]]:
         """What was trained on."""
         return [
-            {"path": source.path, "weight": source.weight, "documents": rows.corpus.num_documents, "tokens": rows.corpus.num_tokens}
+            {
+                "path": source.path,
+                "weight": source.weight,
+                "documents": rows.corpus.num_documents,
+                "tokens": rows.corpus.num_tokens,
+            }
             for source, rows in zip(self.recipe.data.sources, self.mixture.sources, strict=True)
         ]
 
@@ -327,27 +342,9 @@ class PretrainTask:
         ids = {"pad_id": self.tokenizer.pad_token_id, "bos_id": self.tokenizer.bos_token_id}
         if self.tokenizer.eos_token_id is not None:
             ids["eos_ids"] = (self.tokenizer.eos_token_id,)
-        return config.model_copy(update={name: value for name, value in ids.items() if name not in config.model_fields_set})
-
-    def _held_out(self) -> list[Batch]:
-        """This rank's held-out rows; every rank gets as many batches, filled up with rows that do not count."""
-        data, rows = self.recipe.data, self.recipe.train.micro_batch
-        documents = self.mixture.validation_documents(data.validation_tokens) if data.validation else []
-        if not documents:
-            return []
-        bins = pack_best_fit([len(ids) for ids in documents], data.seq)
-        filled = [fill_row(documents, pieces, data.seq) for pieces in bins]
-        batches = []
-        for first in range(0, len(filled), rows * self.world.size):
-            mine = filled[first + self.world.rank : first + rows * self.world.size : self.world.size]
-            keep = len(mine)
-            mine += [filled[0]] * (rows - keep)
-            tokens, labels, numbers = (
-                torch.from_numpy(np.stack([getattr(row, part) for row in mine])) for part in ("tokens", "labels", "documents")
-            )
-            labels[keep:] = IGNORE
-            batches.append(Batch(tokens, labels, numbers))
-        return batches
+        return config.model_copy(
+            update={name: value for name, value in ids.items() if name not in config.model_fields_set}
+        )
 
 
 def router_stats(model: CausalLM, routers: list[RouterStats]) -> dict[str, Tensor]:
@@ -357,7 +354,7 @@ def router_stats(model: CausalLM, routers: list[RouterStats]) -> dict[str, Tenso
     """
     if not routers:
         return {}
-    missing = model.gates()[len(routers) :]
+    missing = cast(list[Gate], model.gates())[len(routers) :]
     counts = [router.counts for router in routers]
     counts += [counts[0].new_zeros(gate.weight.shape[0]) for gate in missing]
     entropy = [router.entropy.nan_to_num() * router.counts.sum() for router in routers]
@@ -370,7 +367,9 @@ def count_sequences(documents: Tensor, shortest: int) -> int:
     starts = documents >= 0
     starts[:, 1:] &= documents[:, 1:] != documents[:, :-1]
     span = shortest - 1
-    return int((starts[:, : starts.shape[1] - span] & (documents[:, span:] == documents[:, : documents.shape[1] - span])).sum())
+    return int(
+        (starts[:, : starts.shape[1] - span] & (documents[:, span:] == documents[:, : documents.shape[1] - span])).sum()
+    )
 
 
 def prepare_data(
