@@ -12,8 +12,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from alloy.ops import backend
 
-# with at most this many numbers of input a batched product of two halves beats oneDNN
-FEW = 4096
+# below these many products oneDNN's call costs more than it saves, and below these many weights (which then lie in the
+# processor's cache) so does splitting them
+FEW_PRODUCTS, FEW_WEIGHTS = 1 << 20, 1 << 17
+# up to this many rows, and numbers of input in all of them, a batched product of two halves beats oneDNN
+FEW_ROWS, FEW_INPUTS = 4, 4096
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,6 +58,13 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x for grad (rows, outputs) and x (rows, inputs), the wider one as the weight of the product."""
+    if grad.shape[1] > x.shape[1]:
+        return _product(x.t(), grad.t(), None).t()
+    return _product(grad.t(), x.t(), None)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,7 +78,7 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad  # pyright: ignore[reportAttributeAccessIssue]
         grad = grads[0].reshape(-1, weight.shape[0]).contiguous()  # (rows, outputs)
         grad_x = _product(grad, weight.t(), None).view(x.shape) if needs[0] else None
-        grad_weight = _product(grad.t(), x.reshape(-1, weight.shape[1]).t(), None) if needs[1] else None
+        grad_weight = _outer(grad, x.reshape(-1, weight.shape[1])) if needs[1] else None
         return grad_x, grad_weight, grad.sum(0) if needs[2] else None
 
 
@@ -77,9 +87,12 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, bias)
-    if weight.shape[0] % 2 == 0 and weight.is_contiguous() and (x.numel() <= FEW or x.numel() == weight.shape[1]):
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs
+    is_small = rows == 1 or (rows <= FEW_ROWS and x.numel() <= FEW_INPUTS)
+    if is_small and weight.numel() >= FEW_WEIGHTS and outputs % 2 == 0 and weight.is_contiguous():
         return _few_rows(x, weight, bias)
-    return _product(x, weight, bias)
+    return F.linear(x, weight, bias) if rows * weight.numel() < FEW_PRODUCTS else _product(x, weight, bias)
 
 
 backend.add("linear", "torch", F.linear)
