@@ -9,7 +9,7 @@ import transformers
 
 from alloy.errors import CheckpointError, RecipeError
 from alloy.models.configs import DecoderConfig, HybridConfig, LayerOverride, MoEConfig
-from alloy.models.hf.config import load_config, read_config, style, write_config
+from alloy.models.hf.config import load_config, parse_style, read_config, write_config
 from alloy.models.hf.hybrid import HYBRID_ALIASES
 from alloy.models.presets import PRESETS, preset
 
@@ -165,7 +165,7 @@ def test_styles_hold_the_keys_of_their_readers() -> None:
 def test_style_is_checked() -> None:
     """A style nobody knows."""
     with pytest.raises(RecipeError, match='config style "megatron" is not known'):
-        style("megatron")
+        parse_style("megatron")
 
 
 def test_unknown_keys_are_kept_apart() -> None:
