@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alloy.data.io import Document, read_documents
+from alloy.data.io import Document, read_documents, write_jsonl
 from alloy.errors import DataError
 
 TEXTS = ["first\r\ntext é ", "second\u2028with a line separator", "third \U0001f600"]
@@ -57,6 +57,13 @@ def test_folder_is_read_in_order(tmp_path) -> None:
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
     assert read(tmp_path) == ["a", "z", "c1", "c2"]
+
+
+def test_written_jsonl_is_read_back(tmp_path) -> None:
+    """Text by text, any character included."""
+    documents = [Document(text, f"n{i}") for i, text in enumerate([*TEXTS, 'quote " back \\ null \0 nl \n'])]
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    assert read(tmp_path / "a.jsonl") == [document.text for document in documents]
 
 
 def test_missing_and_empty(tmp_path) -> None:

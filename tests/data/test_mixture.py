@@ -86,6 +86,13 @@ def test_batches_have_the_promised_form(folder, pack) -> None:
     assert torch.equal(batch.labels[:, :-1][inside], batch.tokens[:, 1:][inside])
 
 
+def test_sources_of_one_size_are_shuffled_apart(folder) -> None:
+    """The same shard twice: the two copies give their rows in different orders."""
+    data = Mixture([Source(path=str(folder / "b"))] * 2, seed=7, seq=SEQ)
+    batch = data.batch(2 * data.sources[0].num_rows)
+    assert not torch.equal(batch.tokens[0::2], batch.tokens[1::2])
+
+
 def test_seed_decides(folder) -> None:
     assert equal(mixture(folder).batch(20), mixture(folder).batch(20))
     assert not equal(mixture(folder).batch(20), mixture(folder, seed=8).batch(20))

@@ -15,6 +15,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alloy.core.runs import atomic_write
 from alloy.errors import DataError
 
 # what a folder is searched for; a file named by the user is read whatever its suffix
@@ -76,6 +77,12 @@ def list_files(folder: Path) -> list[Path]:
             f"{folder} holds no text, .jsonl or .parquet file, {seen}; name the file itself to read it as text."
         )
     return files
+
+
+def write_jsonl(path: str | Path, documents: Iterable[Document]) -> None:
+    """Documents as JSONL, which `read_documents` gives back text by text; replaces the file in one step."""
+    rows = [json.dumps({"name": document.name, "text": document.text}, ensure_ascii=False) for document in documents]
+    atomic_write(Path(path), "".join(row + "\n" for row in rows))
 
 
 def texts(documents: Iterable[Document]) -> Iterator[str]:

@@ -110,7 +110,7 @@ class Mixture:
         _check_tokenizers(sources, corpora, tokenizer)
         self.seed, self.seq, self.pack = seed, seq, pack
         self.rank, self.world = rank, world
-        self.sources = [_Rows(corpus, seed, seq, pack, validation) for corpus in corpora]
+        self.sources = [_Rows(corpus, index, seed, seq, pack, validation) for index, corpus in enumerate(corpora)]
         self._choice = WeightedChoice([source.weight for source in sources])
         self._identity = {
             "seed": seed,
@@ -174,8 +174,10 @@ class Mixture:
 class _Rows:
     """The endless sequence of rows of one source: epoch after epoch, each with its own shuffle."""
 
-    def __init__(self, corpus: TokenCorpus, seed: int, seq: int, pack: Pack, validation: float) -> None:
-        self.corpus, self.seed, self.seq = corpus, seed, seq
+    def __init__(self, corpus: TokenCorpus, index: int, seed: int, seq: int, pack: Pack, validation: float) -> None:
+        self.corpus, self.seq = corpus, seq
+        # sources of one size are shuffled apart
+        self._stream = [seed, 0, index]
         number = corpus.num_documents
         held_out = math.ceil(validation * number)
         if held_out and held_out >= number:
@@ -183,7 +185,7 @@ class _Rows:
                 f"data.validation = {validation} keeps {held_out} of {number} documents of {corpus.path} out of training; "
                 f"lower it or cut the corpus into more documents."
             )
-        # a stream of its own, so that the split does not depend on the epoch
+        # a stream of its own: the split depends on neither the epoch nor the other sources
         shuffled = np.random.default_rng([seed, 1]).permutation(number)
         self.held_out: NDArray[np.int64] = np.sort(shuffled[:held_out])
         self._documents: NDArray[np.int64] = np.sort(shuffled[held_out:])
@@ -200,7 +202,7 @@ class _Rows:
         return fill_row(self.corpus, self._pieces(int(self._order[index])), self.seq)
 
     def _shuffle(self, epoch: int) -> None:
-        rng = np.random.default_rng([self.seed, 0, epoch])
+        rng = np.random.default_rng([*self._stream, epoch])
         if self._bins is None:
             self._concat = ConcatPacking(self.corpus.lengths, rng.permutation(self._documents), self.seq)
         self._order = rng.permutation(self.num_rows)

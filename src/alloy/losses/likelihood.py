@@ -19,7 +19,7 @@ from alloy.errors import RecipeError
 from alloy.models.base import CausalLM
 
 # positions and logits in one forward pass, at most (one row at least)
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 BATCH_LOGITS = 1 << 26
 
 Ids = NDArray[np.integer]
