@@ -271,6 +271,8 @@ class CausalLM(nn.Module):
         self.gradient_checkpointing = False
         # unknown keys of a foreign config.json, written back on save
         self.foreign: dict[str, object] = {}
+        # content of generation_config.json, written back on save
+        self.generation: dict[str, object] = {}
 
     def finish(self) -> None:
         """Tie the head if asked and draw weights, unless the model is on the meta device."""

@@ -257,12 +257,17 @@ class HybridConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def split_mtp(cls, data: object) -> object:
-        """"main/mtp/mtp" (Megatron) becomes pattern, mtp_pattern and mtp_depths."""
+        """ "main/mtp/mtp" (Megatron) becomes pattern, mtp_pattern and mtp_depths."""
         if isinstance(data, dict) and isinstance(data.get("pattern"), str) and "/" in data["pattern"]:
             main, *depths = data["pattern"].split("/")
             if len({clean_pattern(d, "mtp pattern") for d in depths}) != 1:
                 raise ValueError(f'pattern = "{data["pattern"]}": all MTP depths must have the same pattern')
-            data = {**data, "pattern": main, "mtp_pattern": depths[0], "mtp_depths": data.get("mtp_depths", len(depths))}
+            data = {
+                **data,
+                "pattern": main,
+                "mtp_pattern": depths[0],
+                "mtp_depths": data.get("mtp_depths", len(depths)),
+            }
         return data
 
     @model_validator(mode="after")
@@ -273,7 +278,10 @@ class HybridConfig(Config):
             raise ValueError(
                 f"ffn lists {len(self.ffn)} widths but pattern has {self.pattern.count('-')} `-` layers; give one, or one per layer"
             )
-        for name, layers, pattern in (("layers", self.layers, self.pattern), ("mtp_layers", self.mtp_layers, self.mtp_pattern)):
+        for name, layers, pattern in (
+            ("layers", self.layers, self.pattern),
+            ("mtp_layers", self.mtp_layers, self.mtp_pattern),
+        ):
             if layers is not None and len(layers) != len(pattern):
                 raise ValueError(f"{name} has {len(layers)} entries but its pattern has {len(pattern)} blocks")
         # builds every mixer config once, so that a bad combination is refused here

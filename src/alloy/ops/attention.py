@@ -96,8 +96,8 @@ def _uniform(lengths: Tensor, held: int) -> bool:
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """One query a row that sees all keys: the heads of a group become the queries of one head, nothing is expanded."""
-    folded = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-    return F.scaled_dot_product_attention(folded, k, v, scale=scale).view(q.shape)
+    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(q.shape)
 
 
 def _blank(y: Tensor, real: Tensor | None) -> Tensor:

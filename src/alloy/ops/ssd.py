@@ -404,6 +404,9 @@ def _ssd_scan(
     y = torch.cat(parts, dim=2).transpose(1, 2)
     if D is not None:
         y = y + D.to(kind)[:, None] * x
+    if real is not None:
+        # so that what comes back for padding is not read either
+        y = torch.where(real[..., None, None], y, 0)
     return y.to(out_dtype), carry
 
 

@@ -1,0 +1,129 @@
+"""`alloy data`: from text to tokenizers and token shards."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alloy.errors import DataError
+
+if TYPE_CHECKING:
+    from alloy.data.io import Document
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="From text to tokenizers and token shards.")
+
+Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
+Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]
+
+
+@app.command()
+def tokenizer(
+    paths: Texts,
+    out: Annotated[Path, typer.Option(help="Folder to write (a transformers fast tokenizer).")],
+    vocab: Annotated[int, typer.Option(help="Size, the 256 bytes and special tokens included.")] = 32_768,
+    max_bytes: Annotated[int | None, typer.Option(help="Train on a random choice of documents of this size.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that choice.")] = 0,
+    column: Column = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer."""
+    from alloy.data.io import texts
+    from alloy.data.tokens import TextEncoder, save_tokenizer, train_tokenizer
+
+    trained = train_tokenizer(texts(_documents(paths, column)), vocab, max_bytes=max_bytes, seed=seed)
+    if len(trained) < vocab:
+        typer.echo(f"the text is used up at {len(trained)} tokens, fewer than the {vocab} asked for", err=True)
+    save_tokenizer(trained, out)
+    # a sample measures the tokenizer: a million characters, each of which must come back
+    encoder = TextEncoder(trained)
+    num_bytes = num_tokens = num_chars = 0
+    for document in _documents(paths, column):
+        (ids,) = encoder.encode([document.text])
+        if trained.decode(ids, skip_special_tokens=False) != document.text:
+            raise DataError(
+                f"{document.name} does not survive the round trip through the tokenizer; please report this."
+            )
+        num_bytes += len(document.text.encode())
+        num_tokens += len(ids)
+        num_chars += len(document.text)
+        if num_chars >= 1_000_000:
+            break
+    typer.echo(f"{out}: {len(trained):,} tokens, {num_bytes / num_tokens:.2f} bytes per token, round trip checked")
+
+
+@app.command()
+def tokenize(
+    paths: Texts,
+    out: Annotated[Path, typer.Option(help="Folder to write: .bin/.idx shards and manifest.json.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer, or of a checkpoint that has one.")],
+    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard, about.")] = 1 << 28,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the corpus that is there.")] = False,
+    column: Column = "text",
+) -> None:
+    """Turn documents into memory-mapped token shards (Megatron's .bin/.idx format)."""
+    from alloy.core.logging import short_count
+    from alloy.data.tokens import load_tokenizer, tokenize_corpus
+
+    start = told = time.monotonic()
+
+    def progress(documents: int, tokens: int, num_bytes: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= 2:
+            told = now
+            rate = short_count(tokens / (now - start))
+            typer.echo(f"{documents:,} documents  {short_count(tokens)} tokens  {rate} tok/s", err=True)
+
+    manifest = tokenize_corpus(
+        _documents(paths, column), load_tokenizer(tokenizer), out, shard_tokens, overwrite, progress
+    )
+    typer.echo(
+        f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {manifest['bytes']:,} bytes, "
+        f"{len(manifest['shards'])} shard(s), {time.monotonic() - start:.1f} s"
+    )
+
+
+@app.command("inspect")
+def inspect_file(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A folder of shards, or one .bin or .idx file.")],
+    documents: Annotated[int, typer.Option(help="How many documents to print.")] = 3,
+    first: Annotated[int, typer.Option(help="Number of the first one.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Print text instead of ids.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what token shards hold, and print some documents."""
+    from alloy.data.tokens import TokenCorpus, load_tokenizer
+
+    corpus = TokenCorpus(path)
+    decode = load_tokenizer(tokenizer).decode if tokenizer else None
+    shown = range(first, min(first + documents, corpus.num_documents))
+    facts: dict[str, Any] = {
+        "path": str(path),
+        "documents": corpus.num_documents,
+        "tokens": corpus.num_tokens,
+        "shards": len(corpus.shards),
+        "dtype": corpus.shards[0].dtype.name,
+        "shortest": int(corpus.lengths.min()),
+        "longest": int(corpus.lengths.max()),
+        "tokenizer": corpus.tokenizer_hash,
+    }
+    if as_json:
+        content = {str(i): decode(corpus[i]) if decode else corpus[i].tolist() for i in shown}
+        typer.echo(json.dumps({**facts, "content": content}))
+        return
+    for name, value in facts.items():
+        typer.echo(f"{name.ljust(10)} {'unknown' if value is None else value}")
+    for i in shown:
+        ids = corpus[i]
+        typer.echo(f"--- document {i}, {len(ids):,} tokens")
+        # one screen of each
+        typer.echo(decode(ids[:400]) if decode else " ".join(map(str, ids[:200].tolist())))
+
+
+def _documents(paths: list[Path], column: str) -> "Iterator[Document]":
+    from alloy.data.io import read_documents
+
+    return itertools.chain.from_iterable(read_documents(path, column) for path in paths)

@@ -1,0 +1,64 @@
+"""`alloy eval MODEL --ppl FILE`: how well a model predicts a text."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from alloy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from alloy.eval.ppl import Score
+
+# windows longer than this cost memory and change little
+LONGEST_WINDOW = 4096
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")],
+    ppl: Annotated[
+        Path, typer.Option("--ppl", metavar="FILE", help="Text, .jsonl, .parquet or a folder: its bits per byte.")
+    ],
+    seq: Annotated[
+        int | None, typer.Option(help="Tokens in a window (default: the model's max_positions, at most 4096).")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")] = "text",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ... (default: as stored)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Bits per byte, nats per token and perplexity of a text under a model."""
+    from transformers import PreTrainedTokenizerFast
+
+    from alloy.data.io import read_documents
+    from alloy.eval.ppl import bits_per_byte
+    from alloy.models.registry import load
+
+    documents = list(read_documents(ppl, column))
+    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise CheckpointError(
+            f"{model} has no tokenizer.json, so a text cannot be measured; copy the tokenizer into the folder."
+        )
+    window = seq or min(loaded.config.max_positions, LONGEST_WINDOW)
+    score = bits_per_byte(loaded, tokenizer, documents, window)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "file": str(ppl), "seq": window, **score.as_dict()}))
+    else:
+        typer.echo(describe(score, window))
+
+
+def describe(score: "Score", seq: int) -> str:
+    """The numbers, one a line, and how they were taken."""
+    return "\n".join(
+        [
+            f"bits per byte    {score.bits_per_byte:.4f}",
+            f"nats per token   {score.nats_per_token:.4f}",
+            f"perplexity       {score.perplexity:.3f}",
+            f"tokens           {score.tokens:,}",
+            f"bytes            {score.bytes:,}",
+            f"documents        {score.documents:,}",
+            f"windows of {seq} tokens, half overlapping; the end of each document is charged, its beginning given",
+        ]
+    )

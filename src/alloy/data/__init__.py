@@ -1,0 +1,1 @@
+"""Level 2: documents, tokens and batches. Knows tokenizers, not models."""

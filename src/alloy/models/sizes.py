@@ -1,0 +1,356 @@
+"""Parameters, FLOPs and bytes of a model, from its configuration alone: the project's only size calculator.
+
+Every function reads the mixer configs of single layers, so that per-layer overrides count. Numbers are exact unless a
+docstring says estimate. Bytes are plain bytes; GiB is 2**30.
+
+Paper: Nemotron-H (2025), section 2, arXiv:2504.03624; the selective state space of Mamba-2 (Dao and Gu, 2024),
+arXiv:2405.21060.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from alloy.errors import RecipeError, ResourceError
+from alloy.models.configs import (
+    AttentionConfig,
+    DecoderConfig,
+    HybridConfig,
+    MambaConfig,
+    Mixer,
+    MLPConfig,
+    MoEConfig,
+)
+
+AnyConfig = HybridConfig | DecoderConfig
+
+DTYPE_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "float8": 1.0,
+    "int8": 1.0,
+    "int4": 0.5,
+}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
+GIB = 2**30
+# prefill runs in pieces of this many tokens; only their activations are alive at once
+PREFILL_CHUNK = 2048
+# share of the device that the allocator, the CUDA context and kernels' workspaces keep (estimate)
+RESERVED_FRAC = 0.05
+
+
+def dtype_bytes(name: str) -> float:
+    """Bytes of one element of a dtype given by name, such as bfloat16 or bf16."""
+    full = DTYPE_ALIASES.get(name, name)
+    if full not in DTYPE_BYTES:
+        raise RecipeError(f'unknown dtype "{name}". Use one of {", ".join([*DTYPE_BYTES, *DTYPE_ALIASES])}')
+    return DTYPE_BYTES[full]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as 22GiB, 80GB or 512MiB; a bare number counts bytes."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or match[1].count(".") > 1 or match[1] == ".":
+        raise RecipeError(f'cannot read "{text}" as a size. Write it like 22GiB or 80GB')
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+# layers
+
+
+def mixer_parameters(mixer: Mixer, active: bool = False) -> int:
+    """Parameters of one mixer without its norm; `active`: those one token uses (top_k of the routed experts).
+
+    The router's correction bias counts as parameters, as published totals do.
+    """
+    hidden = mixer.hidden
+    if isinstance(mixer, MambaConfig):
+        rows = 2 * mixer.inner + 2 * mixer.groups * mixer.state + mixer.heads
+        projections = hidden * rows + mixer.inner * hidden + (rows + hidden) * mixer.proj_bias
+        conv = mixer.channels * (mixer.conv_kernel + mixer.conv_bias)
+        return projections + conv + 3 * mixer.heads + mixer.inner
+    if isinstance(mixer, AttentionConfig):
+        query, key = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+        out_bias = mixer.bias if mixer.out_bias is None else mixer.out_bias
+        biases = (query + 2 * key) * mixer.bias + hidden * out_bias
+        return 2 * hidden * query + 2 * hidden * key + biases + 2 * mixer.head_dim * mixer.qk_norm
+    if isinstance(mixer, MLPConfig):
+        return _mlp_parameters(hidden, mixer.ffn, mixer.gated, mixer.bias)
+    width = mixer.latent or hidden
+    experts = (mixer.top_k if active else mixer.num_experts) * _mlp_parameters(width, mixer.ffn, mixer.gated, False)
+    router = hidden * mixer.num_experts + mixer.num_experts * (mixer.router == "sigmoid")
+    shared = _mlp_parameters(hidden, mixer.shared_ffn, mixer.gated, mixer.bias) if mixer.shared_ffn else 0
+    latent = 2 * hidden * width + (hidden + width) * mixer.bias if mixer.latent else 0
+    return experts + router + shared + latent
+
+
+def _mlp_parameters(hidden: int, ffn: int, gated: bool, bias: bool) -> int:
+    return (2 + gated) * hidden * ffn + ((1 + gated) * ffn + hidden) * bias
+
+
+def backbone_mixers(config: AnyConfig) -> list[Mixer]:
+    """Every mixer of the backbone in order; no-op halves of decoder layers are left out."""
+    if isinstance(config, HybridConfig):
+        return list(config.mixers)
+    return [part for layer in config.resolved for part in (layer.attention, layer.mlp) if part is not None]
+
+
+def norm_parameters(config: AnyConfig) -> int:
+    """Parameters of one norm over the hidden width."""
+    layer_norm = isinstance(config, DecoderConfig) and config.norm == "layer1p"
+    return config.hidden * (2 if layer_norm else 1)
+
+
+# whole models
+
+
+def embedding_parameters(config: AnyConfig) -> int:
+    """Parameters of the input embedding."""
+    return config.vocab * config.hidden
+
+
+def parameters(config: AnyConfig, active: bool = False, input_embedding: bool = True) -> int:
+    """Parameters without MTP; `active`: those one token uses, with or without the input embedding's table.
+
+    A tied table is the output head too, so that leaving the input embedding out changes nothing there.
+    """
+    tables = 1 if config.tie_embeddings else 1 + input_embedding
+    layers = sum(mixer_parameters(mixer, active) + norm_parameters(config) for mixer in backbone_mixers(config))
+    return tables * embedding_parameters(config) + layers + norm_parameters(config)
+
+
+def mtp_parameters(config: AnyConfig) -> int:
+    """Parameters of the stored multi-token-prediction depths."""
+    if not isinstance(config, HybridConfig):
+        return 0
+    blocks = sum(mixer_parameters(mixer) + config.hidden for mixer in config.mtp_mixers)
+    return config.mtp_depths * (blocks + 2 * config.hidden**2 + 3 * config.hidden)
+
+
+def mixer_flops(mixer: Mixer, context: int, causal_mean: bool = True) -> int:
+    """Forward FLOPs of one mixer for one token (a multiply-add counts two); norms and activations are left out.
+
+    Attention: scores and weighted values over `context` keys; `causal_mean` averages over the positions of a sequence of
+    that length, else it is the last token. Mamba: the recurrence (decay, update, read-out) and the convolution.
+    """
+    if isinstance(mixer, MambaConfig):
+        weights = mixer_parameters(mixer) - 3 * mixer.heads - mixer.inner - mixer.channels * mixer.conv_bias
+        return 2 * weights + 5 * mixer.inner * mixer.state + 2 * mixer.inner
+    if isinstance(mixer, AttentionConfig):
+        weights = 2 * mixer.hidden * (mixer.num_heads + mixer.num_kv_heads) * mixer.head_dim
+        keys = _mean_keys(context, mixer.window) if causal_mean else min(context, mixer.window or context)
+        return 2 * weights + int(4 * mixer.num_heads * mixer.head_dim * keys)
+    if isinstance(mixer, MLPConfig):
+        return 2 * _mlp_parameters(mixer.hidden, mixer.ffn, mixer.gated, False)
+    bias = mixer.num_experts * (mixer.router == "sigmoid")
+    return 2 * (mixer_parameters(mixer.model_copy(update={"bias": False}), active=True) - bias)
+
+
+def _mean_keys(context: int, window: int | None) -> float:
+    """Keys a query sees, averaged over the positions of a causal sequence."""
+    span = min(context, window or context)
+    return (span * (span + 1) / 2 + (context - span) * span) / context
+
+
+def flops_per_token(config: AnyConfig, context: int, causal_mean: bool = True) -> int:
+    """Forward FLOPs for one token of the backbone and the output head (training: three times that)."""
+    layers = sum(mixer_flops(mixer, context, causal_mean) for mixer in backbone_mixers(config))
+    return layers + 2 * embedding_parameters(config)
+
+
+def mtp_flops_per_token(config: AnyConfig, context: int, causal_mean: bool = True) -> int:
+    """Forward FLOPs for one token of one MTP depth, its output head included."""
+    if not isinstance(config, HybridConfig) or not config.mtp_depths:
+        return 0
+    layers = sum(mixer_flops(mixer, context, causal_mean) for mixer in config.mtp_mixers)
+    return layers + 4 * config.hidden**2 + 2 * embedding_parameters(config)
+
+
+# bytes
+
+
+def weight_bytes(config: AnyConfig, dtype: str = "bfloat16", mtp: bool = True) -> int:
+    """Bytes of the weights; A_log, D, dt_bias and the router's correction bias are fp32 in any dtype."""
+    mixers = backbone_mixers(config) + (list(_mtp_mixers(config)) if mtp else [])
+    islands = sum(
+        3 * mixer.heads if isinstance(mixer, MambaConfig) else mixer.num_experts
+        for mixer in mixers
+        if isinstance(mixer, MambaConfig) or (isinstance(mixer, MoEConfig) and mixer.router == "sigmoid")
+    )
+    total = parameters(config) + (mtp_parameters(config) if mtp else 0)
+    return math.ceil((total - islands) * dtype_bytes(dtype)) + islands * 4
+
+
+def kv_bytes(config: AnyConfig, batch: int, context: int, dtype: str = "bfloat16", mtp: bool = False) -> int:
+    """Bytes of keys and values of `batch` sequences of `context` tokens; a window caps its layer's context."""
+    mixers = _cached_mixers(config, mtp)
+    elements = sum(
+        2 * mixer.num_kv_heads * mixer.head_dim * min(context, mixer.window or context)
+        for mixer in mixers
+        if isinstance(mixer, AttentionConfig)
+    )
+    return math.ceil(batch * elements * dtype_bytes(dtype))
+
+
+def state_bytes(config: AnyConfig, batch: int, dtype: str = "float32", mtp: bool = False) -> int:
+    """Bytes of the recurrent states (heads x head_dim x state a Mamba layer)."""
+    elements = sum(m.inner * m.state for m in _cached_mixers(config, mtp) if isinstance(m, MambaConfig))
+    return math.ceil(batch * elements * dtype_bytes(dtype))
+
+
+def conv_bytes(config: AnyConfig, batch: int, dtype: str = "bfloat16", mtp: bool = False) -> int:
+    """Bytes of the convolution states: the last conv_kernel - 1 inputs of every channel."""
+    mixers = _cached_mixers(config, mtp)
+    elements = sum(m.channels * (m.conv_kernel - 1) for m in mixers if isinstance(m, MambaConfig))
+    return math.ceil(batch * elements * dtype_bytes(dtype))
+
+
+def activation_bytes(config: AnyConfig, batch: int, context: int, dtype: str = "bfloat16") -> int:
+    """Estimate of the activations alive at once in inference, the larger of prefill and decode.
+
+    Prefill handles one piece of at most 2048 tokens of one sequence: the residual stream twice, and the widest layer's
+    inner tensors. Decode handles one token of every sequence, with fp32 logits for each.
+    """
+
+    def widest(tokens: int) -> float:
+        return max(_inner_elements(mixer) for mixer in backbone_mixers(config)) * tokens * dtype_bytes(dtype)
+
+    def stream(tokens: int) -> float:
+        return 2 * config.hidden * tokens * dtype_bytes(dtype)
+
+    piece = min(context, PREFILL_CHUNK)
+    prefill = widest(piece) + stream(piece) + 4 * config.vocab
+    decode = widest(batch) + stream(batch) + 4 * config.vocab * batch
+    return math.ceil(max(prefill, decode))
+
+
+def _inner_elements(mixer: Mixer) -> int:
+    """Elements per token that one mixer holds at its widest point."""
+    if isinstance(mixer, MambaConfig):
+        return 2 * mixer.inner + 2 * mixer.groups * mixer.state + mixer.heads + mixer.channels
+    if isinstance(mixer, AttentionConfig):
+        return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
+    if isinstance(mixer, MLPConfig):
+        return (2 + mixer.gated) * mixer.ffn
+    return mixer.top_k * ((2 + mixer.gated) * mixer.ffn + 2 * (mixer.latent or mixer.hidden)) + 2 * mixer.shared_ffn
+
+
+def _cached_mixers(config: AnyConfig, mtp: bool) -> list[Mixer]:
+    """Mixers that keep something per sequence; MTP's depths share one cache, as they run one after another."""
+    return backbone_mixers(config) + (list(config.mtp_mixers) if mtp and isinstance(config, HybridConfig) else [])
+
+
+def _mtp_mixers(config: AnyConfig) -> tuple[Mixer, ...]:
+    return config.mtp_mixers * config.mtp_depths if isinstance(config, HybridConfig) else ()
+
+
+# what fits
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that serving a model takes; `reserved` and `activations` are estimates, the rest is exact."""
+
+    weights: int
+    kv: int
+    state: int
+    conv: int
+    activations: int
+    reserved: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.state + self.conv + self.activations + self.reserved
+
+
+@dataclass(frozen=True)
+class Setting:
+    """In which dtypes a model is held, and whether its MTP weights are loaded."""
+
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    state_dtype: str = "float32"
+    mtp: bool = True
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a model fits, and how far it could be taken: 0 when even one token does not fit."""
+
+    memory: Memory
+    available: int
+    fits: bool
+    # at the asked context
+    largest_batch: int
+    # at the asked batch
+    largest_context: int
+
+
+def memory(
+    config: AnyConfig, batch: int, context: int, setting: Setting | None = None, device_bytes: int = 0
+) -> Memory:
+    """Bytes to serve `batch` sequences of `context` tokens; 5% of `device_bytes` stay with the driver and allocator."""
+    s = setting or Setting()
+    mtp = s.mtp and bool(_mtp_mixers(config))
+    return Memory(
+        weights=weight_bytes(config, s.dtype, mtp),
+        kv=kv_bytes(config, batch, context, s.kv_dtype, mtp),
+        state=state_bytes(config, batch, s.state_dtype, mtp),
+        conv=conv_bytes(config, batch, s.dtype, mtp),
+        activations=activation_bytes(config, batch, context, s.dtype),
+        reserved=int(device_bytes * RESERVED_FRAC),
+    )
+
+
+def fits(
+    config: AnyConfig, device_bytes: int, batch: int = 1, context: int = 4096, setting: Setting | None = None
+) -> Fit:
+    """Whether `batch` sequences of `context` tokens fit into `device_bytes`, and the largest of each that do.
+
+    The largest context stops at the model's own max_positions or the asked context, whichever is longer.
+    """
+    if batch < 1 or context < 1:
+        raise RecipeError(f"batch = {batch} and context = {context} must be at least 1")
+
+    def inside(sequences: int, tokens: int) -> bool:
+        return memory(config, sequences, tokens, setting, device_bytes).total <= device_bytes
+
+    needed = memory(config, batch, context, setting, device_bytes)
+    return Fit(
+        memory=needed,
+        available=device_bytes,
+        fits=needed.total <= device_bytes,
+        largest_batch=_largest(lambda sequences: inside(sequences, context), 1 << 20),
+        largest_context=_largest(lambda tokens: inside(batch, tokens), max(config.max_positions, context)),
+    )
+
+
+def _largest(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest n in 0..limit for which `holds`, which is true up to some n and false after it."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def require_fit(fit: Fit) -> None:
+    """ResourceError (exit code 3) that says by how much it misses."""
+    if fit.fits:
+        return
+    lack = (fit.memory.total - fit.available) / GIB
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(fit.memory).items())
+    raise ResourceError(
+        f"does not fit: needs {fit.memory.total / GIB:.2f} GiB ({parts}), there are {fit.available / GIB:.2f} GiB, {lack:.2f} "
+        f"too few. Largest batch at this context: {fit.largest_batch}; largest context at this batch: {fit.largest_context}."
+    )
+
+
+def layer_counts(config: AnyConfig) -> dict[str, int]:
+    """Number of mixers of each kind in the backbone."""
+    names = {MambaConfig: "mamba", AttentionConfig: "attention", MLPConfig: "mlp", MoEConfig: "moe"}
+    return dict(Counter(names[type(mixer)] for mixer in backbone_mixers(config)))

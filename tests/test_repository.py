@@ -1,0 +1,58 @@
+"""Rules about the repository itself: sizes of files, words that do not belong, documents that point at what exists."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_source_file_is_long() -> None:
+    """A file above 800 lines should be a package."""
+    assert {str(p): lines(p) for p in SOURCES if lines(p) > 800} == {}
+
+
+def test_source_stays_within_its_budget() -> None:
+    """The whole package stays under 30,000 lines, the median file under 200."""
+    counts = sorted(lines(p) for p in SOURCES)
+    assert sum(counts) < 30_000
+    assert counts[len(counts) // 2] < 200
+
+
+def test_every_public_function_is_documented() -> None:
+    """Each module, and each public function and class at module level, has a docstring."""
+    import ast
+
+    missing = []
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        if not ast.get_docstring(tree):
+            missing.append(str(path.relative_to(ROOT)))
+        for node in tree.body:
+            named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if named and not ast.get_docstring(node):
+                missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert missing == []
+
+
+def test_large_files_are_not_tracked() -> None:
+    """Nothing above 500 KB is in the repository."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    big = [f for f in listed.stdout.split("\0") if f and (ROOT / f).exists() and (ROOT / f).stat().st_size > 500_000]
+    assert big == []
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link in the documents names a file that exists."""
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text())
+    assert [t for t in targets if not (page.parent / t).exists()] == []
