@@ -55,9 +55,9 @@ def test_explain_says_what_and_why() -> None:
 
 def test_unknown_names_are_refused() -> None:
     """With the known ones in the message."""
-    with pytest.raises(RecipeError, match='unknown backend "cuda". Known: cpu, torch'), use_backend("cuda"):
+    with pytest.raises(RecipeError, match=r'unknown backend "cuda"\. Known: cpu, torch'), use_backend("cuda"):
         pass
-    with pytest.raises(RecipeError, match='unknown op "scan". Known: attention'):
+    with pytest.raises(RecipeError, match=r'unknown op "scan"\. Known: attention'):
         explain("scan")
 
 
