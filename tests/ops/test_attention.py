@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from alloy.ops import attention, use_backend
+from alloy.ops.cpu import attention as cpu_attention
 
 BACKENDS = ("torch", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of queries, the last one short, also on the short sequences of these tests."""
+    monkeypatch.setattr(cpu_attention, "_ROWS", 4)
+    monkeypatch.setattr(cpu_attention, "_LEAST", 3)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -52,7 +60,7 @@ def check(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 1), (4, 4)])
 @pytest.mark.parametrize(
-    ("seq", "scale", "window"), [(11, None, None), (1, 0.3, None), (9, None, 4), (5, None, 7), (70, None, None)]
+    ("seq", "scale", "window"), [(11, None, None), (1, 0.3, None), (9, None, 4), (5, None, 7), (23, None, None)]
 )
 def test_causal_attention(
     heads: int, kv_heads: int, seq: int, scale: float | None, window: int | None, backend: str
@@ -107,6 +115,22 @@ def test_cached_padding_gives_zero() -> None:
     torch.testing.assert_close(y[0], want[0])
     torch.testing.assert_close(y[1, :, 0], want[1, :, 0])
     assert not y[1, :, 1:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_dtypes_and_gradcheck(backend: str) -> None:
+    """bf16 stays bf16 and close; finite differences agree with packing and a window at once."""
+    q, k, v = draw(2, 4, 11, 5), draw(2, 2, 11, 5, seed=1), draw(2, 2, 11, 5, seed=2)
+    documents = torch.tensor([[0] * 5 + [1] * 6, [0] * 9 + [-1] * 2])
+    with use_backend(backend):
+        narrow = attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        assert narrow.dtype == torch.bfloat16
+        torch.testing.assert_close(narrow.double(), attention(q, k, v), atol=5e-2, rtol=5e-2)
+
+        def f(*t: Tensor) -> Tensor:
+            return attention(*t, documents=documents, window=3)
+
+        assert torch.autograd.gradcheck(f, (q, k, v), fast_mode=True)
 
 
 def test_refusals() -> None:

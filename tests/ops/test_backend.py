@@ -12,7 +12,7 @@ from alloy.ops import backend, choices, explain, rms_norm, use_backend
 
 def test_every_op_has_a_reference_and_cpu_takes_its_own() -> None:
     """ "torch" is everywhere; the choice is by device type."""
-    assert {"ssd_scan", "ssd_step", "causal_conv1d", "attention", "moe_experts", "rms_norm"} <= set(backend.TABLE)
+    assert {"ssd_scan", "ssd_step", "causal_conv1d", "attn_prefill", "moe_experts", "rms_norm"} <= set(backend.TABLE)
     assert all("torch" in row for row in backend.TABLE.values())
     rows = {row["op"]: row for row in choices()}
     assert rows["ssd_scan"]["cpu"] == "cpu"
@@ -57,7 +57,7 @@ def test_unknown_names_are_refused() -> None:
     """With the known ones in the message."""
     with pytest.raises(RecipeError, match=r'unknown backend "cuda"\. Known: cpu, torch'), use_backend("cuda"):
         pass
-    with pytest.raises(RecipeError, match=r'unknown op "scan"\. Known: attention'):
+    with pytest.raises(RecipeError, match=r'unknown op "scan"\. Known: attn_decode'):
         explain("scan")
 
 
