@@ -98,7 +98,7 @@ def sample(probs: Tensor, *, generator: torch.Generator | None = None, uniform: 
     wanted = uniform.double()[:, None] * total[:, -1:]
     drawn = torch.searchsorted(total, wanted, right=True)[:, 0]
     # rounding may place the number past the last token that has probability
-    last = torch.searchsorted(total, total[:, -1:])[:, 0]
+    last = torch.searchsorted(total, total[:, -1:].contiguous())[:, 0]
     return torch.minimum(drawn, last)
 
 
