@@ -113,7 +113,10 @@ class Window:
 
 
 class Trainer(Generic[Batch]):
-    """Runs a task to its end. What must survive a restart besides model, optimizers, data and random numbers is in `step`, `elapsed`, `tokens` and `window`."""
+    """Runs a task to its end.
+
+    Besides model, optimizers, data position and random numbers, a state holds `step`, `elapsed`, `tokens`, `window`, `latest`.
+    """
 
     def __init__(
         self,
@@ -265,7 +268,7 @@ class Trainer(Generic[Batch]):
             weights |= loss.weights
             _add(totals, loss.sums)
             _add(stats, loss.stats)
-        totals, stats = self._reduce(totals), self._reduce(stats)
+        own, totals, stats = totals, self._reduce(totals), self._reduce(stats)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.table.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # the one wait for the device in a step
@@ -273,7 +276,7 @@ class Trainer(Generic[Batch]):
         means = {name: value / counts[name] for name, value in zip(totals, measured, strict=True)}
         total = sum(weights[name] * mean for name, mean in means.items())
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            self._refuse_step(total, grad_norm, micro, position)
+            self._refuse_step(total, grad_norm, own, micro, position)
         factor = self._set_lr()
         self.optimizers.step()
         extra = self.task.after_step(self.model, stats)
@@ -325,27 +328,26 @@ class Trainer(Generic[Batch]):
         signal_number, elapsed = self.world.max(values).tolist()
         return int(signal_number), elapsed
 
-    def _refuse_step(self, total: float, grad_norm: float, micro: list[Batch], position: dict[str, Any]) -> NoReturn:
-        """Keep the state before a step whose loss or gradient is not finite, write down its rows, and stop."""
+    def _refuse_step(
+        self, total: float, grad_norm: float, own: dict[str, Tensor], micro: list[Batch], position: dict[str, Any]
+    ) -> NoReturn:
+        """Keep the state before a step whose loss or gradient is not finite, write down its rows, and stop.
+
+        `own` are this rank's sums, which tell whose rows are to blame.
+        """
         self.optimizers.zero_grad()
         self.save(position)
         rows = self.world.gather([self.task.describe(batch) for batch in micro])
+        is_finite = self.world.gather(all(bool(value.isfinite().all()) for value in own.values()))
+        rank = is_finite.index(False) if False in is_finite else 0
         step = self.step + 1
         file = self.folder / "nan" / f"step-{step:06d}.json"
         if self.world.is_main:
-            file.parent.mkdir(exist_ok=True)
-            record = {
-                "step": step,
-                "loss": repr(total),
-                "grad_norm": repr(grad_norm),
-                "position": position,
-                "rows_by_rank": rows,
-            }
-            atomic_write(file, json.dumps(record, indent=1))
-        what = "loss" if not math.isfinite(total) else "gradient norm"
-        value = total if what == "loss" else grad_norm
+            record = {"step": step, "loss": repr(total), "grad_norm": repr(grad_norm), "rank": rank}
+            atomic_write(file, json.dumps(record | {"position": position, "rows_by_rank": rows}, indent=1))
+        what, value = ("gradient norm", grad_norm) if math.isfinite(total) else ("loss", total)
         raise AlloyError(
-            f"{what} became {'NaN' if math.isnan(value) else 'infinite'} at step {step} (rank {self.world.rank}, batch ids in {file}). "
+            f"{what} became {'NaN' if math.isnan(value) else 'infinite'} at step {step} (rank {rank}, batch ids in {file}). "
             f"Try train.grad_clip={self.table.grad_clip / 2:g}, a lower train.lr, or --resume with data.skip_steps=1."
         )
 
