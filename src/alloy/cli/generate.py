@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 256
 PROMPT_KEYS = ("prompt", "messages", "token_ids")
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")]

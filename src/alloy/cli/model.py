@@ -102,16 +102,13 @@ def init(
     config_style: Annotated[str, typer.Option(help="hybrid or transformers5.")] = "hybrid",
 ) -> None:
     """Write a checkpoint with random weights, which transformers and vLLM load."""
-    from alloy.core.device import resolve_dtype
-    from alloy.models.hf.config import style
+    from alloy.core.device import seed_everything
+    from alloy.models.hf.config import parse_style
     from alloy.models.registry import build, save
 
-    form = style(config_style)
-    random = build(find_config(model), "meta", resolve_dtype(dtype))
-    random.to_empty(device="cpu")
-    if random.config.tie_embeddings:
-        random.head.weight = random.embed.weight
-    random.init_weights(seed)
+    form = parse_style(config_style)
+    seed_everything(seed)
+    random = build(find_config(model), "cpu", dtype)
     save(random, out, config_style=form)
     typer.echo(f"{out}: {sizes.parameters(random.config):,} parameters in {dtype}")
 

@@ -18,8 +18,8 @@ def list_recipes() -> None:
     names = runnable()
     width = max((len(name) for name in names), default=0)
     for name in names:
-        command = compose(name).data["command"]
-        typer.echo(f"{name.ljust(width)}  {str(command).ljust(10)}  {first_comment(name)}".rstrip())
+        command = str(compose(name).data.get("command", "?"))
+        typer.echo(f"{name.ljust(width)}  {command.ljust(10)}  {first_comment(name)}".rstrip())
 
 
 @app.command()
@@ -48,8 +48,8 @@ def check(
 
 
 def runnable() -> list[str]:
-    """Shipped recipes that name a command; the others are fragments to extend."""
-    return [name for name in shipped_names() if "command" in compose(name).data]
+    """Shipped recipes; what lies in `base/` is there to be extended."""
+    return [name for name in shipped_names() if not name.startswith("base/")]
 
 
 def first_comment(name: str) -> str:

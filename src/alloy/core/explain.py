@@ -15,11 +15,18 @@ from alloy.core.toml import Key, dotted, is_list, is_table
 
 # more complaints than this would hide the first
 _MOST = 8
+_MOST_KEYS = 16
+# how much a complaint says that another member of a union was meant; all others count 1
+_MISFIT = {"literal_error": 100, "union_tag_not_found": 15, "extra_forbidden": 10}
 
 
 def explain(error: ValidationError, model: type[BaseModel], composed: Composed) -> str:
     """All complaints of `error` about `composed`, one a line, each with its place and a way out."""
-    details = _relevant(error.errors(include_url=False), composed.data)
+    # unknown keys first: a misspelt key is also a missing one
+    details = sorted(
+        _relevant(error.errors(include_url=False), composed.data),
+        key=lambda placed: placed[1]["type"] != "extra_forbidden",
+    )
     texts = list(dict.fromkeys(_one(detail, key, model, composed) for key, detail in details))
     if len(texts) > _MOST:
         texts = [*texts[:_MOST], f"and {len(texts) - _MOST} more."]
@@ -29,7 +36,7 @@ def explain(error: ValidationError, model: type[BaseModel], composed: Composed) 
 def nearest_key(model: type[BaseModel], data: Any, key: Key) -> str:
     """A sentence that helps with an unknown key: the same name elsewhere, a similar one beside it, or all that exist."""
     holders = list(_models_at(model, data, key[:-1]))
-    beside = sorted({name for holder in holders for name in holder.model_fields})
+    beside = sorted({name for holder in holders for name in holder.model_fields} - {str(key[-1])})
     name = str(key[-1])
     elsewhere = [path for path in _schema_keys(model, data) if path[-1] == name and path != key]
     if elsewhere:
@@ -37,7 +44,8 @@ def nearest_key(model: type[BaseModel], data: Any, key: Key) -> str:
     close = difflib.get_close_matches(name, beside, n=1, cutoff=0.55)
     if close:
         return f'Did you mean "{dotted((*key[:-1], close[0]))}"?'
-    return f"Known here: {', '.join(beside)}." if beside else ""
+    more = f" and {len(beside) - _MOST_KEYS} more" if len(beside) > _MOST_KEYS else ""
+    return f"Known here: {', '.join(beside[:_MOST_KEYS])}{more}." if beside else ""
 
 
 def _relevant(errors: list[ErrorDetails], data: Any) -> Iterator[tuple[Key, ErrorDetails]]:
@@ -47,7 +55,7 @@ def _relevant(errors: list[ErrorDetails], data: Any) -> Iterator[tuple[Key, Erro
     misfit: dict[tuple[Key, str], int] = {}
     for _, tag, detail in placed:
         if tag:
-            misfit[tag] = misfit.get(tag, 0) + (100 if detail["type"] == "literal_error" else 1)
+            misfit[tag] = misfit.get(tag, 0) + _MISFIT.get(detail["type"], 1)
     best: dict[Key, str] = {}
     for (key, member), badness in misfit.items():
         if key not in best or badness < misfit[key, best[key]]:

@@ -160,7 +160,7 @@ class ProgressLine:
         if self.enabled and console().is_terminal:
             from rich.live import Live
 
-            self._live = Live(console=console(), refresh_per_second=8, transient=True)
+            self._live = Live(console=console(), refresh_per_second=8)
             self._live.start()
         return self
 

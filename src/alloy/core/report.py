@@ -220,7 +220,7 @@ def thinned(xs: Sequence[float], ys: Sequence[float], most: int) -> tuple[list[f
 
 def _draw_series(axes: Any, points: Points, colour: str, smooth: bool) -> None:
     xs, ys = points
-    is_long = len(xs) >= 30
+    is_long = len(xs) >= 60
     thin_xs, thin_ys = thinned(xs, ys, _MOST_POINTS)
     if not (smooth and is_long):
         marker = "o" if len(xs) < 30 else None
@@ -242,7 +242,7 @@ def _count_tick(value: float, position: int | None) -> str:
 def _tick(value: float, position: int | None) -> str:
     if value and abs(value) < 1e-2:
         return short_exponent(value)
-    return short_count(value) if abs(value) >= 1e4 else f"{value:.4g}"
+    return short_count(value) if abs(value) >= 1e3 else f"{value:.4g}"
 
 
 def _is_number(value: object) -> bool:

@@ -1,6 +1,7 @@
 """What a run's report shows: curves, throughput, samples, evaluation, settings with origin, environment."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ _CHARTS: dict[str, tuple[str, str, float]] = {
     "loss": ("Loss", "training", 1.0),
     "val_loss": ("Loss", "validation", 1.0),
     "val_bits_per_byte": ("Bits per byte", "validation", 1.0),
+    "val_bits_per_token": ("Bits per token", "validation", 1.0),
     "tokens_per_s": ("Throughput (tokens/s)", "tokens/s", 1.0),
     "mfu": ("Model FLOPs utilisation (%)", "MFU", 100.0),
     "lr": ("Learning rate", "lr", 1.0),
     "grad_norm": ("Gradient norm", "gradient norm", 1.0),
     "memory_bytes": ("Peak memory (GiB)", "memory", 2.0**-30),
+    "mtp1_loss": ("Loss of later tokens (MTP)", "depth 1", 1.0),
+    "mtp2_loss": ("Loss of later tokens (MTP)", "depth 2", 1.0),
+    "balance_loss": ("Router balance loss", "main blocks", 1.0),
+    "mtp_balance_loss": ("Router balance loss", "MTP blocks", 1.0),
 }
+# charts that hold several metrics
+_SHARED = {chart for chart, count in Counter(chart for chart, _, _ in _CHARTS.values()).items() if count > 1}
 # counters: they grow with the step and say nothing as a curve
 _COUNTERS = {"step", "time", "tokens", "elapsed_s", "epoch"}
 # smoothing these would hide what they are for
@@ -66,11 +74,12 @@ def _charts(runs: dict[str, list[dict[str, Any]]]) -> Iterator[Curves]:
     names = dict.fromkeys([*_CHARTS, *(name for records in runs.values() for record in records for name in record)])
     charts: dict[str, dict[str, Points]] = {}
     for name in names:
-        chart, label, factor = _CHARTS.get(name, (name, name, 1.0))
+        title = name.replace("_", " ").capitalize()
+        chart, label, factor = _CHARTS.get(name, (title, name, 1.0))
         for run, records in runs.items():
             steps, values = series(records, name)
             if name not in _COUNTERS and len(steps) > 1:
-                line = f"{run}, {label}" if run and chart == "Loss" else run or label
+                line = f"{run}, {label}" if run and chart in _SHARED else run or label
                 charts.setdefault(chart, {})[line] = (steps, [factor * value for value in values])
     for chart, lines in charts.items():
         yield Curves(chart, lines, smooth=chart not in _EXACT)

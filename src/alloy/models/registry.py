@@ -17,7 +17,7 @@ from alloy.core.runs import atomic_write
 from alloy.errors import CheckpointError, RecipeError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig, HybridConfig
-from alloy.models.hf.config import read_config, read_json, style, write_config
+from alloy.models.hf.config import parse_style, read_config, read_json, write_config
 from alloy.models.hf.files import Progress, Stored
 from alloy.models.hf.folder import DEFAULT_SHARD, load_weights, read_optional_json, save_weights, stored_tensors
 from alloy.models.hf.keys import Style
@@ -173,7 +173,7 @@ def save(
     """
     folder, config = Path(path), model.config
     name = str(model.embed.weight.dtype).removeprefix("torch.")
-    data = write_config(config, model.foreign, style(config_style), name)
+    data = write_config(config, model.foreign, parse_style(config_style), name)
     start = time.perf_counter()
     save_weights(model, config, folder, max_shard_bytes, progress)
     _log_rate("saved", model, start)

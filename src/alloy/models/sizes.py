@@ -18,6 +18,7 @@ from alloy.models.configs import (
     AttentionConfig,
     DecoderConfig,
     HybridConfig,
+    LinearConfig,
     MambaConfig,
     Mixer,
     MLPConfig,
@@ -80,6 +81,8 @@ def mixer_parameters(mixer: Mixer, active: bool = False) -> int:
         return 2 * hidden * query + 2 * hidden * key + biases + 2 * mixer.head_dim * mixer.qk_norm
     if isinstance(mixer, MLPConfig):
         return _mlp_parameters(hidden, mixer.ffn, mixer.gated, mixer.bias)
+    if isinstance(mixer, LinearConfig):
+        return hidden * hidden + hidden * mixer.bias
     width = mixer.latent or hidden
     experts = (mixer.top_k if active else mixer.num_experts) * _mlp_parameters(width, mixer.ffn, mixer.gated, False)
     router = hidden * mixer.num_experts + mixer.num_experts * (mixer.router == "sigmoid")
@@ -146,6 +149,8 @@ def mixer_flops(mixer: Mixer, context: int, causal_mean: bool = True) -> int:
         return 2 * weights + int(4 * mixer.num_heads * mixer.head_dim * keys)
     if isinstance(mixer, MLPConfig):
         return 2 * _mlp_parameters(mixer.hidden, mixer.ffn, mixer.gated, False)
+    if isinstance(mixer, LinearConfig):
+        return 2 * mixer.hidden**2
     bias = mixer.num_experts * (mixer.router == "sigmoid")
     return 2 * (mixer_parameters(mixer.model_copy(update={"bias": False}), active=True) - bias)
 
@@ -236,6 +241,8 @@ def _inner_elements(mixer: Mixer) -> int:
         return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
     if isinstance(mixer, MLPConfig):
         return (2 + mixer.gated) * mixer.ffn
+    if isinstance(mixer, LinearConfig):
+        return mixer.hidden
     return mixer.top_k * ((2 + mixer.gated) * mixer.ffn + 2 * (mixer.latent or mixer.hidden)) + 2 * mixer.shared_ffn
 
 
@@ -352,7 +359,7 @@ def require_fit(fit: Fit) -> None:
 
 def layer_counts(config: AnyConfig) -> dict[str, int]:
     """Number of mixers of each kind in the backbone."""
-    names = {MambaConfig: "mamba", AttentionConfig: "attention", MLPConfig: "mlp", MoEConfig: "moe"}
+    names = {MambaConfig: "mamba", AttentionConfig: "attention", MLPConfig: "mlp", MoEConfig: "moe", LinearConfig: "linear"}
     return dict(Counter(names[type(mixer)] for mixer in backbone_mixers(config)))
 
 

@@ -70,7 +70,7 @@ def read_config(
     return config, keys.rest()
 
 
-def style(name: str) -> Style:
+def parse_style(name: str) -> Style:
     """A config style given by name; RecipeError if there is no such one."""
     if name == "hybrid" or name == "transformers5":
         return name
