@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alloy.core.device import peak_memory_bytes, rng_state, set_rng_state
-from alloy.core.logging import ProgressLine, get_logger
+from alloy.core.logging import ProgressLine
 from alloy.core.metrics import Meter, MetricLog, Sink
 from alloy.core.runs import atomic_write
 from alloy.errors import AlloyError, InterruptedRun
@@ -32,8 +32,6 @@ from alloy.train.checkpoint import latest_state, load_state, model_tensors, save
 from alloy.train.optim import Optimizers, lr_factor
 from alloy.train.precision import DTYPES, compute_in
 from alloy.train.recipe import LogTable, TrainTable
-
-log = get_logger(__name__)
 
 Batch = TypeVar("Batch")
 
@@ -232,7 +230,7 @@ class Trainer(Generic[Batch]):
         self.model.train()
         batches = self.task.batches(self.table.micro_batch)
         clock = time.monotonic() - self.elapsed
-        with StopSignals() as stop, self.line:
+        with StopSignals(notify=self.world.is_main) as stop, self.line:
             while not self.finished:
                 began = time.monotonic()
                 values, extra = self.train_step(batches)
@@ -406,8 +404,9 @@ class StopSignals:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, notify: bool = True) -> None:
         self.received = 0
+        self._notify = notify
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -422,4 +421,7 @@ class StopSignals:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        log.warning("%s: finishing this step, then saving; a second signal stops at once", signal.Signals(number).name)
+        if self._notify:
+            # not through the log: the signal may have come in the middle of a write to the same stream
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing this step, then saving; a second signal stops at once\n".encode())
