@@ -143,7 +143,7 @@ def test_state_of_another_mixture_is_refused(folder) -> None:
 
 @pytest.mark.parametrize("pack", ["concat", "best_fit"])
 def test_validation_documents_never_occur_in_training(folder, pack) -> None:
-    """The split is by document, kept over epochs and packings, and cut to about max_tokens."""
+    """The split is by document, kept over epochs and packings, and cut to max_tokens."""
     data = mixture(folder, (1.0, 1.0, 0.0), pack=pack, validation=0.0)
     assert data.validation_documents() == []
     sources = [Source(path=str(folder / name)) for name in "ab"]
@@ -154,7 +154,10 @@ def test_validation_documents_never_occur_in_training(folder, pack) -> None:
     trained = set(batch.tokens[batch.documents >= 0].tolist())
     assert not trained & set(np.concatenate(held_out).tolist())
     assert len(trained) == data.num_tokens
-    assert [ids.tolist() for ids in data.validation_documents(1)] == [held_out[0].tolist()]
+    sizes = [len(ids) for ids in held_out]
+    assert sizes[2] > 3
+    few = data.validation_documents(sizes[0] + sizes[1] + 3)
+    assert [ids.tolist() for ids in few] == [held_out[0].tolist(), held_out[1].tolist(), held_out[2][:3].tolist()]
     with pytest.raises(RecipeError, match="keeps 1 of 1 documents"):
         mixture(folder, validation=0.2)
 

@@ -150,7 +150,9 @@ def nas(config: DecoderConfig, weights: Weights, tokens: Tensor) -> Tensor:
     mask = torch.full((seq, seq), -math.inf).triu(1)[None, None]
     for i, layer in enumerate(config.layers or ()):
         w = part(weights, f"layers.{i}.")
-        if layer.attention is not None:
+        if "attention.linear.weight" in w:
+            h = h + llama_norm(h, w["attention_norm.weight"], config) @ w["attention.linear.weight"].T
+        elif layer.attention is not None:
             a = layer.attention
             rope = a.rope
             assert rope is not None
@@ -173,7 +175,9 @@ def nas(config: DecoderConfig, weights: Weights, tokens: Tensor) -> Tensor:
             module.load_state_dict(part(w, "attention."))
             angles = llama.LlamaRotaryEmbedding(llama_config)(h, torch.arange(seq)[None])
             h = h + module(llama_norm(h, w["attention_norm.weight"], config), angles, mask)[0]
-        if layer.mlp is not None:
+        if "mlp.linear.weight" in w:
+            h = h + llama_norm(h, w["mlp_norm.weight"], config) @ w["mlp.linear.weight"].T + w["mlp.linear.bias"]
+        elif layer.mlp is not None:
             width = w["mlp.up_proj.weight"].shape[0]
             module = llama.LlamaMLP(
                 LlamaConfig(hidden_size=config.hidden, intermediate_size=width, num_attention_heads=1)

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from alloy.errors import CheckpointError, RecipeError
-from alloy.models.configs import DecoderConfig, HybridConfig, LayerOverride, MoEConfig
+from alloy.models.configs import DecoderConfig, HybridConfig, LayerOverride, LinearConfig, MoEConfig
 from alloy.models.hf.config import load_config, parse_style, read_config, write_config
 from alloy.models.hf.hybrid import HYBRID_ALIASES
 from alloy.models.presets import PRESETS, preset
@@ -270,7 +270,6 @@ def test_puzzle_blocks() -> None:
         (LLAMA, {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_parameters has rope_theta = 1000000.0 but the top level has 10000.0"),
         (LLAMA, {"use_sliding_window": True}, "sliding-window attention is not supported for llama"),
         (NAS, {"num_hidden_layers": 2}, "block_configs has 1 entries but num_hidden_layers = 2"),
-        (NAS, {"block_configs": [{"attention": {"replace_with_linear": True}, "ffn": {"no_op": True}}]}, r"block_configs\[0\].attention: replace_with_linear = True"),
         (NAS, {"block_configs": [{"attention": {"n_heads_in_group": 4}, "ffn": {"no_op": True}}]}, "n_heads_in_group = 4 does not divide 6 heads"),
         (NAS, {"block_configs": [{"attention": {"no_op": True}, "ffn": {}}]}, "neither ffn_mult nor intermediate_size"),
         (NAS, {"block_configs": [{"attention": {"no_op": True}, "ffn": {"no_op": True, "sparsify": [1]}}]}, "sparsify"),
@@ -318,18 +317,21 @@ def test_dense_layers_of_qwen3_moe() -> None:
 
 
 def test_nas_blocks() -> None:
-    """KV heads from the group size, widths from ffn_mult, no-op halves, fused FFN widths."""
+    """KV heads from the group size, widths from ffn_mult, no-op and linear halves, fused FFN widths."""
     config = read(
         NAS,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         block_configs=[
             {"attention": {"n_heads_in_group": 3}, "ffn": {"ffn_mult": 39}},
             {"attention": {"no_op": True}, "ffn": {"no_op": True}},
             {"attention": {"n_heads_in_group": 6, "window_length": None}, "ffn": {"intermediate_size": 100}},
+            {"attention": {"replace_with_linear": True}, "ffn": {"replace_with_linear": True}},
         ],
     )
     assert isinstance(config, DecoderConfig)
-    first, second, third = config.resolved
+    first, second, third, fourth = config.resolved
+    linear = LinearConfig(hidden=config.hidden)
+    assert (fourth.attention, fourth.mlp) == (linear, linear)
     assert first.attention is not None
     assert first.mlp is not None
     assert (first.attention.num_kv_heads, first.mlp.ffn) == (2, 1280)
@@ -337,7 +339,7 @@ def test_nas_blocks() -> None:
     assert third.mlp is not None
     assert third.mlp.ffn == 100
     written = write_config(config)
-    assert [block["ffn"]["ffn_mult"] for block in written["block_configs"]] == [40.0, None, None]
+    assert [block["ffn"]["ffn_mult"] for block in written["block_configs"]] == [40.0, None, None, None]
     assert read_config(written)[0].resolved == config.resolved
 
 

@@ -10,6 +10,7 @@ from alloy.models.configs import (
     DecoderLayerConfig,
     HybridConfig,
     LayerOverride,
+    LinearConfig,
     MLPConfig,
     RopeConfig,
 )
@@ -64,7 +65,7 @@ LLAMA3 = RopeConfig(theta=500.0, scaling="llama3", factor=8.0, original_max_posi
 
 
 def nas() -> DecoderConfig:
-    """No-op attention, no-op MLP, an identity layer, and widths and groups that differ."""
+    """No-op attention, no-op MLP, an identity layer, linear blocks, and widths and groups that differ."""
 
     def attention(num_kv_heads: int) -> AttentionConfig:
         return AttentionConfig(hidden=24, num_heads=6, num_kv_heads=num_kv_heads, head_dim=4, rope=LLAMA3)
@@ -77,9 +78,11 @@ def nas() -> DecoderConfig:
         DecoderLayerConfig(attention=None, mlp=mlp(45)),
         DecoderLayerConfig(attention=None, mlp=None),
         DecoderLayerConfig(attention=attention(1), mlp=None),
+        DecoderLayerConfig(attention=LinearConfig(hidden=24), mlp=mlp(9)),
+        DecoderLayerConfig(attention=attention(6), mlp=LinearConfig(hidden=24, bias=True)),
         DecoderLayerConfig(attention=attention(6), mlp=mlp(17)),
     )
-    return decoder("nemotron-nas", num_layers=5, head_dim=4, rope=LLAMA3, layers=layers)
+    return decoder("nemotron-nas", num_layers=7, head_dim=4, rope=LLAMA3, layers=layers)
 
 
 PUZZLE = hybrid(

@@ -46,5 +46,11 @@ def test_other_dtypes_and_autocast_are_torch() -> None:
     x.requires_grad_()
     linear(x, weight).square().sum().backward()
     assert weight.grad is None
+    bias = torch.zeros(17, requires_grad=True)
+    linear(x.detach(), weight, bias).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [5.0] * 17
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(x, weight[:, 1:])
     with use_backend("torch"):
         torch.testing.assert_close(linear(x, weight), x @ weight.T)

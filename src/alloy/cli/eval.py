@@ -11,9 +11,6 @@ from alloy.errors import CheckpointError
 if TYPE_CHECKING:
     from alloy.eval.ppl import Score
 
-# windows longer than this cost memory and change little
-LONGEST_WINDOW = 4096
-
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a hub id.")],
@@ -32,7 +29,7 @@ def evaluate(
     from transformers import PreTrainedTokenizerFast
 
     from alloy.data.io import read_documents
-    from alloy.eval.ppl import bits_per_byte
+    from alloy.eval.ppl import LONGEST_WINDOW, bits_per_byte
     from alloy.models.registry import load
 
     documents = list(read_documents(ppl, column))

@@ -145,15 +145,15 @@ class Mixture:
         )
 
     def validation_documents(self, max_tokens: int | None = None) -> list[Ids]:
-        """Token ids of documents never used in training, source after source in turn, up to about `max_tokens`."""
+        """Token ids of documents never used in training, one of each source in turn; the last is cut at `max_tokens`."""
         documents: list[Ids] = []
-        total = 0
-        queues = [list(rows.held_out) for rows in self.sources]
-        for place in range(max(map(len, queues))):
-            for rows, queue in zip(self.sources, queues, strict=True):
-                if place < len(queue) and (max_tokens is None or total < max_tokens):
-                    documents.append(rows.corpus[int(queue[place])])
-                    total += len(documents[-1])
+        room = sum(rows.corpus.num_tokens for rows in self.sources) if max_tokens is None else max_tokens
+        for place in range(max(len(rows.held_out) for rows in self.sources)):
+            for rows in self.sources:
+                # one token alone predicts nothing
+                if place < len(rows.held_out) and room > 1:
+                    documents.append(rows.corpus[int(rows.held_out[place])][:room])
+                    room -= len(documents[-1])
         return documents
 
     def state(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class _Rows:
         if held_out and held_out >= number:
             raise RecipeError(
                 f"data.validation = {validation} keeps {held_out} of {number} documents of {corpus.path} out of training; "
-                f"lower it or cut the corpus into more documents."
+                f"set it to 0, or cut the text into more documents."
             )
         # a stream of its own: the split depends on neither the epoch nor the other sources
         shuffled = np.random.default_rng([seed, 1]).permutation(number)

@@ -18,6 +18,10 @@ from alloy.losses.likelihood import document_nats
 from alloy.models.base import CausalLM
 
 
+# windows longer than this cost memory and change little
+LONGEST_WINDOW = 4096
+
+
 @dataclass(frozen=True)
 class Score:
     """A text under a model. `tokens` are the charged ones: those of the text and one eos a document."""

@@ -6,7 +6,7 @@ blocks, final norm and head; `hybrid.py` and `llama.py` only say which blocks.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self, cast, runtime_checkable
 
 import torch
@@ -29,11 +29,13 @@ class RouterStats:
         counts: (experts,) int64, tokens routed to each expert
         balance: scalar fp32, sequence-balance value before its coefficient (1 at perfect balance), differentiable
         entropy: scalar fp32, mean entropy of the normalised scores in nats
+        sequences: scalar int64, how many sequences `balance` is the mean of
     """
 
     counts: Tensor
     balance: Tensor
     entropy: Tensor
+    sequences: Tensor
 
 
 @dataclass(slots=True)
@@ -453,12 +455,14 @@ def _draw(module: nn.Module, plan: InitPlan) -> None:
 
 
 def merge_stats(stats: Sequence[RouterStats]) -> RouterStats:
-    """Several uses of one MoE layer in a step (a repeated MTP depth) as one: counts add up, the rest is averaged."""
+    """Several uses of one MoE layer in a step (a repeated MTP depth) as one: counts add up, the balance is that of all sequences."""
     if len(stats) == 1:
         return stats[0]
-    return replace(
-        stats[0],
+    sequences = torch.stack([s.sequences for s in stats])
+    weighted = torch.stack([s.balance for s in stats]) * sequences
+    return RouterStats(
         counts=torch.stack([s.counts for s in stats]).sum(0),
-        balance=torch.stack([s.balance for s in stats]).mean(),
+        balance=weighted.sum() / sequences.sum().clamp_min(1),
         entropy=torch.stack([s.entropy for s in stats]).mean(),
+        sequences=sequences.sum(),
     )

@@ -143,7 +143,15 @@ class MoEConfig(Config):
         return self
 
 
-Mixer = MambaConfig | AttentionConfig | MLPConfig | MoEConfig
+class LinearConfig(Config):
+    """One square linear map in the place of attention or MLP (nemotron-nas `replace_with_linear`)."""
+
+    hidden: Positive
+    bias: bool = False
+
+
+HybridMixer = MambaConfig | AttentionConfig | MLPConfig | MoEConfig
+Mixer = HybridMixer | LinearConfig
 LayerKind = Literal["mamba", "attention", "mlp", "moe"]
 SYMBOLS: dict[str, LayerKind] = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 REFUSED_SYMBOLS = {"G": "gated delta net", "D": "sparse attention", "+": "multi-head latent attention"}
@@ -257,12 +265,17 @@ class HybridConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def split_mtp(cls, data: object) -> object:
-        """"main/mtp/mtp" (Megatron) becomes pattern, mtp_pattern and mtp_depths."""
+        """ "main/mtp/mtp" (Megatron) becomes pattern, mtp_pattern and mtp_depths."""
         if isinstance(data, dict) and isinstance(data.get("pattern"), str) and "/" in data["pattern"]:
             main, *depths = data["pattern"].split("/")
             if len({clean_pattern(d, "mtp pattern") for d in depths}) != 1:
                 raise ValueError(f'pattern = "{data["pattern"]}": all MTP depths must have the same pattern')
-            data = {**data, "pattern": main, "mtp_pattern": depths[0], "mtp_depths": data.get("mtp_depths", len(depths))}
+            data = {
+                **data,
+                "pattern": main,
+                "mtp_pattern": depths[0],
+                "mtp_depths": data.get("mtp_depths", len(depths)),
+            }
         return data
 
     @model_validator(mode="after")
@@ -273,7 +286,10 @@ class HybridConfig(Config):
             raise ValueError(
                 f"ffn lists {len(self.ffn)} widths but pattern has {self.pattern.count('-')} `-` layers; give one, or one per layer"
             )
-        for name, layers, pattern in (("layers", self.layers, self.pattern), ("mtp_layers", self.mtp_layers, self.mtp_pattern)):
+        for name, layers, pattern in (
+            ("layers", self.layers, self.pattern),
+            ("mtp_layers", self.mtp_layers, self.mtp_pattern),
+        ):
             if layers is not None and len(layers) != len(pattern):
                 raise ValueError(f"{name} has {len(layers)} entries but its pattern has {len(pattern)} blocks")
         # builds every mixer config once, so that a bad combination is refused here
@@ -281,12 +297,12 @@ class HybridConfig(Config):
         return self
 
     @cached_property
-    def mixers(self) -> tuple[Mixer, ...]:
+    def mixers(self) -> tuple[HybridMixer, ...]:
         """One mixer config per block, overrides applied."""
         return self._resolve(self.pattern, self.layers)
 
     @cached_property
-    def mtp_mixers(self) -> tuple[Mixer, ...]:
+    def mtp_mixers(self) -> tuple[HybridMixer, ...]:
         """Mixers of one MTP depth; empty without MTP."""
         return self._resolve(self.mtp_pattern, self.mtp_layers) if self.mtp_depths else ()
 
@@ -299,9 +315,9 @@ class HybridConfig(Config):
         """Standard deviation of the initial weights."""
         return self.init_std if self.init_std is not None else math.sqrt(0.8 / self.hidden)
 
-    def _resolve(self, pattern: str, overrides: tuple[LayerOverride, ...] | None) -> tuple[Mixer, ...]:
+    def _resolve(self, pattern: str, overrides: tuple[LayerOverride, ...] | None) -> tuple[HybridMixer, ...]:
         widths = self.ffn if isinstance(self.ffn, tuple) else (self.ffn,)
-        mixers: list[Mixer] = []
+        mixers: list[HybridMixer] = []
         dense = 0
         for i, symbol in enumerate(pattern):
             o = overrides[i] if overrides else LayerOverride()
@@ -360,10 +376,10 @@ class HybridConfig(Config):
 
 
 class DecoderLayerConfig(Config):
-    """One transformer layer: attention and MLP (or MoE), either of which may be missing (nemotron-nas no-op)."""
+    """One transformer layer: attention and MLP (or MoE), either of which may be missing (nemotron-nas no-op) or linear."""
 
-    attention: AttentionConfig | None
-    mlp: MLPConfig | MoEConfig | None
+    attention: AttentionConfig | LinearConfig | None
+    mlp: MLPConfig | MoEConfig | LinearConfig | None
 
 
 class DecoderConfig(Config):

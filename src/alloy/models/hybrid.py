@@ -15,7 +15,7 @@ from alloy.errors import RequestError
 from alloy.models.base import CausalLM, InitStyle, Layout, ModelOutput, RouterStats, merge_stats
 from alloy.models.blocks import MLP, Attention, Embedding, Linear, RMSNorm
 from alloy.models.cache import DenseCache
-from alloy.models.configs import AttentionConfig, HybridConfig, MambaConfig, Mixer, MLPConfig
+from alloy.models.configs import AttentionConfig, HybridConfig, HybridMixer, MambaConfig, MLPConfig
 from alloy.models.mamba import Mamba
 from alloy.models.moe import MoE
 from alloy.models.mtp import MTP
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        mixer: Mixer,
+        mixer: HybridMixer,
         layer: int,
         hidden: int,
         eps: float,

@@ -6,6 +6,8 @@ step). Which norm, rotary positions, activation and widths come from the config,
 Papers: Llama 3 arXiv:2407.21783, Qwen3 arXiv:2505.09388, Nemotron-4 arXiv:2402.16819, Llama-Nemotron arXiv:2505.00949.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +15,37 @@ from alloy.errors import RequestError
 from alloy.models.base import CausalLM, Layout, RouterStats
 from alloy.models.blocks import MLP, Attention, Embedding, LayerNorm1P, Linear, RMSNorm, Rotary
 from alloy.models.cache import DenseCache
-from alloy.models.configs import AttentionConfig, DecoderConfig, DecoderLayerConfig, MLPConfig, MoEConfig, RopeConfig
+from alloy.models.configs import (
+    AttentionConfig,
+    DecoderConfig,
+    DecoderLayerConfig,
+    LinearConfig,
+    MLPConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from alloy.models.moe import MoE
 
 
+class LinearBlock(nn.Module):
+    """A square linear map in the place of attention or MLP."""
+
+    def __init__(
+        self, config: LinearConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.linear = Linear(config.hidden, config.hidden, config.bias, residual=True, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, layout: Layout | None = None, cache: DenseCache | None = None) -> Tensor:
+        """x (batch, seq, hidden) -> the same shape; neither layout nor cache matters."""
+        return self.linear(x)
+
+
+FEED_FORWARD: dict[type, Callable[..., nn.Module]] = {MLPConfig: MLP, MoEConfig: MoE, LinearConfig: LinearBlock}
+
+
 class DecoderLayer(nn.Module):
-    """Attention and MLP with a norm and a residual each; a missing part leaves the stream as it is."""
+    """Attention and MLP with a norm and a residual each; either may be one linear map, or missing, which changes nothing."""
 
     def __init__(
         self,
@@ -32,12 +59,14 @@ class DecoderLayer(nn.Module):
         super().__init__()
         if config.attention is not None:
             self.attention_norm = _norm(model, device, dtype)
-            self.attention = Attention(config.attention, layer, rotary, device, dtype)
+            self.attention = (
+                LinearBlock(config.attention, device, dtype)
+                if isinstance(config.attention, LinearConfig)
+                else Attention(config.attention, layer, rotary, device, dtype)
+            )
         if config.mlp is not None:
             self.mlp_norm = _norm(model, device, dtype)
-            self.mlp = (
-                MLP(config.mlp, device, dtype) if isinstance(config.mlp, MLPConfig) else MoE(config.mlp, device, dtype)
-            )
+            self.mlp = FEED_FORWARD[type(config.mlp)](config.mlp, device, dtype)
         self.has_attention = config.attention is not None
         self.has_mlp = config.mlp is not None
         self.is_routed = isinstance(config.mlp, MoEConfig)
@@ -105,9 +134,9 @@ def _norm(config: DecoderConfig, device: torch.device | str | None, dtype: torch
     return RMSNorm(config.hidden, config.norm_eps, cast_first=True, device=device, dtype=dtype)
 
 
-def _rotary(attention: AttentionConfig | None, known: dict[tuple[RopeConfig, int], Rotary]) -> Rotary | None:
+def _rotary(attention: AttentionConfig | LinearConfig | None, known: dict[tuple[RopeConfig, int], Rotary]) -> Rotary | None:
     """One table of angles for all layers that rotate alike."""
-    if attention is None or attention.rope is None:
+    if not isinstance(attention, AttentionConfig) or attention.rope is None:
         return None
     key = attention.rope, attention.head_dim
     if key not in known:

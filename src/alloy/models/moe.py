@@ -138,4 +138,13 @@ class MoE(nn.Module):
             p = p / (p.sum(-1, keepdim=True) + 1e-20)
             entropy = -torch.special.xlogy(p, p).sum(-1).mean()
             counts = expert_counts(chosen[kept], self.config.num_experts)
-        return RouterStats(counts, balance, entropy)
+        return RouterStats(counts, balance, entropy, _count_sequences(shape, documents, scores.device))
+
+
+def _count_sequences(shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Documents in the rows of `shape` (batch, seq), as `sequence_balance` tells them apart."""
+    if documents is None:
+        return torch.tensor(shape[0], device=device)
+    starts = documents >= 0
+    starts[:, 1:] &= documents[:, 1:] != documents[:, :-1]
+    return starts.sum()

@@ -17,6 +17,7 @@ from alloy.models.configs import (
     DecoderLayerConfig,
     HybridConfig,
     LayerOverride,
+    LinearConfig,
     MLPConfig,
     RopeConfig,
 )
@@ -142,7 +143,7 @@ def _nas(blocks: str, hidden: int, heads: int, factor: float) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=8,
         head_dim=hidden // heads,
-        ffn=max(layer.mlp.ffn for layer in layers if layer.mlp),
+        ffn=max(layer.mlp.ffn for layer in layers if isinstance(layer.mlp, MLPConfig)),
         rope=rope,
         max_positions=131_072,
         layers=layers,
@@ -218,12 +219,13 @@ def _tiny_nas() -> DecoderConfig:
     single = full.model_copy(update={"num_kv_heads": 1})
     mlp = MLPConfig(hidden=48, ffn=256, activation="silu", gated=True)
     wide = mlp.model_copy(update={"ffn": 512})
-    table = ((full, mlp), (None, wide), (single, None), (None, None), (full, mlp))
+    linear = LinearConfig(hidden=48)
+    table = ((full, mlp), (None, wide), (single, None), (None, None), (linear, mlp), (full, linear), (full, mlp))
     layers = tuple(DecoderLayerConfig(attention=attention, mlp=part) for attention, part in table)
     return _decoder(
         "nemotron-nas",
         48,
-        5,
+        7,
         (6, 3, 8),
         512,
         vocab=259,

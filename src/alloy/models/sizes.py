@@ -18,6 +18,7 @@ from alloy.models.configs import (
     AttentionConfig,
     DecoderConfig,
     HybridConfig,
+    LinearConfig,
     MambaConfig,
     Mixer,
     MLPConfig,
@@ -80,6 +81,8 @@ def mixer_parameters(mixer: Mixer, active: bool = False) -> int:
         return 2 * hidden * query + 2 * hidden * key + biases + 2 * mixer.head_dim * mixer.qk_norm
     if isinstance(mixer, MLPConfig):
         return _mlp_parameters(hidden, mixer.ffn, mixer.gated, mixer.bias)
+    if isinstance(mixer, LinearConfig):
+        return hidden * hidden + hidden * mixer.bias
     width = mixer.latent or hidden
     experts = (mixer.top_k if active else mixer.num_experts) * _mlp_parameters(width, mixer.ffn, mixer.gated, False)
     router = hidden * mixer.num_experts + mixer.num_experts * (mixer.router == "sigmoid")
@@ -146,6 +149,8 @@ def mixer_flops(mixer: Mixer, context: int, causal_mean: bool = True) -> int:
         return 2 * weights + int(4 * mixer.num_heads * mixer.head_dim * keys)
     if isinstance(mixer, MLPConfig):
         return 2 * _mlp_parameters(mixer.hidden, mixer.ffn, mixer.gated, False)
+    if isinstance(mixer, LinearConfig):
+        return 2 * mixer.hidden**2
     bias = mixer.num_experts * (mixer.router == "sigmoid")
     return 2 * (mixer_parameters(mixer.model_copy(update={"bias": False}), active=True) - bias)
 
@@ -236,6 +241,8 @@ def _inner_elements(mixer: Mixer) -> int:
         return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
     if isinstance(mixer, MLPConfig):
         return (2 + mixer.gated) * mixer.ffn
+    if isinstance(mixer, LinearConfig):
+        return mixer.hidden
     return mixer.top_k * ((2 + mixer.gated) * mixer.ffn + 2 * (mixer.latent or mixer.hidden)) + 2 * mixer.shared_ffn
 
 
@@ -352,5 +359,26 @@ def require_fit(fit: Fit) -> None:
 
 def layer_counts(config: AnyConfig) -> dict[str, int]:
     """Number of mixers of each kind in the backbone."""
-    names = {MambaConfig: "mamba", AttentionConfig: "attention", MLPConfig: "mlp", MoEConfig: "moe"}
+    names = {MambaConfig: "mamba", AttentionConfig: "attention", MLPConfig: "mlp", MoEConfig: "moe", LinearConfig: "linear"}
     return dict(Counter(names[type(mixer)] for mixer in backbone_mixers(config)))
+
+
+def training_bytes(
+    config: AnyConfig, tokens: int, ranks: int = 1, moments: int = 2, dtype: str = "float32", checkpointing: bool = False
+) -> int:
+    """Estimate of what training takes on one rank: fp32 parameters, gradients and moments, shared by the ranks, and
+    activations of one micro-batch.
+
+    Args:
+        config: of the model
+        tokens: of a micro-batch
+        ranks: that share parameters, gradients and moments
+        moments: of the optimizer (AdamW 2, Muon 1)
+        dtype: in which activations are kept
+        checkpointing: only the residual stream and the widest layer are kept
+    """
+    states = (parameters(config) + mtp_parameters(config)) * 4 * (2 + moments) / ranks
+    mixers = backbone_mixers(config) + list(_mtp_mixers(config))
+    inner = [2 * _inner_elements(mixer) for mixer in mixers]
+    per_token = len(mixers) * config.hidden + (max(inner) if checkpointing else sum(inner) + 2 * len(mixers) * config.hidden)
+    return math.ceil(states + tokens * per_token * dtype_bytes(dtype))

@@ -45,7 +45,8 @@ def attention(
         raise ValueError(
             f"attention: {k.shape[2]} keys for {q.shape[2]} queries; without `lengths` (a cache) they must be equally many"
         )
-    return backend.resolve("attention", q.device.type)(q, k, v, scale, documents, lengths, window)
+    q, k, v = backend.autocast(q, k, v)
+    return backend.run("attention", q, k, v, scale, documents, lengths, window)
 
 
 def _attention(
@@ -95,8 +96,8 @@ def _uniform(lengths: Tensor, held: int) -> bool:
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """One query a row that sees all keys: the heads of a group become the queries of one head, nothing is expanded."""
-    folded = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-    return F.scaled_dot_product_attention(folded, k, v, scale=scale).view(q.shape)
+    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(q.shape)
 
 
 def _blank(y: Tensor, real: Tensor | None) -> Tensor:

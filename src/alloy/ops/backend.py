@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from alloy.errors import RecipeError
 
 Op = Callable[..., Any]
@@ -33,6 +36,24 @@ def add(op: str, backend: str, fn: Op) -> None:
 def resolve(op: str, device_type: str) -> Op:
     """The function that computes `op` on `device_type` ("cpu", "cuda", ...)."""
     return TABLE[op][_choose(op, device_type, _forced[-1] if _forced else None)]
+
+
+def run(op: str, x: Tensor, *args: Any) -> Any:
+    """Compute `op` of x and `args` where x is. Autocast is off inside: an op fixes its own dtypes."""
+    fn = resolve(op, x.device.type)
+    if not torch.is_autocast_enabled(x.device.type):
+        return fn(x, *args)
+    with torch.autocast(x.device.type, enabled=False):
+        return fn(x, *args)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where it is on, for ops that are matmuls of their inputs; else as they are."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 @contextmanager

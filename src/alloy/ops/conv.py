@@ -51,7 +51,7 @@ def causal_conv1d(
     batch, seq, channels = x.shape
     _check_taps(weight, channels)
     documents = as_documents(documents, cu_seqlens, batch, seq)
-    y = backend.resolve("causal_conv1d", x.device.type)(x, weight, bias, activation, init, documents)
+    y = backend.run("causal_conv1d", x, weight, bias, activation, init, documents)
     if not return_state:
         return y
     if cu_seqlens is not None:
@@ -90,8 +90,7 @@ def causal_conv1d_step(
         y (batch, channels) in x's dtype
     """
     _check_taps(weight, x.shape[1])
-    step = backend.resolve("causal_conv1d_step", x.device.type)
-    return step(state, x, weight, bias, activation, slots)
+    return backend.run("causal_conv1d_step", state, x, weight, bias, activation, slots)
 
 
 def causal_conv1d_multi(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alloy.ops import backend
 from alloy.ops.activation import ACTIVATIONS
+from alloy.ops.cpu import moe as cpu
 from alloy.ops.precision import wide
 
 
@@ -89,7 +90,8 @@ def moe_experts(
     Returns:
         (tokens, width) in x's dtype; the sum over experts is in fp32, cast once
     """
-    return backend.resolve("moe_experts", x.device.type)(x, chosen, weights, up, down, gate, activation)
+    inputs, up, down, gate = backend.autocast(x, up, down, gate)
+    return backend.run("moe_experts", inputs, chosen, weights, up, down, gate, activation).to(x.dtype)
 
 
 def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
@@ -152,3 +154,4 @@ def _moe_experts(
 
 
 backend.add("moe_experts", "torch", _moe_experts)
+backend.add("moe_experts", "cpu", cpu.moe_experts)

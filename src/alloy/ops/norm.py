@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool = False) ->
     Returns:
         (..., width) in x's dtype; with `cast_first` in the dtype that x and weight promote to
     """
-    return backend.resolve("rms_norm", x.device.type)(x, weight, eps, cast_first)
+    return backend.run("rms_norm", x, weight, eps, cast_first)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
@@ -41,7 +41,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_si
     """
     if x.shape[-1] % group_size:
         raise ValueError(f"gated_rms_norm: width {x.shape[-1]} is not a multiple of group_size = {group_size}")
-    return backend.resolve("gated_rms_norm", x.device.type)(x, gate, weight, eps, group_size)
+    return backend.run("gated_rms_norm", x, gate, weight, eps, group_size)
 
 
 def layer_norm_1p(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

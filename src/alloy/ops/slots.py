@@ -3,14 +3,18 @@
 from torch import Tensor
 
 
-def slot_numbers(slots: Tensor, state: Tensor, batch: int) -> list[int]:
+def slot_numbers(slots: Tensor | None, state: Tensor, batch: int) -> list[int]:
     """The state row of each batch row, -1 for none; refuses numbers past the end and a slot that is used twice.
 
     Args:
-        slots: int (batch,)
+        slots: int (batch,); None: rows in order
         state: (slots, ...)
         batch: rows of the input
     """
+    if slots is None and batch > state.shape[0]:
+        raise ValueError(f"batch = {batch} rows, but the state has {state.shape[0]} slots")
+    if slots is None:
+        return list(range(batch))
     numbers: list[int] = slots.tolist()
     if len(numbers) != batch:
         raise ValueError(f"slots has {len(numbers)} entries for a batch of {batch}")
@@ -27,11 +31,10 @@ def used_rows(slots: Tensor | None, state: Tensor, batch: int) -> tuple[Tensor |
 
     (None, None) when `slots` is None: batch row b uses state row b. `used` is None when every batch row has a slot.
     """
+    numbers = slot_numbers(slots, state, batch)
     if slots is None:
-        if batch > state.shape[0]:
-            raise ValueError(f"batch = {batch} rows, but the state has {state.shape[0]} slots")
         return None, None
-    if min(slot_numbers(slots, state, batch), default=0) >= 0:
+    if min(numbers, default=0) >= 0:
         return slots.long(), None
     used = (slots >= 0).nonzero()[:, 0]
     return slots[used].long(), used

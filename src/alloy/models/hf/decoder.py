@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alloy.errors import CheckpointError
-from alloy.models.configs import AttentionConfig, DecoderConfig, DecoderLayerConfig, MLPConfig, RopeConfig
+from alloy.models.configs import (
+    AttentionConfig,
+    DecoderConfig,
+    DecoderLayerConfig,
+    LinearConfig,
+    MLPConfig,
+    RopeConfig,
+)
 from alloy.models.hf.keys import ACTIVATION_NAMES, TOKEN_FIELDS, ConfigKeys, token_ids, validated, write_eos
 from alloy.models.presets import ffn_width
 
@@ -84,7 +91,7 @@ DECODERS = {
 }
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # what an attention or MLP block of nemotron-nas may say that is not supported, unless its value means "off"
-NAS_REFUSED = ("replace_with_linear", "sparsify", "window_length", "num_sink_tokens", "unshifted_sink")
+NAS_REFUSED = ("sparsify", "window_length", "num_sink_tokens", "unshifted_sink")
 
 
 def read_decoder(kind: str, keys: ConfigKeys) -> DecoderConfig:
@@ -118,9 +125,10 @@ def read_decoder(kind: str, keys: ConfigKeys) -> DecoderConfig:
         fields["dense_layers"] = tuple(i for i in layers if i in dense or (i + 1) % step)
     if kind == "nemotron-nas":
         fields["layers"] = _read_nas(fields, keys)
-        widths = [layer.mlp.ffn for layer in fields["layers"] if layer.mlp]
+        widths = [layer.mlp.ffn for layer in fields["layers"] if isinstance(layer.mlp, MLPConfig)]
         fields.setdefault("ffn", max(widths, default=1))
-        kv_heads = [layer.attention.num_kv_heads for layer in fields["layers"] if layer.attention]
+        attention = [layer.attention for layer in fields["layers"] if isinstance(layer.attention, AttentionConfig)]
+        kv_heads = [part.num_kv_heads for part in attention]
         fields["num_kv_heads"] = max(kv_heads, default=fields["num_heads"])
     return validated(DecoderConfig, fields, form.fields, keys)
 
@@ -182,9 +190,11 @@ def _read_nas(fields: Mapping[str, Any], keys: ConfigKeys) -> tuple[DecoderLayer
 
 def _nas_attention(
     part: Mapping[str, Any], i: int, fields: Mapping[str, Any], keys: ConfigKeys
-) -> AttentionConfig | None:
+) -> AttentionConfig | LinearConfig | None:
     if part.get("no_op"):
         return None
+    if part.get("replace_with_linear"):
+        return LinearConfig(hidden=fields["hidden"], bias=fields.get("attention_bias", False))
     heads, group = fields["num_heads"], part.get("n_heads_in_group")
     if not group or heads % group:
         raise keys.refuse(f"block_configs[{i}].attention.n_heads_in_group = {group} does not divide {heads} heads")
@@ -199,9 +209,13 @@ def _nas_attention(
     )
 
 
-def _nas_mlp(part: Mapping[str, Any], i: int, fields: Mapping[str, Any], keys: ConfigKeys) -> MLPConfig | None:
+def _nas_mlp(
+    part: Mapping[str, Any], i: int, fields: Mapping[str, Any], keys: ConfigKeys
+) -> MLPConfig | LinearConfig | None:
     if part.get("no_op"):
         return None
+    if part.get("replace_with_linear"):
+        return LinearConfig(hidden=fields["hidden"], bias=fields.get("mlp_bias", False))
     hidden, width = fields["hidden"], part.get("intermediate_size")
     if width is None and part.get("ffn_mult") is None:
         raise keys.refuse(f"block_configs[{i}].ffn has neither ffn_mult nor intermediate_size")
@@ -253,17 +267,20 @@ def _write_rope(config: DecoderConfig) -> dict[str, Any]:
 
 def _write_nas_block(layer: DecoderLayerConfig, config: DecoderConfig) -> dict[str, Any]:
     attention: dict[str, Any] = {
-        "n_heads_in_group": layer.attention.num_heads // layer.attention.num_kv_heads if layer.attention else None,
+        "n_heads_in_group": None,
         "no_op": layer.attention is None,
         "num_sink_tokens": None,
-        "replace_with_linear": False,
+        "replace_with_linear": isinstance(layer.attention, LinearConfig),
         "sparsify": None,
         "unshifted_sink": False,
         "use_prefill_window_in_sink_attention": False,
         "window_length": None,
     }
-    ffn: dict[str, Any] = {"ffn_mult": None, "no_op": layer.mlp is None, "replace_with_linear": False, "sparsify": None}
-    if layer.mlp is not None:
+    if isinstance(layer.attention, AttentionConfig):
+        attention["n_heads_in_group"] = layer.attention.num_heads // layer.attention.num_kv_heads
+    linear = isinstance(layer.mlp, LinearConfig)
+    ffn: dict[str, Any] = {"ffn_mult": None, "no_op": layer.mlp is None, "replace_with_linear": linear, "sparsify": None}
+    if isinstance(layer.mlp, MLPConfig):
         multiple = 3 * layer.mlp.ffn / (2 * config.hidden)
         if ffn_width(multiple, config.hidden) == layer.mlp.ffn:
             ffn["ffn_mult"] = multiple

@@ -33,6 +33,8 @@ DECODER_NAMES = (
     (r"^layers\.", "model.layers."),
     (r"\.attention_norm\.", ".input_layernorm."),
     (r"\.mlp_norm\.", ".post_attention_layernorm."),
+    (r"\.attention\.linear\.", ".self_attn.linear_attn."),
+    (r"\.mlp\.linear\.", ".mlp.linear_mlp."),
     (r"\.attention\.", ".self_attn."),
     (r"experts\.(up|down|gate)$", r"experts.{expert}.\1_proj.weight"),
 )

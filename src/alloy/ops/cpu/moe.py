@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops.activation import ACTIVATIONS
+from alloy.ops.cpu.linear import linear
 from alloy.ops.precision import wide
+
+# pairs an expert, below which reading the weights is what takes time
+_FEW = 4
 
 
 def moe_experts(
@@ -50,6 +54,12 @@ class _Pairs:
         weights = None if weights is None else weights.to(kind)
         return F.embedding_bag(self.place, pairs.to(kind), per_sample_weights=weights, mode="sum")
 
+    def linear(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """rows (pairs, inputs) through each pair's expert of weights (experts, outputs, inputs): (pairs, outputs)."""
+        if len(rows) < _FEW * len(self.slices):
+            return torch.cat([linear(rows[part], weights[expert]) for expert, part in self.slices])
+        return self.multiply(rows, weights.transpose(1, 2))
+
     def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """rows (pairs, k) times each pair's expert of matrices (experts, k, m): (pairs, m)."""
         out = rows.new_empty(rows.shape[0], matrices.shape[2])
@@ -68,14 +78,13 @@ class _Pairs:
 def _one_token(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
-    """Decode of a single row: matrix times vector, each weight read once where it lies."""
+    """Decode of a single row: each weight is read once, where it lies, and nothing is sorted."""
     act = ACTIVATIONS[activation]
-    row = x[0]
     total = torch.zeros(x.shape, dtype=wide(x), device=x.device)
     for expert, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
-        inner = torch.mv(up[expert], row)
-        inner = act(inner) if gate is None else act(torch.mv(gate[expert], row)) * inner
-        total[0].add_(torch.mv(down[expert], inner), alpha=weight)
+        inner = linear(x, up[expert])
+        inner = act(inner) if gate is None else act(linear(x, gate[expert])) * inner
+        total.add_(linear(inner, down[expert]), alpha=weight)
     return total.to(x.dtype)
 
 
@@ -85,10 +94,10 @@ def _forward(
     """(y, up x of each pair, gate x of each pair)."""
     act = ACTIVATIONS[activation]
     rows = x.index_select(0, pairs.token)
-    inner = pairs.multiply(rows, up.transpose(1, 2))
-    opened = None if gate is None else pairs.multiply(rows, gate.transpose(1, 2))
+    inner = pairs.linear(rows, up)
+    opened = None if gate is None else pairs.linear(rows, gate)
     hidden = act(inner) if opened is None else act(opened) * inner
-    y = pairs.add_up(pairs.multiply(hidden, down.transpose(1, 2)), weights)
+    y = pairs.add_up(pairs.linear(hidden, down), weights)
     return y.to(x.dtype), inner, opened
 
 

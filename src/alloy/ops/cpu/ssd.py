@@ -83,7 +83,7 @@ def ssd_step(
     inputs = (x * d[..., None]).view(batch, groups, -1, 1)
     B, C = B.to(kind)[:, :, None], C.to(kind)[:, :, None]
     y = torch.zeros(batch, groups, 1, heads // groups * head_dim, dtype=kind, device=x.device)
-    for row, slot in enumerate(range(batch) if slots is None else slot_numbers(slots, state, batch)):
+    for row, slot in enumerate(slot_numbers(slots, state, batch)):
         if slot < 0:
             continue
         own = state[slot]

@@ -1,0 +1,112 @@
+"""Next-token and multi-token-prediction losses that never hold fp32 logits of a whole batch.
+
+The head and the cross entropy are one autograd function: each chunk of tokens gets its logits, its share of the loss and,
+in the same pass, its gradients, so nothing of size (tokens, vocab) outlives a chunk and nothing is computed twice.
+
+Papers: DeepSeek-V3, section 2.2 (multi-token prediction) arXiv:2412.19437; Liger Kernel (chunked head) arXiv:2410.10989.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+# elements of one chunk of logits (8 MiB in fp32): small enough for a CPU's cache, large enough for a GPU's matmul
+CHUNK_ELEMENTS = 1 << 21
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """Sum of cross entropies of `hidden @ weight.T` against `labels`.
+
+    Matmuls run in the autocast dtype if autocast is on, softmax and sums in fp32; the weight's gradient is added up in fp32.
+
+    Args:
+        hidden: (..., hidden)
+        weight: (vocab, hidden)
+        labels: (...), int64; -100 is not counted
+        chunk: tokens at a time; None picks a size that keeps a chunk of logits small
+
+    Returns:
+        scalar fp32
+    """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    if chunk is None:
+        chunk = max(256, CHUNK_ELEMENTS // weight.shape[0])
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, dtype, torch.is_grad_enabled())
+
+
+def mtp_labels(labels: Tensor, documents: Tensor, depth: int) -> Tensor:
+    """Labels of MTP depth `depth`: position t is asked for token t + depth + 1, unless another document begins before it.
+
+    Args:
+        labels: (batch, seq), label of position t is token t + 1
+        documents: (batch, seq)
+        depth: 1 or more
+
+    Returns:
+        (batch, seq - depth)
+    """
+    crosses = documents[:, depth:] != documents[:, :-depth]
+    return labels[:, depth:].masked_fill(crosses, IGNORE)
+
+
+def count_labels(labels: Tensor) -> int:
+    """Number of labels that are counted. labels: any shape, on the CPU."""
+    return int((labels != IGNORE).sum())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients chunk by chunk in the forward pass; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype, grad: bool
+    ) -> Tensor:
+        want_hidden, want_weight = (grad and need for need in ctx.needs_input_grad[:2])
+        cast = weight.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if want_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for x, target, rows in zip(
+                hidden.split(chunk), labels.split(chunk), _ranges(len(hidden), chunk), strict=True
+            ):
+                x = x.to(dtype)
+                logits = (x @ cast.mT).float()
+                keep = target != IGNORE
+                index = target.clamp_min(0).unsqueeze(1)
+                shift = logits.amax(1, keepdim=True)
+                picked = logits.gather(1, index) - shift
+                powers = logits.sub_(shift).exp_()
+                norm = powers.sum(1, keepdim=True)
+                total += ((norm.log() - picked).squeeze(1) * keep).sum()
+                if hidden_grad is None and weight_grad is None:
+                    continue
+                # softmax minus one-hot, zero where the label is ignored
+                scale = keep.unsqueeze(1) / norm
+                delta = powers.mul_(scale).scatter_add_(1, index, -keep.unsqueeze(1).float()).to(dtype)
+                if hidden_grad is not None:
+                    hidden_grad[rows] = delta @ cast
+                if weight_grad is not None:
+                    weight_grad += delta.mT @ x
+        ctx.gradients = hidden_grad, weight_grad
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.gradients
+        # one backward pass only: the buffers are scaled in place and handed over
+        ctx.gradients = None
+        if hidden_grad is not None:
+            hidden_grad.mul_(outer[0])
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(outer[0]).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+def _ranges(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, max(total, 1), size)]

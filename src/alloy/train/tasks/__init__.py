@@ -1,0 +1,1 @@
+"""One file a training command: its Recipe and its Task."""

@@ -1,0 +1,173 @@
+"""The pretraining task and command: counts by hand, text sources, refusals, dry runs, continued training, shipped recipes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from alloy.cli import app
+from alloy.core.recipe import RunOptions, load_recipe, run
+from alloy.errors import DataError, RecipeError, ResourceError
+from alloy.models.registry import load
+from alloy.train.tasks.pretrain import PretrainRecipe, count_sequences, mtp_depths, plan
+from tests.train.tiny import curve, tiny, train, write_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe, shards and one short finished run."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    train(folder, "run", "train.steps=2")
+    return folder
+
+
+def test_sequences_are_counted_by_run() -> None:
+    """Runs of equal numbers of a least length, padding left out."""
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2, -1], [3, 4, 4, 4, 4, 5, 5], [-1] * 7])
+    assert [count_sequences(documents, shortest) for shortest in (1, 2, 3, 4, 5)] == [6, 4, 2, 1, 0]
+
+
+def test_checkpoint_opens_and_carries_the_tokenizer(folder: Path) -> None:
+    """The product is a Hugging Face folder with a model card."""
+    model, tokenizer = load(folder / "run" / "checkpoint")
+    assert tokenizer is None
+    assert model.has_mtp
+    card = (folder / "run" / "checkpoint" / "README.md").read_text()
+    assert "hash" in card
+    assert "not measured" in card
+
+
+def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
+    """`model.path` starts at the loss where the checkpoint ended, without the file's model table."""
+    text = (folder / "tiny.toml").read_text()
+    start, _, rest = text.partition("[model]")
+    again = folder / "again.toml"
+    again.write_text(f'{start}[model]\npath = "{folder}/run/checkpoint"\n\n[data]{rest.partition("[data]")[2]}')
+    loaded = load_recipe(again, ["train.steps=1", "train.lr=1e-9", "train.muon_lr=1e-9"])
+    run(loaded.recipe, RunOptions(run_dir=folder / "again", quiet=True, loaded=loaded))
+    whole = [line["val_loss"] for line in curve(folder / "run") if "val_loss" in line]
+    new = [line["val_loss"] for line in curve(folder / "again") if "val_loss" in line]
+    assert new[-1] == pytest.approx(whole[-1], abs=1e-5)
+
+
+def test_text_is_tokenized_in_the_run_directory(tmp_path: Path) -> None:
+    """Text sources and `vocab` make a tokenizer, shards and a checkpoint that carries both the tokenizer and its ids."""
+    (tmp_path / "text").mkdir()
+    for i in range(9):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Number {i} is followed by {i + 1}. " * 20)
+    settings = [f'data.sources=[{{path="{tmp_path}/text"}}]', "data.vocab=300", "model.vocab=304", "train.steps=1"]
+    train(tmp_path, "run", *settings)
+    model, tokenizer = load(tmp_path / "run" / "checkpoint")
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer.encode("Number 7")) == "Number 7"
+    assert model.config.eos_ids == (tokenizer.eos_token_id,)
+    assert "| 9 |" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (
+            ["train.batch_tokens=100"],
+            RecipeError,
+            r"batch_tokens = 100 is not a multiple of ranks x micro_batch x seq = 1 x 4 x 21 = 84",
+        ),
+        (
+            ['data.sources.0.path="nowhere"'],
+            RecipeError,
+            r'data.sources\[0\].path = "nowhere": no .idx files there. Run `alloy data tokenize`',
+        ),
+        (['data.sources=[{path="package:nosuchpackage"}]', "data.vocab=300"], DataError, "no such Python package"),
+        (['device="cuda:7"'], RecipeError, 'device = "cuda:7": there is no such device'),
+        (["train.micro_batch=4000000", "train.batch_tokens=84000000"], None, ""),
+    ],
+)
+def test_refusals_come_before_training(
+    tmp_path: Path, overrides: list[str], error: type[Exception] | None, message: str
+) -> None:
+    """Each bad setting has its message; the last is refused by a dry run only, for want of memory."""
+    if error is not None:
+        with pytest.raises(error, match=message):
+            train(tmp_path, "run", *overrides)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        return
+    loaded = tiny(tmp_path, *overrides)
+    with pytest.raises(ResourceError, match=r"Lower train\.micro_batch"):
+        run(loaded.recipe, RunOptions(dry_run=True, json=True, loaded=loaded))
+
+
+def test_small_vocabulary_is_refused(tmp_path: Path) -> None:
+    """A tokenizer with more ids than the model's table is named with both numbers."""
+    (tmp_path / "text").mkdir()
+    for i in range(9):
+        (tmp_path / "text" / f"{i}.txt").write_text("some words " * 30)
+    with pytest.raises(RecipeError, match=r"the tokenizer has \d+ ids but model.vocab = 61"):
+        train(tmp_path, "run", f'data.sources=[{{path="{tmp_path}/text"}}]', "data.vocab=300")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('model.pattern="MXE"', r'"X" at position 1 is not a layer'),
+        ("train.lr_warmup=3", r'unknown key "train.lr_warmup"'),
+        ('train.lr="fast"', r"train.lr"),
+        ("model.vocabulary=3", r'unknown key "model.vocabulary". Did you mean "model.vocab"'),
+    ],
+)
+def test_recipe_errors_name_the_key(tmp_path: Path, override: str, message: str) -> None:
+    """Errors inside the model's union read like any other."""
+    path = write_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, [override])
+
+
+def test_dry_run_prints_and_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, tokens, FLOPs and memory, exit code 0, no run directory."""
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    result = CliRunner().invoke(app, ["pretrain", str(folder / "tiny.toml"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for word in ("parameters", "active", "MTP", "3,024 in 12 steps", "FLOPs", "GiB", "time"):
+        assert word in result.output
+    assert sorted(folder.iterdir()) == before
+
+
+def test_plan_counts_what_the_model_has(folder: Path) -> None:
+    """The plan's parameters are those of the built model, MTP apart."""
+    recipe = tiny(folder).recipe
+    assert isinstance(recipe, PretrainRecipe)
+    model, _ = load(folder / "run" / "checkpoint")
+    total = sum(tensor.numel() for name, tensor in model.state_dict().items() if name != "head.weight")
+    mtp = sum(tensor.numel() for name, tensor in model.state_dict().items() if name.startswith("mtp."))
+    known = plan(recipe, ranks=1)
+    assert known.accumulation == 3
+    assert f"{total - mtp:,} " in str(known.rows["parameters"])
+    assert f"{mtp:,} MTP" in str(known.rows["parameters"])
+    assert mtp_depths(model.config, None) == 2
+    assert mtp_depths(model.config, 0.0) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe", "tiny-llama"])
+def test_shipped_tiny_recipes_learn(tmp_path: Path, name: str) -> None:
+    """Each shipped tiny recipe runs as it is and its loss falls."""
+    loaded = load_recipe(f"pretrain/{name}")
+    result = run(loaded.recipe, RunOptions(run_dir=tmp_path / name, quiet=True, loaded=loaded))
+    values = [float(line["loss"]) for line in curve(result.dir) if "loss" in line]  # type: ignore[arg-type]  # numbers
+    assert values[-1] < values[0] - 1.0
+    assert result.checkpoint is not None
+    _, tokenizer = load(result.checkpoint)
+    assert tokenizer is not None
+
+
+def test_profile_names_the_layers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--profile logs the time of each kind of layer, forward and backward, and does not change the loss."""
+    train(tmp_path, "plain", "train.steps=7")
+    loaded = tiny(tmp_path, "train.steps=7")
+    run(loaded.recipe, RunOptions(run_dir=tmp_path / "profiled", profile=True, loaded=loaded))
+    log = (tmp_path / "profiled" / "log.txt").read_text()
+    assert "profile of 5 micro-batches" in log
+    for kind in ("Mamba", "MoE", "Attention", "other"):
+        assert kind in log
+    assert curve(tmp_path / "profiled") == curve(tmp_path / "plain")
