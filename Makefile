@@ -53,7 +53,7 @@ fast: $(DEV_STAMP)
 lint: $(DEV_STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/codespell src docs tests README.md CONTRIBUTING.md CHANGELOG.md
+	@$(BIN)/codespell src docs benchmarks README.md CONTRIBUTING.md CHANGELOG.md
 
 types: $(DEV_STAMP)
 	@$(BIN)/pyright --pythonpath $(BIN)/python

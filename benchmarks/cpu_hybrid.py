@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -33,7 +33,13 @@ SHARED = {
 SHAPES = {
     "dense": HybridConfig(pattern="M-M-M-M*-M-M-M*-M-", ffn=2048, **SHARED),
     "moe": HybridConfig(
-        pattern="MEMEM*EMEMEM*EMEME", num_experts=32, top_k=4, expert_ffn=256, shared_ffn=512, router_scale=1.0, **SHARED
+        pattern="MEMEM*EMEMEM*EMEME",
+        num_experts=32,
+        top_k=4,
+        expert_ffn=256,
+        shared_ffn=512,
+        router_scale=1.0,
+        **SHARED,
     ),
 }
 TOKENS = 512
@@ -63,14 +69,23 @@ def linear_weights(config: HybridConfig) -> list[tuple[int, int, int]]:
             shapes += [(TOKENS, hidden, width), (TOKENS, inner, hidden)]
         elif symbol == "*":
             queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-            shapes += [(TOKENS, hidden, queries), (TOKENS, hidden, keys), (TOKENS, hidden, keys), (TOKENS, queries, hidden)]
+            shapes += [
+                (TOKENS, hidden, queries),
+                (TOKENS, hidden, keys),
+                (TOKENS, hidden, keys),
+                (TOKENS, queries, hidden),
+            ]
         elif symbol == "-":
             shapes += [(TOKENS, hidden, config.ffn), (TOKENS, config.ffn, hidden)]
         else:
             load = TOKENS * config.top_k // config.num_experts
             pair = [(load, hidden, config.expert_ffn), (load, config.expert_ffn, hidden)]
             shapes += config.num_experts * pair
-            shapes += [(TOKENS, hidden, config.num_experts), (TOKENS, hidden, config.shared_ffn), (TOKENS, config.shared_ffn, hidden)]
+            shapes += [
+                (TOKENS, hidden, config.num_experts),
+                (TOKENS, hidden, config.shared_ffn),
+                (TOKENS, config.shared_ffn, hidden),
+            ]
     return [*shapes, (TOKENS, hidden, config.vocab)]
 
 
@@ -194,7 +209,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results = [measure(name, 2 if options.quick else 5) for name in SHAPES if options.only in (None, name)]
     for result in results:
-        print(f"{result['shape']}: {result['parameters']:,} parameters, logits differ by {result['max_logit_difference']:.1e}")
+        print(
+            f"{result['shape']}: {result['parameters']:,} parameters, logits differ by {result['max_logit_difference']:.1e}"
+        )
         for phase in ("prefill", "training", "decode"):
             shares = result[f"{phase}_of_ceiling"]
             print(f"  {phase:9} alloy {shares['alloy']:.2f} of the ceiling, transformers {shares['transformers']:.2f}")
@@ -204,7 +221,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
-            "date": datetime.now(timezone.utc).date().isoformat(),
+            "date": datetime.now(UTC).date().isoformat(),
         }
         options.out.write_text(json.dumps({"machine": machine, "threads": 1, "results": results}, indent=1) + "\n")
 

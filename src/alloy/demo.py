@@ -71,7 +71,7 @@ def run_demo(settings: Settings, run_dir: Path | None = None, fresh: bool = Fals
         _say("2/6", "training", f"{short_time(settings.seconds)} on {num_bytes(read_documents(train)) / 1e6:.2f} MB")
         checkpoint = train_model(settings, folder, train)
         model, tokenizer = load(checkpoint, dtype=torch.float32, device="cpu")
-        assert tokenizer is not None, "pretraining saves the tokenizer with the model"
+        assert isinstance(tokenizer, PreTrainedTokenizerFast), "pretraining saves the tokenizer with the model"
         _say("3/6", "bits per byte", "of the held-out text")
         scores = measure(folder / "train", model, tokenizer, train, held_out)
         _say("4/6", "samples", "greedy, plain and with drafts; then drawn")

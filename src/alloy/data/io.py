@@ -61,12 +61,6 @@ def read_documents(path: str | Path, column: str = "text") -> Iterator[Document]
         raise DataError(f"{path} holds no text: every document in it is empty. Point at a file or folder with text.")
 
 
-def write_jsonl(path: Path, documents: Iterable[Document]) -> None:
-    """Write documents as JSON lines with `text` and `name`, in one step."""
-    rows = (json.dumps({"text": document.text, "name": document.name}, ensure_ascii=False) for document in documents)
-    atomic_write(path, "".join(f"{row}\n" for row in rows))
-
-
 def list_files(folder: Path) -> list[Path]:
     """Readable files below `folder`, sorted; hidden files and folders are left out."""
     files, others = [], set()

@@ -17,7 +17,6 @@ from alloy.errors import DataError
 from alloy.losses.likelihood import document_nats
 from alloy.models.base import CausalLM
 
-
 # windows longer than this cost memory and change little
 LONGEST_WINDOW = 4096
 

@@ -134,7 +134,9 @@ def _norm(config: DecoderConfig, device: torch.device | str | None, dtype: torch
     return RMSNorm(config.hidden, config.norm_eps, cast_first=True, device=device, dtype=dtype)
 
 
-def _rotary(attention: AttentionConfig | LinearConfig | None, known: dict[tuple[RopeConfig, int], Rotary]) -> Rotary | None:
+def _rotary(
+    attention: AttentionConfig | LinearConfig | None, known: dict[tuple[RopeConfig, int], Rotary]
+) -> Rotary | None:
     """One table of angles for all layers that rotate alike."""
     if not isinstance(attention, AttentionConfig) or attention.rope is None:
         return None

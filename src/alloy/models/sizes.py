@@ -359,12 +359,23 @@ def require_fit(fit: Fit) -> None:
 
 def layer_counts(config: AnyConfig) -> dict[str, int]:
     """Number of mixers of each kind in the backbone."""
-    names = {MambaConfig: "mamba", AttentionConfig: "attention", MLPConfig: "mlp", MoEConfig: "moe", LinearConfig: "linear"}
+    names = {
+        MambaConfig: "mamba",
+        AttentionConfig: "attention",
+        MLPConfig: "mlp",
+        MoEConfig: "moe",
+        LinearConfig: "linear",
+    }
     return dict(Counter(names[type(mixer)] for mixer in backbone_mixers(config)))
 
 
 def training_bytes(
-    config: AnyConfig, tokens: int, ranks: int = 1, moments: int = 2, dtype: str = "float32", checkpointing: bool = False
+    config: AnyConfig,
+    tokens: int,
+    ranks: int = 1,
+    moments: int = 2,
+    dtype: str = "float32",
+    checkpointing: bool = False,
 ) -> int:
     """Estimate of what training takes on one rank: fp32 parameters, gradients and moments, shared by the ranks, and
     activations of one micro-batch.
@@ -380,5 +391,7 @@ def training_bytes(
     states = (parameters(config) + mtp_parameters(config)) * 4 * (2 + moments) / ranks
     mixers = backbone_mixers(config) + list(_mtp_mixers(config))
     inner = [2 * _inner_elements(mixer) for mixer in mixers]
-    per_token = len(mixers) * config.hidden + (max(inner) if checkpointing else sum(inner) + 2 * len(mixers) * config.hidden)
+    per_token = len(mixers) * config.hidden + (
+        max(inner) if checkpointing else sum(inner) + 2 * len(mixers) * config.hidden
+    )
     return math.ceil(states + tokens * per_token * dtype_bytes(dtype))

@@ -279,7 +279,12 @@ def _write_nas_block(layer: DecoderLayerConfig, config: DecoderConfig) -> dict[s
     if isinstance(layer.attention, AttentionConfig):
         attention["n_heads_in_group"] = layer.attention.num_heads // layer.attention.num_kv_heads
     linear = isinstance(layer.mlp, LinearConfig)
-    ffn: dict[str, Any] = {"ffn_mult": None, "no_op": layer.mlp is None, "replace_with_linear": linear, "sparsify": None}
+    ffn: dict[str, Any] = {
+        "ffn_mult": None,
+        "no_op": layer.mlp is None,
+        "replace_with_linear": linear,
+        "sparsify": None,
+    }
     if isinstance(layer.mlp, MLPConfig):
         multiple = 3 * layer.mlp.ffn / (2 * config.hidden)
         if ffn_width(multiple, config.hidden) == layer.mlp.ffn:
