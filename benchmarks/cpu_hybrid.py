@@ -93,7 +93,7 @@ def token_bytes(config: HybridConfig) -> int:
     """Bytes of the fp32 weights that one decoded token needs: every matrix but the embedding, top_k experts of each layer."""
     from alloy.models import sizes
 
-    return 4 * sizes.count(config).active_without_embedding
+    return 4 * sizes.parameters(config, active=True, input_embedding=False)
 
 
 def read_rate() -> float:
@@ -109,7 +109,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     config = SHAPES[name]
     torch.manual_seed(0)
     model = build(config)
-    model.init_weights(seed=0)
+    model.init_weights(0)
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
         alloy.save(model, folder)

@@ -206,3 +206,19 @@ def test_bf16_state_is_an_option() -> None:
     assert cache.ssm_arena.nbytes * 2 == exact.ssm_arena.nbytes
     for chunk in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:7]):
         torch.testing.assert_close(run(model, cache, chunk), run(model, exact, chunk), atol=0.5, rtol=0.1)
+
+
+def test_grad_modes_may_change_between_calls() -> None:
+    """A cache made outside inference mode serves calls in inference mode, without gradients and with."""
+    for name in ("latent_mtp", "llama"):
+        model, tokens = build(name), random_tokens(2, 9)
+        cache = model.new_cache(2)
+        with torch.inference_mode():
+            first = run(model, cache, tokens[:, :3])
+        with torch.no_grad():
+            second = run(model, cache, tokens[:, 3:4])
+        third = run(model, cache, tokens[:, 4:])
+        assert not third.requires_grad
+        with torch.no_grad():
+            close(torch.cat([first, second, third], 1), model(tokens).logits)
+        model(tokens).logits.sum().backward()

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from alloy.errors import RequestError
 from alloy.models.base import Layout
 from alloy.models.configs import HybridConfig
-from tests.models.zoo import CONFIGS, VOCAB, build, random_tokens
+from alloy.models.hybrid import HybridLM
+from tests.models.zoo import CONFIGS, VOCAB, build, hybrid, random_tokens
 
 LENGTHS = (7, 1, 11, 3)
 SEQ = 25
@@ -155,6 +156,8 @@ def test_bad_calls_are_refused() -> None:
         model(tokens, documents=torch.zeros(1, 4))
     with pytest.raises(RequestError, match="outside the vocabulary of 61"):
         model(tokens + 61)
+    with pytest.raises(RequestError, match="token id -5 is"):
+        model(torch.tensor([[1, -5, 3]]))
     with pytest.raises(RequestError, match="seq >= 1"):
         model(tokens[:, :0])
     qwen = build("qwen3")
@@ -162,6 +165,14 @@ def test_bad_calls_are_refused() -> None:
         qwen(random_tokens(1, 129))
     qwen(random_tokens(1, 129), documents=torch.tensor([[0] * 65 + [1] * 64]))
     build("llama")(random_tokens(1, 129))
+
+
+@torch.no_grad()
+def test_long_hybrid_warns() -> None:
+    """A hybrid has no position embedding: beyond max_positions it warns and runs."""
+    model = HybridLM(hybrid("M*", max_positions=8)).eval()
+    with pytest.warns(UserWarning, match="max_positions = 8"):
+        model(random_tokens(1, 9))
 
 
 @torch.no_grad()

@@ -310,7 +310,8 @@ class CausalLM(nn.Module):
                 return self.forward(tokens, cache, documents, positions, logits, return_hidden, return_mtp)
         if cache is not None and return_mtp:
             raise RequestError("return_mtp works without a cache; with one, call mtp_step")
-        self._check_tokens(tokens, cache)
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise RequestError(f"tokens must be (batch, seq) with seq >= 1, but have shape {tuple(tokens.shape)}")
         layout = Layout(tokens, documents, positions, cache)
         self.check_layout(layout)
         x = self.embed_tokens(layout.tokens)
@@ -407,7 +408,13 @@ class CausalLM(nn.Module):
         return math.sqrt(2 * len(self.layers)) if init == "megatron" else 1.0
 
     def check_layout(self, layout: Layout) -> None:
-        """Refuse a call the model cannot serve; nothing by default."""
+        """Refuse a call the model cannot serve: here, token ids it has no embedding for."""
+        # a look at the ids costs a synchronisation on accelerators, which report a bad one themselves
+        if layout.tokens.device.type == "cpu" and layout.tokens.shape[1] > 1:
+            low, high = (int(t) for t in layout.tokens.aminmax())
+            if low < 0 or high >= self.config.vocab:
+                wrong = low if low < 0 else high
+                raise RequestError(f"token id {wrong} is outside the vocabulary of {self.config.vocab}")
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """tokens (batch, seq) -> the residual stream (batch, seq, hidden)."""
@@ -437,13 +444,6 @@ class CausalLM(nn.Module):
         if isinstance(logits, Tensor):
             return self.head(last_hidden.flatten(0, 1)[logits]).float()
         return self.head(last_hidden if logits == "all" else layout.last(rolled)).float()
-
-    def _check_tokens(self, tokens: Tensor, cache: DenseCache | None) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise RequestError(f"tokens must be (batch, seq) with seq >= 1, but have shape {tuple(tokens.shape)}")
-        # a look at the ids costs a synchronisation on accelerators, which report a bad one themselves
-        if tokens.device.type == "cpu" and tokens.shape[1] > 1 and int(tokens.max()) >= self.config.vocab:
-            raise RequestError(f"token id {int(tokens.max())} is outside the vocabulary of {self.config.vocab}")
 
 
 def _draw(module: nn.Module, plan: InitPlan) -> None:

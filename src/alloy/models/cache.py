@@ -5,6 +5,8 @@ sequence, so layers may differ in size, a snapshot is one copy, and each layer s
 
 Speculation: inside `drafting()` a call leaves recurrent states as they were and keeps the layers' small inputs;
 `accept` replays the accepted ones (serving.md section 8, form b).
+
+Buffers are ordinary tensors even when they are made inside inference mode, so that calls in any mode may use them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -91,6 +93,7 @@ class DenseCache:
     _views: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
+    @torch.inference_mode(False)
     def new(
         cls,
         mixers: Sequence[Mixer | None],
@@ -139,11 +142,7 @@ class DenseCache:
             all keys and values, (batch, kv_heads, longest + seq, head_dim) each, views
         """
         start, end = self.longest, self.longest + k.shape[2]
-        held = self.kv[layer]
-        if end > held.shape[3]:
-            grown = held.new_zeros(*held.shape[:3], _round_up(max(end, held.shape[3] * 3 // 2)), held.shape[4])
-            grown[:, :, :, :start] = held[:, :, :, :start]
-            self.kv[layer] = held = grown
+        held = self._room(layer, end)
         keys, values = held[0, :, :, :end], held[1, :, :, :end]
         if self.uniform:
             keys[:, :, start:] = k
@@ -170,7 +169,7 @@ class DenseCache:
                 raise RequestError("a draft is verified by one call; accept it before the next")
             self._drafted = counts if isinstance(counts, int) else int(counts.max())
         elif isinstance(counts, int):
-            self.lengths += counts
+            self.lengths = self.lengths + counts
             self.longest += counts
         else:
             self._set_lengths(self.lengths + counts)
@@ -205,6 +204,7 @@ class DenseCache:
         self.drafts, self._drafted = {}, 0
         self._set_lengths(self.lengths + counts)
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor | Sequence[int]) -> None:
         """Keep the given rows, in the given order; a row may be named more than once."""
         index = self._rows(rows)
@@ -255,11 +255,7 @@ class DenseCache:
         self.conv_arena[index] = snapshot.conv
         for layer, saved in (snapshot.kv or {}).items():
             tokens = saved.shape[3]
-            held = self.kv[layer]
-            if tokens > held.shape[3]:
-                grown = held.new_zeros(*held.shape[:3], _round_up(tokens), held.shape[4])
-                grown[:, :, :, : held.shape[3]] = held
-                self.kv[layer] = held = grown
+            held = self._room(layer, tokens)
             held[:, index, :, :tokens] = saved
         lengths = self.lengths.clone()
         lengths[index] = snapshot.lengths
@@ -275,6 +271,7 @@ class DenseCache:
         """Return to `mark`."""
         self.restore(mark)
 
+    @torch.inference_mode(False)
     def clone(self) -> "DenseCache":
         """An independent copy."""
         return replace(
@@ -294,14 +291,32 @@ class DenseCache:
         tensors = [self.ssm_arena, self.conv_arena, *self.kv.values()]
         return sum(t.nbytes for t in tensors) + (0 if self.mtp is None else self.mtp.bytes())
 
+    def _room(self, layer: int, tokens: int) -> Tensor:
+        """Keys and values of a layer, with room for `tokens`."""
+        if tokens > self.kv[layer].shape[3]:
+            self._grow(layer, tokens)
+        return self.kv[layer]
+
+    @torch.inference_mode(False)
+    def _grow(self, layer: int, tokens: int) -> None:
+        held = self.kv[layer]
+        # by at least half, so that many steps copy little
+        grown = held.new_zeros(*held.shape[:3], _round_up(max(tokens, held.shape[3] * 3 // 2)), held.shape[4])
+        grown[:, :, :, : held.shape[3]] = held
+        self.kv[layer] = grown
+
     def _view(self, layer: int) -> tuple[Tensor, Tensor]:
         if layer not in self._views:
-            offset, heads, head_dim, state = self.ssm_shapes[layer]
-            ssm = self.ssm_arena[:, offset : offset + heads * head_dim * state].unflatten(1, (heads, head_dim, state))
-            offset, channels, taps = self.conv_shapes[layer]
-            conv = self.conv_arena[:, offset : offset + channels * taps].unflatten(1, (channels, taps))
-            self._views[layer] = ssm, conv
+            self._views[layer] = self._open(layer)
         return self._views[layer]
+
+    @torch.inference_mode(False)
+    def _open(self, layer: int) -> tuple[Tensor, Tensor]:
+        offset, heads, head_dim, state = self.ssm_shapes[layer]
+        ssm = self.ssm_arena[:, offset : offset + heads * head_dim * state].unflatten(1, (heads, head_dim, state))
+        offset, channels, taps = self.conv_shapes[layer]
+        conv = self.conv_arena[:, offset : offset + channels * taps].unflatten(1, (channels, taps))
+        return ssm, conv
 
     def _rows(self, rows: Tensor | Sequence[int] | None) -> Tensor:
         if rows is None:

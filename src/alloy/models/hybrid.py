@@ -6,6 +6,7 @@ Papers: Nemotron-H arXiv:2504.03624, Nemotron Nano 2 arXiv:2508.14444, Nemotron 
 """
 
 import math
+import warnings
 from typing import Literal, cast
 
 import torch
@@ -182,6 +183,13 @@ class HybridLM(CausalLM):
             output = ModelOutput(None, layout.restore(last), cache=cache)
             output.logits = self.compute_logits(last, output.last_hidden, layout, logits)
         return output
+
+    def check_layout(self, layout: Layout) -> None:
+        """Warn where a sequence may be longer than those of training: nothing else in the model has a limit."""
+        super().check_layout(layout)
+        if layout.bound > self.config.max_positions:
+            limit = self.config.max_positions
+            warnings.warn(f"sequence beyond max_positions = {limit}: the model was not trained for it", stacklevel=3)
 
     def residual_scale(self, init: InitStyle) -> float:
         """Sqrt of the number of blocks: each writes to the residual stream once."""

@@ -118,7 +118,8 @@ class DecoderLM(CausalLM):
         )
 
     def check_layout(self, layout: Layout) -> None:
-        """Refuse positions that rotary embedding was not trained for, unless it is scaled."""
+        """Refuse also positions that rotary embedding was not trained for, unless it is scaled."""
+        super().check_layout(layout)
         limit, rope = self.config.max_positions, self.config.rope
         # the bound known without asking the device comes first
         if rope.scaling == "none" and layout.bound > limit and int(layout.positions.max()) >= limit:
