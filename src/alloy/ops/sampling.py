@@ -76,9 +76,8 @@ def filter_min_p(logits: Tensor, min_p: Setting) -> Tensor:
 
 def greedy(logits: Tensor) -> Tensor:
     """The token of the largest logit, the lowest id among equals: (..., vocab) -> int64 (...)."""
-    best = logits.amax(-1, keepdim=True)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(logits == best, ids, logits.shape[-1]).amin(-1).clamp(max=logits.shape[-1] - 1)
+    # torch promises the first of several largest
+    return logits.argmax(-1)
 
 
 def sample(probs: Tensor, *, generator: torch.Generator | None = None, uniform: Tensor | None = None) -> Tensor:
@@ -98,7 +97,7 @@ def sample(probs: Tensor, *, generator: torch.Generator | None = None, uniform: 
     wanted = uniform.double()[:, None] * total[:, -1:]
     drawn = torch.searchsorted(total, wanted, right=True)[:, 0]
     # rounding may place the number past the last token that has probability
-    last = torch.searchsorted(total, total[:, -1:])[:, 0]
+    last = torch.searchsorted(total, total[:, -1:].contiguous())[:, 0]
     return torch.minimum(drawn, last)
 
 
