@@ -77,6 +77,7 @@ def test_a_file_is_answered_and_resumed(folder: Path, tmp_path: Path) -> None:
     assert set(whole) == {"first", 2, 17, 4}
     assert [len(c["token_ids"]) for c in whole[2]["completions"]] == [4, 4]
     assert len(whole[2]["completions"][0]["logprobs"]) == 4
+    assert whole[2]["completions"][0]["token_ids"] != whole[2]["completions"][1]["token_ids"]
     assert whole[4]["completions"][0]["finish_reason"] in ("stop", "length")
 
     kept = target.read_bytes().splitlines(keepends=True)[:2]

@@ -69,6 +69,26 @@ def test_greedy_answers_are_the_same_with_drafts(
     assert ties <= 1
 
 
+def test_drafts_are_those_of_a_full_pass(taught: CausalLM) -> None:
+    """With one draft a step, the number accepted is what whole passes with `return_mtp` over the final text predict."""
+    params = SamplingParams(temperature=0, max_tokens=25)
+    outs = LLM(taught, max_seqs=3, max_step_tokens=11, speculate=1).generate(asked(8), params)
+    counts = []
+    for prompt, out in zip(asked(8), outs, strict=True):
+        text, start = prompt + out.completions[0].token_ids, len(prompt)
+        accepted, end = 0, start + 1
+        while end < len(text):
+            with torch.no_grad():
+                guess = int(taught(torch.tensor([text[:end]]), return_mtp=1).mtp_logits[0][0, -1].argmax())
+            hit = guess == text[end] and end + 1 < len(text)
+            accepted += hit
+            end += 1 + hit
+        counts.append(accepted)
+        assert abs(out.completions[0].accepted - accepted) <= 1
+    # neither all nor none, or the test would show little
+    assert 8 < sum(counts) < 8 * 12
+
+
 @pytest.mark.parametrize(
     "params",
     [

@@ -13,6 +13,7 @@ import torch
 from alloy.core.recipe import RunOptions, run
 from alloy.core.runs import RunDir
 from alloy.errors import AlloyError, InterruptedRun, RecipeError
+from alloy.train.loop import StopSignals
 from alloy.train.recipe import TrainTable, micro_batches
 from tests.train.tiny import curve, losses, tiny, train
 
@@ -90,6 +91,19 @@ def test_resumed_run_is_bit_identical(reference: Path) -> None:
         torch.load(path, weights_only=True) for path in sorted(reference.glob("*/state/step-000012/trainer.pt"))[:2]
     )
     assert a["task"] == b["task"]
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    """The first SIGINT is a wish, the second one an end with code 130; tried in a child, which does nothing else."""
+    child = os.fork()
+    if child == 0:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            if stop.received != signal.SIGINT:
+                os._exit(1)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 
 
 def test_nan_keeps_the_state_before_and_names_the_rows(tmp_path: Path) -> None:

@@ -63,6 +63,18 @@ def test_text_is_tokenized_in_the_run_directory(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("Number 7")) == "Number 7"
     assert model.config.eos_ids == (tokenizer.eos_token_id,)
     assert "| 9 |" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    # going on from that checkpoint on text needs neither tokenizer nor vocab
+    again = tmp_path / "again.toml"
+    again.write_text(
+        f'command = "pretrain"\n[model]\npath = "{tmp_path}/run/checkpoint"\n[data]\nseq = 21\nsources = [{{ path = "{tmp_path}/text" }}]\n'
+        "[train]\nsteps = 1\nbatch_tokens = 42\nmicro_batch = 2\n"
+    )
+    loaded = load_recipe(again)
+    result = run(loaded.recipe, RunOptions(run_dir=tmp_path / "again", quiet=True, loaded=loaded))
+    assert result.checkpoint is not None
+    _, same = load(result.checkpoint)
+    assert same is not None
+    assert same.get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def read_tasks(path: Path, defaults: "SamplingParams") -> list[Task]:
                     found[0]
                 ]
             )
-        tasks.append(Task(number, name, prompt, _line_params(where, data, defaults)))
+        tasks.append(Task(number, name, prompt, _line_params(where, number, data, defaults)))
     if not tasks:
         raise DataError(f"{path} has no prompts")
     return tasks
@@ -246,6 +246,8 @@ def _print_answers(llm: "LLM", prompts: Sequence[str], params: "SamplingParams")
     """One answer is streamed; several are printed whole, each under its number."""
     ids = [llm.encode(text) for text in prompts]
     each = [bounded(llm, prompt, params, MAX_TOKENS) for prompt in ids]
+    if params.seed is not None:
+        each = [replace(p, seed=_nth_seed(params.seed, i)) for i, p in enumerate(each)]
     try:
         if len(ids) == 1 and params.n == 1:
             for news in llm.generate(ids, each, stream=True):
@@ -300,7 +302,7 @@ def _request(llm: "LLM", task: Task, path: Path, name: str) -> "Request":
     return request
 
 
-def _line_params(where: str, data: Mapping[str, Any], defaults: "SamplingParams") -> "SamplingParams":
+def _line_params(where: str, number: int, data: Mapping[str, Any], defaults: "SamplingParams") -> "SamplingParams":
     from alloy.engine.request import SamplingParams
 
     known = {f.name for f in fields(SamplingParams)}
@@ -316,10 +318,17 @@ def _line_params(where: str, data: Mapping[str, Any], defaults: "SamplingParams"
     if isinstance(own.get("logit_bias"), dict):
         # JSON has no whole numbers as keys
         own = {**own, "logit_bias": {int(k) if k.isdecimal() else k: v for k, v in own["logit_bias"].items()}}
+    if defaults.seed is not None and "seed" not in own:
+        own = {**own, "seed": _nth_seed(defaults.seed, number)}
     try:
         return SamplingParams(**{**{f.name: getattr(defaults, f.name) for f in fields(SamplingParams)}, **own})
     except RequestError as error:
         raise DataError(f"{where}: params.{error}") from error
+
+
+def _nth_seed(seed: int, i: int) -> int:
+    """The seed of prompt `i`: with one for all, every prompt would be answered with the same random numbers."""
+    return (seed + i) % 2**64
 
 
 def _fits(key: str, value: object) -> bool:

@@ -76,9 +76,8 @@ def filter_min_p(logits: Tensor, min_p: Setting) -> Tensor:
 
 def greedy(logits: Tensor) -> Tensor:
     """The token of the largest logit, the lowest id among equals: (..., vocab) -> int64 (...)."""
-    best = logits.amax(-1, keepdim=True)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(logits == best, ids, logits.shape[-1]).amin(-1).clamp(max=logits.shape[-1] - 1)
+    # torch promises the first of several largest
+    return logits.argmax(-1)
 
 
 def sample(probs: Tensor, *, generator: torch.Generator | None = None, uniform: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from alloy.errors import AlloyError, ResourceError
+from alloy.errors import AlloyError, InterruptedRun, ResourceError
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def clean_exit() -> Generator[None]:
     except AlloyError as error:
         if not dist.is_initialized():
             raise
-        sys.stderr.write(f"rank {dist.get_rank()}: error: {error}\n")
+        # a stop is the same on all ranks, other errors may be one rank's alone
+        if dist.get_rank() == 0 or not isinstance(error, InterruptedRun):
+            sys.stderr.write(f"rank {dist.get_rank()}: error: {error}\n")
         _end_process(error.exit_code)
     if dist.is_initialized():
         _end_process(0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alloy.core.device import peak_memory_bytes, rng_state, set_rng_state
-from alloy.core.logging import ProgressLine, get_logger
+from alloy.core.logging import ProgressLine
 from alloy.core.metrics import Meter, MetricLog, Sink
 from alloy.core.runs import atomic_write
 from alloy.errors import AlloyError, InterruptedRun
@@ -32,8 +32,6 @@ from alloy.train.checkpoint import latest_state, load_state, model_tensors, save
 from alloy.train.optim import Optimizers, lr_factor
 from alloy.train.precision import DTYPES, compute_in
 from alloy.train.recipe import LogTable, TrainTable
-
-log = get_logger(__name__)
 
 Batch = TypeVar("Batch")
 
@@ -113,7 +111,10 @@ class Window:
 
 
 class Trainer(Generic[Batch]):
-    """Runs a task to its end. What must survive a restart besides model, optimizers, data and random numbers is in `step`, `elapsed`, `tokens` and `window`."""
+    """Runs a task to its end.
+
+    Besides model, optimizers, data position and random numbers, a state holds `step`, `elapsed`, `tokens`, `window`, `latest`.
+    """
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class Trainer(Generic[Batch]):
         self.model.train()
         batches = self.task.batches(self.table.micro_batch)
         clock = time.monotonic() - self.elapsed
-        with StopSignals() as stop, self.line:
+        with StopSignals(notify=self.world.is_main) as stop, self.line:
             while not self.finished:
                 began = time.monotonic()
                 values, extra = self.train_step(batches)
@@ -265,7 +266,7 @@ class Trainer(Generic[Batch]):
             weights |= loss.weights
             _add(totals, loss.sums)
             _add(stats, loss.stats)
-        totals, stats = self._reduce(totals), self._reduce(stats)
+        own, totals, stats = totals, self._reduce(totals), self._reduce(stats)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.table.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # the one wait for the device in a step
@@ -273,7 +274,7 @@ class Trainer(Generic[Batch]):
         means = {name: value / counts[name] for name, value in zip(totals, measured, strict=True)}
         total = sum(weights[name] * mean for name, mean in means.items())
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            self._refuse_step(total, grad_norm, micro, position)
+            self._refuse_step(total, grad_norm, own, micro, position)
         factor = self._set_lr()
         self.optimizers.step()
         extra = self.task.after_step(self.model, stats)
@@ -325,27 +326,26 @@ class Trainer(Generic[Batch]):
         signal_number, elapsed = self.world.max(values).tolist()
         return int(signal_number), elapsed
 
-    def _refuse_step(self, total: float, grad_norm: float, micro: list[Batch], position: dict[str, Any]) -> NoReturn:
-        """Keep the state before a step whose loss or gradient is not finite, write down its rows, and stop."""
+    def _refuse_step(
+        self, total: float, grad_norm: float, own: dict[str, Tensor], micro: list[Batch], position: dict[str, Any]
+    ) -> NoReturn:
+        """Keep the state before a step whose loss or gradient is not finite, write down its rows, and stop.
+
+        `own` are this rank's sums, which tell whose rows are to blame.
+        """
         self.optimizers.zero_grad()
         self.save(position)
         rows = self.world.gather([self.task.describe(batch) for batch in micro])
+        is_finite = self.world.gather(all(bool(value.isfinite().all()) for value in own.values()))
+        rank = is_finite.index(False) if False in is_finite else 0
         step = self.step + 1
         file = self.folder / "nan" / f"step-{step:06d}.json"
         if self.world.is_main:
-            file.parent.mkdir(exist_ok=True)
-            record = {
-                "step": step,
-                "loss": repr(total),
-                "grad_norm": repr(grad_norm),
-                "position": position,
-                "rows_by_rank": rows,
-            }
-            atomic_write(file, json.dumps(record, indent=1))
-        what = "loss" if not math.isfinite(total) else "gradient norm"
-        value = total if what == "loss" else grad_norm
+            record = {"step": step, "loss": repr(total), "grad_norm": repr(grad_norm), "rank": rank}
+            atomic_write(file, json.dumps(record | {"position": position, "rows_by_rank": rows}, indent=1))
+        what, value = ("gradient norm", grad_norm) if math.isfinite(total) else ("loss", total)
         raise AlloyError(
-            f"{what} became {'NaN' if math.isnan(value) else 'infinite'} at step {step} (rank {self.world.rank}, batch ids in {file}). "
+            f"{what} became {'NaN' if math.isnan(value) else 'infinite'} at step {step} (rank {rank}, batch ids in {file}). "
             f"Try train.grad_clip={self.table.grad_clip / 2:g}, a lower train.lr, or --resume with data.skip_steps=1."
         )
 
@@ -404,8 +404,9 @@ class StopSignals:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, notify: bool = True) -> None:
         self.received = 0
+        self._notify = notify
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -420,4 +421,7 @@ class StopSignals:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        log.warning("%s: finishing this step, then saving; a second signal stops at once", signal.Signals(number).name)
+        if self._notify:
+            # not through the log: the signal may have come in the middle of a write to the same stream
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: finishing this step, then saving; a second signal stops at once\n".encode())

@@ -77,7 +77,7 @@ class DataTable(Config):
 
     seq: Annotated[int, Field(gt=1)] = 512
     sources: tuple[Source, ...]
-    # folder with tokenizer.json; needed for text unless `vocab` asks for a new one
+    # folder with tokenizer.json, needed for text unless `vocab` asks for a new one; None: a checkpoint's own
     tokenizer: str | None = None
     # train a tokenizer of this size on the text sources
     vocab: int | None = None
@@ -187,7 +187,7 @@ class PretrainTask:
 
     def __init__(self, recipe: PretrainRecipe, world: World, folder: Path) -> None:
         self.recipe, self.world = recipe, world
-        self.tokenizer, sources = prepare_data(recipe.data, recipe.seed, world, folder)
+        self.tokenizer, sources = prepare_data(recipe, world, folder)
         self.mixture = Mixture(
             sources,
             seed=recipe.seed,
@@ -210,8 +210,7 @@ class PretrainTask:
         """A new model, or the checkpoint's."""
         recipe = self.recipe
         if isinstance(recipe.model, FromCheckpoint):
-            model, tokenizer = load(resolve(recipe.model.path), dtype=torch.float32, device=self.world.device)
-            self.tokenizer = self.tokenizer or tokenizer
+            model, _ = load(resolve(recipe.model.path), dtype=torch.float32, device=self.world.device)
         else:
             model = build(self._config(recipe.model), device=self.world.device, dtype=torch.float32)
             model.init_weights(recipe.seed, init=recipe.init.style, dt_range=recipe.init.dt_range)
@@ -265,10 +264,8 @@ class PretrainTask:
         for name, members in (("balance", routers[:num_backbone]), ("mtp_balance", routers[num_backbone:])):
             if members and table.balance_weight:
                 sums[name] = torch.stack([router.balance * router.sequences for router in members]).sum()
-        weights = {"balance": table.balance_weight, "mtp_balance": table.balance_weight}
-        weights |= {name: self.mtp_weight for name in sums if name.startswith("mtp") and name not in weights} | {
-            "lm": 1.0
-        }
+        weights = {"lm": 1.0, "balance": table.balance_weight, "mtp_balance": table.balance_weight}
+        weights |= {f"mtp{depth}": self.mtp_weight for depth in range(1, self.depths + 1)}
         return Loss(sums, weights, router_stats(model, routers))
 
     def after_step(self, model: nn.Module, stats: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -281,9 +278,8 @@ class PretrainTask:
             if gate.bias is not None and self.recipe.train.router_bias_rate:
                 update_router_bias(gate.bias, used, self.recipe.train.router_bias_rate)
         # a router that was not used in this step (MTP without rows) has no balance
-        violation = torch.stack([used.max() / used.float().mean().clamp_min(1e-9) - 1.0 for used in counts]).clamp_min(
-            0.0
-        )
+        violation = torch.stack([used.max() / used.float().mean().clamp_min(1e-9) - 1.0 for used in counts])
+        violation = violation.clamp_min(0.0)
         tokens = torch.stack([used.sum() for used in counts]).clamp_min(1)
         return {
             "max_vio": violation.max(),
@@ -366,19 +362,18 @@ def count_sequences(documents: Tensor, shortest: int) -> int:
     """Runs of at least `shortest` equal document numbers in the rows; padding does not count. documents: (rows, seq)."""
     starts = documents >= 0
     starts[:, 1:] &= documents[:, 1:] != documents[:, :-1]
-    span = shortest - 1
-    return int(
-        (starts[:, : starts.shape[1] - span] & (documents[:, span:] == documents[:, : documents.shape[1] - span])).sum()
-    )
+    last = documents.shape[1] - shortest + 1
+    return int((starts[:, :last] & (documents[:, shortest - 1 :] == documents[:, :last])).sum())
 
 
 def prepare_data(
-    data: DataTable, seed: int, world: World, folder: Path
+    recipe: PretrainRecipe, world: World, folder: Path
 ) -> tuple[PreTrainedTokenizerFast | None, list[Source]]:
     """The tokenizer, if it is known, and sources that are all token shards; text is tokenized below `folder` by rank 0."""
+    data, known = recipe.data, _tokenizer_folder(recipe)
     texts = {i: text_path(source.path) for i, source in enumerate(data.sources) if not is_shards(source.path)}
-    tokenizer_folder = resolve(data.tokenizer) if data.tokenizer is not None else folder / "tokenizer"
-    if texts and data.tokenizer is None and data.vocab is None:
+    tokenizer_folder = known or folder / "tokenizer"
+    if texts and known is None and data.vocab is None:
         i = next(iter(texts))
         raise RecipeError(
             f'data.sources[{i}].path = "{data.sources[i].path}": no .idx files there. Run `alloy data tokenize` first, point at '
@@ -388,7 +383,7 @@ def prepare_data(
         if not (tokenizer_folder / "tokenizer.json").exists():
             assert data.vocab is not None, "checked above"
             documents = (document.text for path in texts.values() for document in read_documents(path))
-            save_tokenizer(train_tokenizer(documents, data.vocab, seed=seed), tokenizer_folder)
+            save_tokenizer(train_tokenizer(documents, data.vocab, seed=recipe.seed), tokenizer_folder)
         for i, path in texts.items():
             if not is_shards(shards := folder / "data" / f"source-{i}"):
                 tokenize_corpus(read_documents(path), load_tokenizer(tokenizer_folder), shards)
@@ -397,7 +392,17 @@ def prepare_data(
         Source(path=str(folder / "data" / f"source-{i}"), weight=source.weight) if i in texts else source
         for i, source in enumerate(data.sources)
     ]
-    return (load_tokenizer(tokenizer_folder) if texts or data.tokenizer is not None else None), sources
+    return (load_tokenizer(tokenizer_folder) if texts or known else None), sources
+
+
+def _tokenizer_folder(recipe: PretrainRecipe) -> Path | None:
+    """Where the tokenizer is that the recipe names, else the checkpoint's own; None for a new one or an unknown one."""
+    if recipe.data.tokenizer is not None:
+        return resolve(recipe.data.tokenizer)
+    if recipe.data.vocab is not None or not isinstance(recipe.model, FromCheckpoint):
+        return None
+    folder = resolve(recipe.model.path)
+    return folder if (folder / "tokenizer.json").exists() else None
 
 
 def is_shards(path: str | Path) -> bool:
