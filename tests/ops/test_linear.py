@@ -54,3 +54,20 @@ def test_other_dtypes_and_autocast_are_torch() -> None:
         linear(x, weight[:, 1:])
     with use_backend("torch"):
         torch.testing.assert_close(linear(x, weight), x @ weight.T)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 33), (1, 1, 33), (2, 33), (4, 1, 33), (3, 2, 33), (8, 600), (19, 33), (0, 33), (33,)]
+)
+@pytest.mark.parametrize("outputs", [1, 7, 16, 34])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_equals_matmul(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
+    """Few rows and many, odd numbers of outputs, strided weights, with the strides of a new tensor."""
+    g = torch.Generator().manual_seed(outputs)
+    x = torch.randn(*shape, generator=g)
+    weight = torch.randn(outputs, 2 * shape[-1], generator=g)[:, : shape[-1]]
+    b = torch.randn(outputs, generator=g) if bias else None
+    y = linear(x, weight, b)
+    want = (x.double() @ weight.double().T + (0 if b is None else b.double())).float()
+    torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
+    assert y.is_contiguous()

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from alloy.core.runs import atomic_path, atomic_write
@@ -117,6 +117,10 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if "<s>" in special_tokens:
+        # a prompt begins as a document does; chat templates and `TextEncoder` say themselves what comes first
+        begin = ("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
     roles = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     roles = {role: token for role, token in roles.items() if token in special_tokens}
     fast = PreTrainedTokenizerFast(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import backend
+from alloy.ops.cpu import attention as cpu
 from alloy.ops.documents import segment_ids
 
 
@@ -46,62 +47,72 @@ def attention(
             f"attention: {k.shape[2]} keys for {q.shape[2]} queries; without `lengths` (a cache) they must be equally many"
         )
     q, k, v = backend.autocast(q, k, v)
-    return backend.run("attention", q, k, v, scale, documents, lengths, window)
+    if lengths is None:
+        return backend.run("attn_prefill", q, k, v, scale, documents, window)
+    return backend.run("attn_decode", q, k, v, scale, documents, lengths, window)
 
 
-def _attention(
+def _attn_prefill(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, documents: Tensor | None, window: int | None
+) -> Tensor:
+    """Reference: SDPA, with a mask only where packing or a window needs one."""
+    grouped = q.shape[1] != k.shape[1]
+    if documents is None and (window is None or window >= q.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    at = torch.arange(q.shape[2], device=q.device)
+    seen = _within(at, at[:, None], window)
+    real = None
+    if documents is not None:
+        segments, real = segment_ids(documents)
+        # a masked weight is 0, and 0 times what padding holds must be 0
+        q, k, v = (torch.where(real[:, None, :, None], t, 0) for t in (q, k, v))
+        seen = (seen & (segments[:, :, None] == segments[:, None, :]))[:, None]
+    return _blank(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped), real)
+
+
+def _attn_prefill_cpu(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, documents: Tensor | None, window: int | None
+) -> Tensor:
+    """Narrow dtypes stay with SDPA, whose CPU kernel has matmuls for them."""
+    fn = cpu.attn_prefill if q.dtype in (torch.float32, torch.float64) else _attn_prefill
+    return fn(q, k, v, scale, documents, window)
+
+
+def _attn_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float | None,
     documents: Tensor | None,
-    lengths: Tensor | None,
+    lengths: Tensor,
     window: int | None,
 ) -> Tensor:
     seq, total = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    if window is not None and window >= total:
-        window = None
-    segments = real = None
-    if documents is not None:
-        segments, real = segment_ids(documents)
-        if lengths is None:
-            # a masked weight is 0, and 0 times what padding holds must be 0
-            k, v = (torch.where(real[:, None, :, None], t, 0) for t in (k, v))
-            q = torch.where(real[:, None, :, None], q, 0)
-    if lengths is not None and _uniform(lengths, total - seq):
-        if seq == 1 and window is None:
-            return _blank(_one_query(q, k, v, scale), real)
+    real = None if documents is None else documents >= 0
+    if lengths.device.type == "cpu" and bool((lengths == total - seq).all()):
         if total == seq:
-            lengths = None
-    if lengths is None and segments is None and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    key = torch.arange(total, device=q.device)
-    query = torch.arange(seq, device=q.device)[None, :, None]
-    if lengths is not None:
-        query = query + lengths[:, None, None]
-    seen = key <= query  # (batch or 1, seq, total)
-    if window is not None:
-        seen = seen & (key > query - window)
-    if segments is not None and lengths is None:
-        seen = seen & (segments[:, :, None] == segments[:, None, :])
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=grouped)
-    return _blank(y, real)
+            return _blank(backend.run("attn_prefill", q, k, v, scale, None, window), real)
+        if seq == 1 and (window is None or window >= total):
+            # the heads of a group become the queries of one head: no mask, nothing expanded
+            folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+            return _blank(F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(q.shape), real)
+    query = torch.arange(seq, device=q.device)[None, :, None] + lengths[:, None, None]
+    seen = _within(torch.arange(total, device=q.device), query, window)[:, None]
+    grouped = q.shape[1] != k.shape[1]
+    return _blank(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped), real)
 
 
-def _uniform(lengths: Tensor, held: int) -> bool:
-    """Whether every row holds `held` keys; only asked where looking costs no synchronisation."""
-    return lengths.device.type == "cpu" and bool((lengths == held).all())
-
-
-def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """One query a row that sees all keys: the heads of a group become the queries of one head, nothing is expanded."""
-    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    return F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(q.shape)
+def _within(key: Tensor, query: Tensor, window: int | None) -> Tensor:
+    """Whether each query, a position (..., seq, 1), sees each key, a position (total,)."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
 
 
 def _blank(y: Tensor, real: Tensor | None) -> Tensor:
+    """y (batch, heads, seq, head_dim) with zeros where `real` (batch, seq) is false."""
     return y if real is None else torch.where(real[:, None, :, None], y, 0)
 
 
-backend.add("attention", "torch", _attention)
+backend.add("attn_prefill", "torch", _attn_prefill)
+backend.add("attn_prefill", "cpu", _attn_prefill_cpu)
+backend.add("attn_decode", "torch", _attn_decode)

@@ -1,0 +1,68 @@
+"""The dispatch table."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from alloy.errors import RecipeError
+from alloy.ops import backend, choices, explain, rms_norm, use_backend
+
+
+def test_every_op_has_a_reference_and_cpu_takes_its_own() -> None:
+    """ "torch" is everywhere; the choice is by device type."""
+    assert {"ssd_scan", "ssd_step", "causal_conv1d", "attn_prefill", "moe_experts", "rms_norm"} <= set(backend.TABLE)
+    assert all("torch" in row for row in backend.TABLE.values())
+    rows = {row["op"]: row for row in choices()}
+    assert rows["ssd_scan"]["cpu"] == "cpu"
+    assert rows["ssd_scan"]["cuda"] == "torch"
+
+
+def test_use_backend_overrides_and_nests() -> None:
+    """Inside the block only; an op without that backend runs its reference."""
+    assert backend.resolve("rms_norm", "cpu") is backend.TABLE["rms_norm"]["cpu"]
+    with use_backend("torch"):
+        assert backend.resolve("rms_norm", "cpu") is backend.TABLE["rms_norm"]["torch"]
+        with use_backend("cpu"):
+            assert backend.resolve("rms_norm", "cpu") is backend.TABLE["rms_norm"]["cpu"]
+            assert backend.resolve("ssd_replay", "cpu") is backend.TABLE["ssd_replay"]["torch"]
+    assert backend.resolve("rms_norm", "cpu") is backend.TABLE["rms_norm"]["cpu"]
+
+
+def test_a_new_backend_needs_no_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added is used on its device; a place is taken once."""
+    monkeypatch.setitem(backend.TABLE, "rms_norm", dict(backend.TABLE["rms_norm"]))
+    backend.add("rms_norm", "triton", lambda *_: "from the kernel")
+    assert backend.resolve("rms_norm", "cuda")() == "from the kernel"
+    assert backend.resolve("rms_norm", "cpu") is backend.TABLE["rms_norm"]["cpu"]
+    with use_backend("triton"):
+        assert rms_norm(torch.ones(3), torch.ones(3), 0.0) == "from the kernel"
+    with pytest.raises(ValueError, match='"rms_norm" has a "triton" function already'):
+        backend.add("rms_norm", "triton", print)
+    monkeypatch.undo()
+    backend._choose.cache_clear()
+
+
+def test_explain_says_what_and_why() -> None:
+    """One line for a person."""
+    line = explain("ssd_scan", seq=512)
+    assert line.startswith("ssd_scan seq=512 on cpu: cpu (alloy.ops.cpu.ssd.ssd_scan), first choice on cpu")
+    assert "no function of cuda's own" in explain("ssd_scan", "cuda")
+    with use_backend("cpu"):
+        assert "use_backend('cpu'), which lacks this op" in explain("ssd_replay")
+
+
+def test_unknown_names_are_refused() -> None:
+    """With the known ones in the message."""
+    with pytest.raises(RecipeError, match=r'unknown backend "cuda"\. Known: cpu, torch'), use_backend("cuda"):
+        pass
+    with pytest.raises(RecipeError, match=r'unknown op "scan"\. Known: attn_decode'):
+        explain("scan")
+
+
+def test_ops_import_torch_alone() -> None:
+    """No pydantic, no triton, no other level of the package."""
+    code = "import sys, alloy.ops, alloy.ops.sampling; print([m for m in sys.modules if m.split('.')[0] in ('pydantic', 'transformers') or m.startswith(('alloy.core', 'alloy.models'))])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
