@@ -194,7 +194,13 @@ class _Buffers:
         part = self.place(t, i)
         count = part.shape[-2]
         real = self.steps.real
-        if self.batch == 1 and real is None and count == self.tokens and part.dtype == buffer.dtype and part.stride(-1) == 1:
+        if (
+            self.batch == 1
+            and real is None
+            and count == self.tokens
+            and part.dtype == buffer.dtype
+            and part.stride(-1) == 1
+        ):
             return part
         if real is not None:
             own = real[:, i * self.tokens : i * self.tokens + count]
@@ -237,9 +243,19 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 def _forward(
-    steps: _Steps, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, return_state: bool
+    steps: _Steps,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    return_state: bool,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y (batch, seq, heads, head_dim) in the wide dtype, and the last state if asked for."""
+    """y (batch, seq, heads, head_dim) in the wide dtype, and the last state if asked for.
+
+    `states`, if given, is filled as by `_states`; without it one state is carried along in place.
+    """
     buffers = _Buffers(steps, x.shape[-1], B.shape[-1])
     chunks, groups = buffers.chunks, buffers.groups
     within, carried = buffers.by_head(), buffers.by_group()
@@ -247,10 +263,9 @@ def _forward(
     skip = None if D is None else D.to(within.dtype).view(groups, -1, 1)
     x = x.unflatten(2, (groups, -1))
     y = torch.empty(x.shape, dtype=within.dtype, device=x.device)
-    state = buffers.states() if chunks > 1 or return_state or h0 is not None else None
-    before = None
-    if h0 is not None and state is not None:
-        before = state.copy_(h0.view(state.shape))
+    if states is None:
+        states = buffers.states(1).expand(chunks + 1, *[-1] * 5)
+    before = None if h0 is None else states[0].copy_(h0.view(states[0].shape))
     for i in range(chunks):
         xc, Bc, Cc = buffers.load(buffers.x, x, i), buffers.load(buffers.B, B, i), buffers.load(buffers.C, C, i)
         buffers.multiply(Bc, Cc, i)
@@ -271,15 +286,26 @@ def _forward(
                 steps.into[i][..., :count, None],
                 out=out,
             )
-        if state is not None and (i < chunks - 1 or return_state):
-            buffers.advance(xc, Bc, i, before, state)
-            before = state
-    y = y.flatten(2, 3)
-    return y, state.flatten(1, 2) if return_state and state is not None else None
+        if i < chunks - 1 or return_state:
+            buffers.advance(xc, Bc, i, before, states[i + 1])
+            before = states[i + 1]
+    return y.flatten(2, 3), states[chunks].flatten(1, 2).clone() if return_state else None
+
+
+def _states(buffers: _Buffers, x: Tensor, B: Tensor, h0: Tensor | None, last: int) -> Tensor:
+    """The states that enter each chunk and the one that leaves the last, of which the first `last` + 1 are computed:
+    (chunks + 1, batch, groups, share, head_dim, state)."""
+    states = buffers.states(buffers.chunks + 1)
+    if h0 is not None:
+        states[0].copy_(h0.view(states[0].shape))
+    for i in range(last):
+        xc, Bc = buffers.load(buffers.x, x, i), buffers.load(buffers.B, B, i)
+        buffers.advance(xc, Bc, i, None if i == 0 and h0 is None else states[i], states[i + 1])
+    return states
 
 
 class _Scan(torch.autograd.Function):
-    """Keeps the inputs and y; decays, products and states are computed again in the backward."""
+    """Keeps the inputs, y, and the states where they are smaller than the inputs; the rest is computed again."""
 
     @staticmethod
     def forward(
@@ -296,18 +322,22 @@ class _Scan(torch.autograd.Function):
         settings: tuple[bool, tuple[float, float], int, bool],
     ) -> tuple[Tensor, Tensor | None]:
         steps = _prepare(x, dt, A, B, dt_bias, documents, settings)
-        y, state = _forward(steps, x, B, C, D, h0, settings[3])
+        shape = (steps.d.shape[0] + 1, *steps.d.shape[1:4], x.shape[-1], B.shape[-1])
+        kept = None
+        if math.prod(shape) < x.numel() + B.numel() + C.numel():
+            kept = torch.empty(shape, dtype=steps.d.dtype, device=x.device)
+        y, state = _forward(steps, x, B, C, D, h0, settings[3], kept)
         out = y.to(x.dtype)
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, h0, y, *vars(steps).values())
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, h0, y, kept, *vars(steps).values())
         ctx.settings = settings
         return out, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, dt_bias, h0, y, *saved = ctx.saved_tensors
+        x, dt, A, B, C, D, dt_bias, h0, y, kept, *saved = ctx.saved_tensors
         steps = _Steps(*saved)
-        dx, dB, dC, dlogs, dd, dh0, skip = _backward(steps, x, B, C, D, h0, y, dy, dstate)
+        dx, dB, dC, dlogs, dd, dh0, skip = _backward(steps, x, B, C, D, h0, y, kept, dy, dstate)
         da = dlogs.flip(-1).cumsum(-1).flip(-1)
         dA = (da * steps.d).sum((0, 1, 4))
         dd.addcmul_(da, A.to(dd.dtype).view(*dA.shape, 1))
@@ -329,28 +359,21 @@ def _backward(
     D: Tensor | None,
     h0: Tensor | None,
     y: Tensor,
+    states: Tensor | None,
     dy: Tensor,
     dstate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, B and C, of the cumulated log decays (base e) and of d (like d), of h0 and of D.
 
-    A first sweep computes the states again; the second goes backwards with `dcarry`, the gradient of the state that leaves
-    the chunk.
+    The loop goes backwards with `dcarry`, the gradient of the state that leaves the chunk.
     """
     buffers = _Buffers(steps, x.shape[-1], B.shape[-1])
     chunks, groups = buffers.chunks, buffers.groups
     x, y, dy = (t.unflatten(2, (groups, -1)) for t in (x, y, dy))
     skip = None if D is None else D.to(steps.d.dtype).view(groups, -1, 1, 1)
-    states = buffers.states(chunks + 1)
-    if h0 is None:
-        states[0].zero_()
-    else:
-        states[0].copy_(h0.view(states[0].shape))
     last = chunks if dstate is not None else chunks - 1
-    for i in range(last):
-        xc, Bc = buffers.load(buffers.x, x, i), buffers.load(buffers.B, B, i)
-        buffers.advance(xc, Bc, i, None if i == 0 and h0 is None else states[i], states[i + 1])
-
+    if states is None:
+        states = _states(buffers, x, B, h0, last)
     dx = torch.empty(x.shape, dtype=steps.d.dtype, device=x.device)
     dB, dC = (
         torch.empty(B.shape, dtype=dx.dtype, device=x.device),
