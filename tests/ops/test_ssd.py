@@ -133,6 +133,7 @@ SHAPES = [
     {"batch": 3, "seq": 1, "heads": 2, "head_dim": 3, "groups": 1, "state": 4},
     {"batch": 1, "seq": 35, "heads": 4, "head_dim": 2, "groups": 4, "state": 5, "plain": True},
     {"batch": 2, "seq": 16, "heads": 5, "head_dim": 3, "groups": 1, "state": 2, "h0": False},
+    {"batch": 1, "seq": 48, "heads": 4, "head_dim": 8, "groups": 2, "state": 2},
     {"batch": 1, "seq": 49, "heads": 4, "head_dim": 3, "groups": 2, "state": 3, "h0": False, "plain": True},
 ]
 

@@ -60,7 +60,7 @@ def test_text_is_tokenized_in_the_run_directory(tmp_path: Path) -> None:
     train(tmp_path, "run", *settings)
     model, tokenizer = load(tmp_path / "run" / "checkpoint")
     assert tokenizer is not None
-    assert tokenizer.decode(tokenizer.encode("Number 7")) == "Number 7"
+    assert tokenizer.decode(tokenizer.encode("Number 7"), skip_special_tokens=True) == "Number 7"
     assert model.config.eos_ids == (tokenizer.eos_token_id,)
     assert "| 9 |" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
     # going on from that checkpoint on text needs neither tokenizer nor vocab

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-# elements of one chunk of logits (8 MiB in fp32): small enough for a CPU's cache, large enough for a GPU's matmul
-CHUNK_ELEMENTS = 1 << 21
+# elements of one chunk of fp32 logits: 2 MiB stay in a CPU's cache (a fifth less time than 8 MiB at 2048 ids); on a GPU 1 GiB,
+# because each chunk also reads and writes the weight's whole gradient
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}
+SMALLEST_CHUNK = 256
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
@@ -31,9 +33,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: 
         scalar fp32
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if chunk is None:
-        chunk = max(256, CHUNK_ELEMENTS // weight.shape[0])
     kind = hidden.device.type
+    if chunk is None:
+        chunk = max(SMALLEST_CHUNK, CHUNK_ELEMENTS.get(kind, CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, dtype, torch.is_grad_enabled())
 

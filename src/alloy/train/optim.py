@@ -3,8 +3,8 @@
 Muon orthogonalises the momentum of every weight matrix of the blocks; embeddings, head, router, convolution and everything
 one-dimensional go to AdamW. It is written here rather than taken from `torch.optim.Muon`, which refuses anything but 2-D
 parameters (stacked experts are (experts, out, in)), orthogonalises one matrix at a time, always in bf16, and knows no
-sharded tensors. Here all matrices of one shape, experts included, are one batched matmul: on two CPU cores bf16 with AMX
-takes a quarter of the time of fp32, and the same matrices in one batch about a third less than one by one.
+sharded tensors. Here all matrices of one shape, experts included, are one batched matmul. Measured on one core with AMX: 48
+experts of 128 x 128 take 8 ms in one batch and 18 ms one by one; bf16 takes a quarter of the time of fp32.
 
 Papers: Muon (Jordan et al., 2024), Muon is Scalable (Liu et al., 2025) arXiv:2502.16982; WSD: MiniCPM arXiv:2404.06395.
 """

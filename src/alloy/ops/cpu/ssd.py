@@ -1,7 +1,7 @@
 """The SSD scan for CPU cores: one loop over chunks in buffers that stay in the cache, and a hand-written backward.
 
 Legend as in `alloy.ops.ssd`; `share` is the number of heads in a group. The loop copies a chunk into buffers made once
-a call, so that all heads of a chunk are a few batched matmuls on contiguous operands and memory does not grow with the
+a call (or reads it in place, where one matmul can take it), so that all heads of a chunk are a few batched matmuls on contiguous operands and memory does not grow with the
 sequence. Two layouts occur, and B and C are never expanded to heads:
     by head   (batch, groups, share, tokens, head_dim)   inside a chunk: decays differ from head to head
     by group  (batch, groups, tokens, share, head_dim)   states: all heads of a group meet the same B and C
@@ -188,35 +188,47 @@ class _Buffers:
         have fewer tokens."""
         return t[:, i * self.tokens : (i + 1) * self.tokens].movedim(1, -2)
 
-    def load(self, buffer: Tensor, t: Tensor, i: int) -> None:
-        """Copy chunk i of t (batch, seq, groups, ..., width) into `buffer`; padding and places past the end are zero."""
+    def load(self, buffer: Tensor, t: Tensor, i: int) -> Tensor:
+        """Chunk i of t (batch, seq, groups, ..., width), with zeros for padding and past the end: a view if the matmuls can
+        take it as one array of matrices, else copied into `buffer`."""
         part = self.place(t, i)
-        if self.steps.real is not None:
-            real = self.steps.real[:, i * self.tokens : (i + 1) * self.tokens]
-            part = torch.where(real.view(self.batch, *[1] * (part.dim() - 3), -1, 1), part, 0)
         count = part.shape[-2]
+        real = self.steps.real
+        if (
+            self.batch == 1
+            and real is None
+            and count == self.tokens
+            and part.dtype == buffer.dtype
+            and part.stride(-1) == 1
+        ):
+            return part
+        if real is not None:
+            own = real[:, i * self.tokens : i * self.tokens + count]
+            part = torch.where(own.view(self.batch, *[1] * (part.dim() - 3), -1, 1), part, 0)
         buffer[..., :count, :].copy_(part)
         if count < self.tokens:
             buffer[..., count:, :].zero_()
+        return buffer
 
-    def multiply(self) -> None:
-        """products = C_i . B_j where token i sees token j, else 0, of the chunk that is loaded."""
-        _bmm(self.C, self.B.transpose(-1, -2), self.products)
+    def multiply(self, B: Tensor, C: Tensor, i: int) -> None:
+        """products = C_i . B_j where token i sees token j, else 0."""
+        _bmm(C, B.transpose(-1, -2), self.products)
+        self.products.mul_(self.steps.meet[i])
 
     def decays(self, i: int) -> None:
         """decay = exp(l_i - l_j) for token i at or after token j."""
         logs = self.steps.logs[i]
         torch.sub(logs[..., :, None], logs[..., None, :], out=self.decay).clamp_(_FLOOR[logs.dtype], 0).exp2_()
 
-    def advance(self, i: int, before: Tensor | None, after: Tensor) -> None:
+    def advance(self, x: Tensor, B: Tensor, i: int, before: Tensor | None, after: Tensor) -> None:
         """after = through * before + what chunk i adds; `before` may be `after`, None is zero."""
-        torch.mul(self.x, self.weights[i][..., None], out=self.inputs.transpose(2, 3))
+        torch.mul(x, self.weights[i][..., None], out=self.inputs.transpose(2, 3))
         inputs = self.inputs.flatten(3).transpose(-1, -2)
         if before is None:
-            _bmm(inputs, self.B, after)
+            _bmm(inputs, B, after)
         else:
             torch.mul(before, self.steps.through[i][..., None, None], out=after)
-            _bmm(inputs, self.B, after, add=True)
+            _bmm(inputs, B, after, add=True)
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -231,9 +243,19 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 def _forward(
-    steps: _Steps, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, return_state: bool
+    steps: _Steps,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    return_state: bool,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y (batch, seq, heads, head_dim) in the wide dtype, and the last state if asked for."""
+    """y (batch, seq, heads, head_dim) in the wide dtype, and the last state if asked for.
+
+    `states`, if given, is filled as by `_states`; without it one state is carried along in place.
+    """
     buffers = _Buffers(steps, x.shape[-1], B.shape[-1])
     chunks, groups = buffers.chunks, buffers.groups
     within, carried = buffers.by_head(), buffers.by_group()
@@ -241,42 +263,49 @@ def _forward(
     skip = None if D is None else D.to(within.dtype).view(groups, -1, 1)
     x = x.unflatten(2, (groups, -1))
     y = torch.empty(x.shape, dtype=within.dtype, device=x.device)
-    state = buffers.states() if chunks > 1 or return_state or h0 is not None else None
-    before = None
-    if h0 is not None and state is not None:
-        before = state.copy_(h0.view(state.shape))
+    if states is None:
+        states = buffers.states(1).expand(chunks + 1, *[-1] * 5)
+    before = None if h0 is None else states[0].copy_(h0.view(states[0].shape))
     for i in range(chunks):
-        buffers.load(buffers.x, x, i)
-        buffers.load(buffers.B, B, i)
-        buffers.load(buffers.C, C, i)
-        buffers.multiply()
-        buffers.products.mul_(steps.meet[i])
+        xc, Bc, Cc = buffers.load(buffers.x, x, i), buffers.load(buffers.B, B, i), buffers.load(buffers.C, C, i)
+        buffers.multiply(Bc, Cc, i)
         buffers.decays(i)
         buffers.decay.mul_(buffers.products[:, :, None]).mul_(steps.d[i][..., None, :])
         if skip is not None:
             diagonal.add_(skip)
-        _bmm(buffers.decay, buffers.x, within)
+        _bmm(buffers.decay, xc, within)
         out = buffers.place(y, i)
         count = out.shape[-2]
         if before is None:
             out.copy_(within[..., :count, :])
         else:
-            _bmm(buffers.C, before.flatten(2, 3).transpose(-1, -2), carried)
+            _bmm(Cc, before.flatten(2, 3).transpose(-1, -2), carried)
             torch.addcmul(
                 within[..., :count, :],
                 carried.transpose(2, 3)[..., :count, :],
                 steps.into[i][..., :count, None],
                 out=out,
             )
-        if state is not None and (i < chunks - 1 or return_state):
-            buffers.advance(i, before, state)
-            before = state
-    y = y.flatten(2, 3)
-    return y, state.flatten(1, 2) if return_state and state is not None else None
+        if i < chunks - 1 or return_state:
+            buffers.advance(xc, Bc, i, before, states[i + 1])
+            before = states[i + 1]
+    return y.flatten(2, 3), states[chunks].flatten(1, 2).clone() if return_state else None
+
+
+def _states(buffers: _Buffers, x: Tensor, B: Tensor, h0: Tensor | None, last: int) -> Tensor:
+    """The states that enter each chunk and the one that leaves the last, of which the first `last` + 1 are computed:
+    (chunks + 1, batch, groups, share, head_dim, state)."""
+    states = buffers.states(buffers.chunks + 1)
+    if h0 is not None:
+        states[0].copy_(h0.view(states[0].shape))
+    for i in range(last):
+        xc, Bc = buffers.load(buffers.x, x, i), buffers.load(buffers.B, B, i)
+        buffers.advance(xc, Bc, i, None if i == 0 and h0 is None else states[i], states[i + 1])
+    return states
 
 
 class _Scan(torch.autograd.Function):
-    """Keeps the inputs and y; decays, products and states are computed again in the backward."""
+    """Keeps the inputs, y, and the states where they are smaller than the inputs; the rest is computed again."""
 
     @staticmethod
     def forward(
@@ -293,18 +322,22 @@ class _Scan(torch.autograd.Function):
         settings: tuple[bool, tuple[float, float], int, bool],
     ) -> tuple[Tensor, Tensor | None]:
         steps = _prepare(x, dt, A, B, dt_bias, documents, settings)
-        y, state = _forward(steps, x, B, C, D, h0, settings[3])
+        shape = (steps.d.shape[0] + 1, *steps.d.shape[1:4], x.shape[-1], B.shape[-1])
+        kept = None
+        if math.prod(shape) < x.numel() + B.numel() + C.numel():
+            kept = torch.empty(shape, dtype=steps.d.dtype, device=x.device)
+        y, state = _forward(steps, x, B, C, D, h0, settings[3], kept)
         out = y.to(x.dtype)
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, h0, y, *vars(steps).values())
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, h0, y, kept, *vars(steps).values())
         ctx.settings = settings
         return out, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, dt_bias, h0, y, *saved = ctx.saved_tensors
+        x, dt, A, B, C, D, dt_bias, h0, y, kept, *saved = ctx.saved_tensors
         steps = _Steps(*saved)
-        dx, dB, dC, dlogs, dd, dh0, skip = _backward(steps, x, B, C, D, h0, y, dy, dstate)
+        dx, dB, dC, dlogs, dd, dh0, skip = _backward(steps, x, B, C, D, h0, y, kept, dy, dstate)
         da = dlogs.flip(-1).cumsum(-1).flip(-1)
         dA = (da * steps.d).sum((0, 1, 4))
         dd.addcmul_(da, A.to(dd.dtype).view(*dA.shape, 1))
@@ -326,29 +359,21 @@ def _backward(
     D: Tensor | None,
     h0: Tensor | None,
     y: Tensor,
+    states: Tensor | None,
     dy: Tensor,
     dstate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, B and C, of the cumulated log decays (base e) and of d (like d), of h0 and of D.
 
-    A first sweep computes the states again; the second goes backwards with `dcarry`, the gradient of the state that leaves
-    the chunk.
+    The loop goes backwards with `dcarry`, the gradient of the state that leaves the chunk.
     """
     buffers = _Buffers(steps, x.shape[-1], B.shape[-1])
     chunks, groups = buffers.chunks, buffers.groups
     x, y, dy = (t.unflatten(2, (groups, -1)) for t in (x, y, dy))
     skip = None if D is None else D.to(steps.d.dtype).view(groups, -1, 1, 1)
-    states = buffers.states(chunks + 1)
-    if h0 is None:
-        states[0].zero_()
-    else:
-        states[0].copy_(h0.view(states[0].shape))
     last = chunks if dstate is not None else chunks - 1
-    for i in range(last):
-        buffers.load(buffers.x, x, i)
-        buffers.load(buffers.B, B, i)
-        buffers.advance(i, None if i == 0 and h0 is None else states[i], states[i + 1])
-
+    if states is None:
+        states = _states(buffers, x, B, h0, last)
     dx = torch.empty(x.shape, dtype=steps.d.dtype, device=x.device)
     dB, dC = (
         torch.empty(B.shape, dtype=dx.dtype, device=x.device),
@@ -360,15 +385,15 @@ def _backward(
         dcarry.zero_()
     else:
         dcarry.copy_(dstate.view(dcarry.shape))
-    dyc, u, du, product, yc = (buffers.by_head() for _ in range(5))
+    room_dy, room_y, u, du, product = (buffers.by_head() for _ in range(5))
     weighted, from_state = buffers.by_group(), buffers.by_group()
     dshared = buffers.shared()
     dmixed, dproducts = torch.empty_like(buffers.decay), torch.empty_like(buffers.products)
     for i in reversed(range(chunks)):
-        for buffer, t in ((buffers.x, x), (buffers.B, B), (buffers.C, C), (dyc, dy), (yc, y)):
-            buffers.load(buffer, t, i)
+        xc, dyc, yc = buffers.load(buffers.x, x, i), buffers.load(room_dy, dy, i), buffers.load(room_y, y, i)
+        Bc, Cc = buffers.load(buffers.B, B, i), buffers.load(buffers.C, C, i)
         into, onto, d = (t[i][..., None] for t in (steps.into, steps.onto, steps.d))
-        torch.mul(buffers.x, d, out=u)
+        torch.mul(xc, d, out=u)
         # inside the chunk
         buffers.decays(i)
         _bmm(dyc, u.transpose(-1, -2), dmixed)
@@ -376,19 +401,19 @@ def _backward(
         for head in range(1, buffers.share):
             dproducts.addcmul_(dmixed[:, :, head], buffers.decay[:, :, head])
         dproducts.mul_(steps.meet[i])
-        buffers.multiply()
-        buffers.decay.mul_(buffers.products.mul_(steps.meet[i])[:, :, None])
+        buffers.multiply(Bc, Cc, i)
+        buffers.decay.mul_(buffers.products[:, :, None])
         _bmm(buffers.decay.transpose(-1, -2), dyc, du)
         # B and the state that leaves the chunk
-        _bmm(dproducts.transpose(-1, -2), buffers.C, dshared)
+        _bmm(dproducts.transpose(-1, -2), Cc, dshared)
         if i < last:
             torch.mul(u, onto, out=weighted.transpose(2, 3))
             _bmm(weighted.flatten(3), dcarry.flatten(2, 3), dshared, add=True)
-            _bmm(buffers.B, dcarry.flatten(2, 3).transpose(-1, -2), from_state)
+            _bmm(Bc, dcarry.flatten(2, 3).transpose(-1, -2), from_state)
             du.addcmul_(from_state.transpose(2, 3), onto)
         _put(buffers.place(dB, i), dshared)
         # C and the state that enters it
-        _bmm(dproducts, buffers.B, dshared)
+        _bmm(dproducts, Bc, dshared)
         if i > 0 or h0 is not None:
             torch.mul(dyc, into, out=weighted.transpose(2, 3))
             _bmm(weighted.flatten(3), states[i].flatten(2, 3), dshared, add=True)
@@ -398,10 +423,10 @@ def _backward(
             dlogs[i, ..., -1] += (states[i + 1] * dcarry).sum((-2, -1))
         if i > 0 or h0 is not None:
             dcarry.mul_(steps.through[i][..., None, None])
-            _bmm(weighted.flatten(3).transpose(-1, -2), buffers.C, dcarry, add=True)
+            _bmm(weighted.flatten(3).transpose(-1, -2), Cc, dcarry, add=True)
         # x and d
-        torch.sum(torch.mul(buffers.x, du, out=product), -1, out=dd[i])
-        torch.sum(torch.mul(buffers.x, dyc, out=product), -1, out=dskip[i])
+        torch.sum(torch.mul(xc, du, out=product), -1, out=dd[i])
+        torch.sum(torch.mul(xc, dyc, out=product), -1, out=dskip[i])
         du.mul_(d)
         if skip is not None:
             du.addcmul_(dyc, skip)
