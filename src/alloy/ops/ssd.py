@@ -106,6 +106,7 @@ def ssd_step(
     Returns:
         y (batch, heads, head_dim) in x's dtype
     """
+    _check_state("ssd_step", state, x, B)
     return backend.run("ssd_step", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
@@ -141,6 +142,7 @@ def ssd_step_multi(
     Returns:
         y (batch, tokens, heads, head_dim) in x's dtype
     """
+    _check_state("ssd_step_multi", state, x, B)
     return backend.run("ssd_step_multi", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
@@ -174,7 +176,17 @@ def ssd_replay(
         dt_limit: as in `ssd_scan`
         slots: as in `ssd_step`
     """
+    _check_state("ssd_replay", state, x, B)
     backend.run("ssd_replay", state, x, dt, A, B, counts, dt_bias, dt_softplus, dt_limit, slots)
+
+
+def _check_state(op: str, state: Tensor, x: Tensor, B: Tensor) -> None:
+    """Refuse a state of another model, or one that cannot hold decaying sums."""
+    if state.shape[1:] != (*x.shape[-2:], B.shape[-1]):
+        expected = ("slots", *x.shape[-2:], B.shape[-1])
+        raise ValueError(f"{op}: state is {tuple(state.shape)}; expected {expected} for x {tuple(x.shape)}")
+    if not state.is_floating_point():
+        raise ValueError(f"{op}: state is {state.dtype}; a state is floating point")
 
 
 def _check_scan(
