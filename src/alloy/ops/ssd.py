@@ -356,11 +356,12 @@ def _ssd_replay(
     total = log_decay.sum(1)  # (batch, heads)
     ahead = torch.exp(total[:, None] - log_decay.cumsum(1)) * d  # (batch, tokens, heads)
     inputs = torch.where(kept[..., None, None], x, 0).to(kind) * ahead[..., None]
-    added = _by_group(inputs, B.shape[2]).transpose(-1, -2) @ torch.where(kept[..., None, None], B, 0).to(
-        kind
-    ).transpose(1, 2)
-    after = before * torch.exp(total)[..., None, None] + added.view(before.shape)
-    write_slots(state, rows, after)
+    gates = torch.where(kept[..., None, None], B, 0).to(kind).transpose(1, 2)  # (batch, groups, tokens, state)
+    after = before.to(kind).mul_(torch.exp(total)[..., None, None])
+    for own, left, right in zip(after, _by_group(inputs, B.shape[2]).transpose(-1, -2), gates, strict=True):
+        own.view(left.shape[0], -1, own.shape[-1]).baddbmm_(left, right)
+    if rows is not None or after.dtype != state.dtype:
+        write_slots(state, rows, after)
 
 
 def _ssd_scan(
