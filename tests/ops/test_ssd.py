@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from alloy.ops import ssd_replay, ssd_scan, ssd_step, ssd_step_multi, use_backend
 
@@ -133,6 +134,7 @@ SHAPES = [
     {"batch": 3, "seq": 1, "heads": 2, "head_dim": 3, "groups": 1, "state": 4},
     {"batch": 1, "seq": 35, "heads": 4, "head_dim": 2, "groups": 4, "state": 5, "plain": True},
     {"batch": 2, "seq": 16, "heads": 5, "head_dim": 3, "groups": 1, "state": 2, "h0": False},
+    {"batch": 1, "seq": 35, "heads": 4, "head_dim": 16, "groups": 1, "state": 16, "h0": False},
     {"batch": 1, "seq": 48, "heads": 4, "head_dim": 8, "groups": 2, "state": 2},
     {"batch": 1, "seq": 49, "heads": 4, "head_dim": 3, "groups": 2, "state": 3, "h0": False, "plain": True},
 ]
@@ -273,6 +275,29 @@ def test_backward_can_run_twice() -> None:
     first = torch.autograd.grad(y.square().sum(), i.tensors(), retain_graph=True)
     second = torch.autograd.grad(y.square().sum(), i.tensors())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_checkpointed_scan_has_the_same_gradients() -> None:
+    """What the backward needs is saved where activation checkpointing can drop and recompute it."""
+    i = make(seq=33)
+    want = torch.autograd.grad(scan(i, chunk=16)[0].square().sum(), i.tensors())
+    y = checkpoint(lambda *t: scan(Inputs(*t), chunk=16)[0], *i.tensors(), use_reentrant=False)
+    got = torch.autograd.grad(y.square().sum(), i.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 200, 8, 80, 2, 128), (2, 65, 6, 48, 3, 16), (3, 130, 2, 16, 1, 256)])
+def test_backends_agree_at_real_widths(shape: tuple[int, ...]) -> None:
+    """fp32, values and gradients, where the recurrence would take too long."""
+    wide = make(*shape).to(torch.float32)
+    results = []
+    for backend in BACKENDS:
+        i = Inputs(**{k: None if v is None else v.requires_grad_() for k, v in vars(wide).items()})
+        with use_backend(backend):
+            y, state = scan(i)
+            results.append([y, state, *torch.autograd.grad(y.square().mean() + state.square().mean(), i.tensors())])
+    for a, b in zip(*results, strict=True):
+        assert relative(a, b.double()) < 1e-4
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -489,6 +514,26 @@ def test_step_refuses_slots(slots: list[int], message: str) -> None:
     i = make(batch=2, seq=1)
     with pytest.raises(ValueError, match=message):
         step(i, 0, torch.zeros(3, 6, 5, 7), torch.tensor(slots))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_step_with_a_narrow_state(backend: str) -> None:
+    """A bf16 state is read and written once a step, computed in fp32."""
+    i = make(batch=2, seq=1).to(torch.float32)
+    wide, narrow = i.h0.clone(), i.h0.bfloat16()
+    wide.copy_(narrow)
+    with use_backend(backend):
+        torch.testing.assert_close(step(i, 0, narrow), step(i, 0, wide), atol=1e-5, rtol=1e-5)
+    assert torch.equal(narrow, wide.bfloat16())
+
+
+def test_states_of_another_shape_or_type_are_refused() -> None:
+    """Before anything is written."""
+    i = make(batch=1, seq=1)
+    with pytest.raises(ValueError, match=r"ssd_step: state is \(1, 6, 5, 8\); expected \('slots', 6, 5, 7\)"):
+        step(i, 0, torch.zeros(1, 6, 5, 8))
+    with pytest.raises(ValueError, match=r"ssd_step: state is torch.int32; a state is floating point"):
+        step(i, 0, torch.zeros(1, 6, 5, 7, dtype=torch.int32))
 
 
 def test_step_refuses_more_rows_than_slots() -> None:

@@ -106,6 +106,7 @@ def ssd_step(
     Returns:
         y (batch, heads, head_dim) in x's dtype
     """
+    _check_state("ssd_step", state, x, B)
     return backend.run("ssd_step", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
@@ -141,6 +142,7 @@ def ssd_step_multi(
     Returns:
         y (batch, tokens, heads, head_dim) in x's dtype
     """
+    _check_state("ssd_step_multi", state, x, B)
     return backend.run("ssd_step_multi", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
@@ -174,7 +176,17 @@ def ssd_replay(
         dt_limit: as in `ssd_scan`
         slots: as in `ssd_step`
     """
+    _check_state("ssd_replay", state, x, B)
     backend.run("ssd_replay", state, x, dt, A, B, counts, dt_bias, dt_softplus, dt_limit, slots)
+
+
+def _check_state(op: str, state: Tensor, x: Tensor, B: Tensor) -> None:
+    """Refuse a state of another model, or one that cannot hold decaying sums."""
+    if state.shape[1:] != (*x.shape[-2:], B.shape[-1]):
+        expected = ("slots", *x.shape[-2:], B.shape[-1])
+        raise ValueError(f"{op}: state is {tuple(state.shape)}; expected {expected} for x {tuple(x.shape)}")
+    if not state.is_floating_point():
+        raise ValueError(f"{op}: state is {state.dtype}; a state is floating point")
 
 
 def _check_scan(
@@ -344,11 +356,12 @@ def _ssd_replay(
     total = log_decay.sum(1)  # (batch, heads)
     ahead = torch.exp(total[:, None] - log_decay.cumsum(1)) * d  # (batch, tokens, heads)
     inputs = torch.where(kept[..., None, None], x, 0).to(kind) * ahead[..., None]
-    added = _by_group(inputs, B.shape[2]).transpose(-1, -2) @ torch.where(kept[..., None, None], B, 0).to(
-        kind
-    ).transpose(1, 2)
-    after = before * torch.exp(total)[..., None, None] + added.view(before.shape)
-    write_slots(state, rows, after)
+    gates = torch.where(kept[..., None, None], B, 0).to(kind).transpose(1, 2)  # (batch, groups, tokens, state)
+    after = before.to(kind).mul_(torch.exp(total)[..., None, None])
+    for own, left, right in zip(after, _by_group(inputs, B.shape[2]).transpose(-1, -2), gates, strict=True):
+        own.view(left.shape[0], -1, own.shape[-1]).baddbmm_(left, right)
+    if rows is not None or after.dtype != state.dtype:
+        write_slots(state, rows, after)
 
 
 def _ssd_scan(

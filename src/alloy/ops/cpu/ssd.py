@@ -86,10 +86,13 @@ def ssd_step(
     for row, slot in enumerate(slot_numbers(slots, state, batch)):
         if slot < 0:
             continue
-        own = state[slot]
-        own = own.mul_(decay[row]).view(groups, -1, width)
-        own.addcmul_(inputs[row], B[row])
-        torch.bmm(C[row], own.to(kind).transpose(1, 2), out=y[row])
+        # the state itself, or a wide copy of a narrow one
+        own = state[slot].to(kind)
+        grouped = own.mul_(decay[row]).view(groups, -1, width)
+        grouped.addcmul_(inputs[row], B[row])
+        torch.bmm(C[row], grouped.transpose(1, 2), out=y[row])
+        if own.dtype != state.dtype:
+            state[slot] = own
     y = y.view(x.shape)
     if D is not None:
         used = x if slots is None else torch.where((slots >= 0)[:, None, None], x, 0)
