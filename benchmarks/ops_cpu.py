@@ -160,6 +160,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # freed once, a block of the size of a model's logits makes glibc keep memory between ops, as it does in a model
+    torch.empty(6 << 20)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread, {options.tokens} tokens")
     with ops.use_backend(options.backend):
         prefill, train, decode = mamba_cases(options.tokens)
