@@ -40,7 +40,7 @@ RECIPE = "pretrain/demo"
 SETTINGS, SCORES, SAMPLES = "demo.json", "eval/scores.json", "eval/samples.jsonl"
 # parts of the standard corpus that are measured; source code is only ever trained on
 MEASURED = ("topics", "docstrings")
-DRAFTS = 2
+DRAFTS = 1
 SAMPLE_TOKENS = 96
 # stock transformers may differ from us by rounding only
 LARGEST_DIFFERENCE = 2e-4
@@ -51,7 +51,7 @@ class Settings:
     """What a user chooses; the same settings continue an interrupted demo."""
 
     text: Path | None = None
-    seconds: float = 200.0
+    seconds: float = 250.0
     source_mb: float = 0.0
     seed: int = 0
 

@@ -10,7 +10,7 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="Your own text: a file or a folder (default: Python's documentation).")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=1.0, help="Seconds of training.")] = 200.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Seconds of training.")] = 250.0,
     source_mb: Annotated[
         float, typer.Option(min=0.0, help="Megabytes of Python source added to the training text.")
     ] = 0.0,
