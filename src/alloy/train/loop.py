@@ -241,7 +241,8 @@ class Trainer(Generic[Batch]):
                     self.latest |= self._validate()
                 if self.step % self.table.save_every == 0 or self.finished or asked:
                     self.save()
-                if asked and not self.finished:
+                if asked:
+                    # after the last step too: the caller wanted to stop, and resuming only has to write the product
                     name = signal.Signals(asked).name
                     raise InterruptedRun(
                         f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked
