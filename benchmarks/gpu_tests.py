@@ -7,7 +7,7 @@ import argparse
 import json
 import platform
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def main() -> None:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "tokenizers", "pydantic")},
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     options.out.write_text(json.dumps({"machine": machine, "tests": recorder.tests}, indent=1) + "\n")
     sys.exit(int(code))
