@@ -242,11 +242,14 @@ class Trainer(Generic[Batch]):
                 if self.step % self.table.save_every == 0 or self.finished or asked:
                     self.save()
                 if asked:
-                    # after the last step too: the caller wanted to stop, and resuming only has to write the product
-                    name = signal.Signals(asked).name
-                    raise InterruptedRun(
-                        f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked
-                    )
+                    break
+            # asked during the last save, too: resuming then only writes the product
+            asked, _ = self._agree(stop.received, self.elapsed)
+        if asked:
+            name = signal.Signals(asked).name
+            raise InterruptedRun(
+                f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked
+            )
         return self.latest
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
