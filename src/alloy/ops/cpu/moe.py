@@ -80,11 +80,12 @@ def _one_token(
 ) -> Tensor:
     """Decode of a single row: each weight is read once, where it lies, and nothing is sorted."""
     act = ACTIVATIONS[activation]
+    experts = chosen[0].tolist()
+    inner = torch.cat([linear(x, up[expert]) for expert in experts])  # (top_k, ffn)
+    hidden = act(inner) if gate is None else act(torch.cat([linear(x, gate[expert]) for expert in experts])) * inner
     total = torch.zeros(x.shape, dtype=wide(x), device=x.device)
-    for expert, weight in zip(chosen[0].tolist(), weights[0].tolist(), strict=True):
-        inner = linear(x, up[expert])
-        inner = act(inner) if gate is None else act(linear(x, gate[expert])) * inner
-        total.add_(linear(inner, down[expert]), alpha=weight)
+    for row, expert, weight in zip(hidden.split(1), experts, weights[0].tolist(), strict=True):
+        total.add_(linear(row, down[expert]), alpha=weight)
     return total.to(x.dtype)
 
 
