@@ -21,7 +21,8 @@ def pack(tokens: list[Tensor], front: int = 0) -> tuple[Tensor, Tensor]:
     start = front
     for i, document in enumerate(tokens):
         row[start : start + len(document)] = document
-        documents[start : start + len(document)] = (7 * i) % 4
+        # a number that comes again, but not next to itself
+        documents[start : start + len(document)] = i % 2
         start += len(document)
     return row, documents
 
@@ -29,8 +30,10 @@ def pack(tokens: list[Tensor], front: int = 0) -> tuple[Tensor, Tensor]:
 def labels(documents: Tensor, tokens: Tensor, shift: int) -> Tensor:
     """Targets `shift` tokens later in the same document, else -100."""
     later = torch.full_like(tokens, -100)
-    same = (documents[:, shift:] == documents[:, :-shift]) & (documents[:, shift:] >= 0)
-    later[:, :-shift] = torch.where(same, tokens[:, shift:], -100)
+    for row, numbers in enumerate(documents.tolist()):
+        for t in range(len(numbers) - shift):
+            if len(set(numbers[t : t + shift + 1])) == 1 and numbers[t] >= 0:
+                later[row, t] = tokens[row, t + shift]
     return later
 
 
@@ -71,8 +74,10 @@ def test_packed_equals_separate(name: str, front: int) -> None:
     expected = [p.grad for p in model.parameters() if p.grad is not None]
     torch.testing.assert_close(value, separate, atol=1e-3, rtol=1e-5)
     assert len(grads) == len(expected)
+    # sums over tokens cancel in some small gradients, down to the rounding of their terms
+    rounding = 1e-6 * torch.stack([g.norm() for g in expected]).norm()
     for ours, theirs in zip(grads, expected, strict=True):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + rounding
 
 
 @pytest.mark.parametrize("name", CONFIGS)
