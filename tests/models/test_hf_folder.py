@@ -497,6 +497,21 @@ def test_generation_config_and_tokenizer(tmp_path: Path) -> None:
     assert alloy.load(tmp_path / "b", device="cpu")[0].config == model.config
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", ""), ("tokenizer.json", "{}"), ("tokenizer.json", None), ("tokenizer_config.json", '{"a": ')],
+    ids=["empty", "no-keys", "another-model", "cut"],
+)
+def test_a_damaged_tokenizer_is_refused(name: str, content: str | None, tmp_path: Path) -> None:
+    """Whatever the tokenizers library raises, the message names the folder."""
+    words = models.WordLevel({"t0": 0, "t1": 1}, "t0")
+    alloy.save(make("tiny-llama"), tmp_path, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)))
+    text = (tmp_path / name).read_text().replace("WordLevel", "Unknown") if content is None else content
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json or tokenizer_config.json is damaged"):
+        load(tmp_path)
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     """Ids beyond the embedding would fail later, or read other rows."""
     alloy.save(make("tiny-llama"), tmp_path)

@@ -155,11 +155,7 @@ def take_layers(config: AnyConfig, layers: Sequence[int]) -> AnyConfig:
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """The folder's fast tokenizer; None when there is no tokenizer.json."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return hub.read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def save(
