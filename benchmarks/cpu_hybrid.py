@@ -10,6 +10,7 @@ even load) and, beside it, the same through `alloy.ops.linear`, which is faster 
 import argparse
 import json
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -211,6 +212,14 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     }
 
 
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    names = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    )
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,7 +241,7 @@ def main() -> None:
             print(line)
     if options.out:
         machine = {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -48,7 +48,7 @@ def test_demo_on_own_text(tmp_path: Path) -> None:
 def test_interrupted_demo_goes_on(tmp_path: Path) -> None:
     """SIGTERM during training saves and exits with 143; the same command finishes the same folder."""
     text = make_text(tmp_path / "text")
-    command = [sys.executable, "-m", "alloy", "demo", "--seconds", "8", "--text", str(text), "--run-dir", "demo"]
+    command = [sys.executable, "-m", "alloy", "demo", "--seconds", "16", "--text", str(text), "--run-dir", "demo"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "demo" / "train" / "metrics.jsonl"

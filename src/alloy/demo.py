@@ -81,7 +81,7 @@ def run_demo(settings: Settings, run_dir: Path | None = None, fresh: bool = Fals
         scores["whole demo, seconds"] = round(time.monotonic() - start, 1)
         scores["peak memory, GiB"] = round(peak_memory_bytes() / 2**30, 2)
         atomic_write(folder / "train" / SCORES, json.dumps(scores, indent=1) + "\n")
-        report = report_run(folder / "train")
+        report = report_run(folder / "train", f"alloy demo, {folder.name}")
         _say("6/6", "report", str(report))
         atomic_write(folder / SETTINGS, json.dumps({**settings.as_dict(), "finished": True}, indent=1) + "\n")
         _closing(folder, checkpoint, held_out, time.monotonic() - start)

@@ -140,7 +140,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert alloy("doctor", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert list(facts) == ["versions", "devices", "threads", "backends", "extras", "advice"]
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert facts["threads"]["torch"] == torch.get_num_threads()
     assert facts["backends"]["ssd_scan"]["cpu"] in ("torch", "cpu")
     assert any("GOMP_SPINCOUNT=1000" in line for line in facts["advice"])

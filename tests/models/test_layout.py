@@ -74,10 +74,10 @@ def test_packed_equals_separate(name: str, front: int) -> None:
     expected = [p.grad for p in model.parameters() if p.grad is not None]
     torch.testing.assert_close(value, separate, atol=1e-3, rtol=1e-5)
     assert len(grads) == len(expected)
-    # sums over tokens cancel in some small gradients, down to the rounding of their terms
-    rounding = 1e-6 * torch.stack([g.norm() for g in expected]).norm()
+    # rounding in sums that cancel (decay rates) is relative to the whole gradient, not to the small rest
+    whole = torch.cat([g.flatten() for g in expected]).norm()
     for ours, theirs in zip(grads, expected, strict=True):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + rounding
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6 * whole
 
 
 @pytest.mark.parametrize("name", CONFIGS)

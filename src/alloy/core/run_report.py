@@ -40,19 +40,19 @@ _WARM_UP = 5
 _MOST_SAMPLES = 12
 
 
-def report_run(run_dir: Path) -> Path:
-    """Write report.html of one run from the files in its directory, and return its path."""
+def report_run(run_dir: Path, title: str | None = None) -> Path:
+    """Write report.html of one run from the files in its directory, and return its path; the title is its name or `title`."""
     run = RunDir(run_dir)
     records = read_metrics(run_dir / "metrics.jsonl")
     sections: list[Section] = [
-        *_charts({"": records}),
         *_evaluation(run_dir / "eval" / "scores.json"),
+        *_charts({"": records}),
         *_samples(run_dir / "eval" / "samples.jsonl"),
         *_settings(run),
         _environment(run),
     ]
     path = run_dir / "report.html"
-    write_report(path, run_dir.resolve().name, sections, _facts(run, records))
+    write_report(path, title or run_dir.resolve().name, sections, _facts(run, records))
     return path
 
 

@@ -241,11 +241,15 @@ class Trainer(Generic[Batch]):
                     self.latest |= self._validate()
                 if self.step % self.table.save_every == 0 or self.finished or asked:
                     self.save()
-                if asked and not self.finished:
-                    name = signal.Signals(asked).name
-                    raise InterruptedRun(
-                        f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked
-                    )
+                if asked:
+                    break
+            # asked during the last save, too: resuming then only writes the product
+            asked, _ = self._agree(stop.received, self.elapsed)
+        if asked:
+            name = signal.Signals(asked).name
+            raise InterruptedRun(
+                f"stopped by {name} after step {self.step}; go on with --resume {self.folder}", 128 + asked
+            )
         return self.latest
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -127,13 +127,13 @@ class _Attention(torch.autograd.Function):
         buffers = blocks.buffer(), blocks.buffer(), blocks.buffer()
         for block in blocks:
             scores, weights, dweights = (blocks.shaped(t, block) for t in buffers)
-            queries, dout = blocks.rows(blocks.q, block) * blocks.scale, blocks.rows(dy, block)
+            queries, dy_block = blocks.rows(blocks.q, block) * blocks.scale, blocks.rows(dy, block)
             keys = slice(block.first, block.stop)
             blocks.weights(block, queries, scores, weights)
-            torch.bmm(dout, blocks.v[:, keys].transpose(1, 2), out=dweights)
+            torch.bmm(dy_block, blocks.v[:, keys].transpose(1, 2), out=dweights)
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype, grad_input=scores)
             # sums in place on contiguous parts; slices of dk and dv would be computed without BLAS
-            dv[:, keys] += torch.bmm(weights.transpose(1, 2), dout)
+            dv[:, keys] += torch.bmm(weights.transpose(1, 2), dy_block)
             dk[:, keys] += torch.bmm(dscores.transpose(1, 2), queries)
             place = dq[:, :, :, block.start : block.stop]
             place.copy_(torch.bmm(dscores, blocks.k[:, keys]).mul_(blocks.scale).view(place.shape))

@@ -1,0 +1,50 @@
+"""Run the tests marked `gpu` and keep what they said, with machine, versions and date.
+
+python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests.json
+"""
+
+import argparse
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+
+class Recorder:
+    """Collects outcome and seconds of every test."""
+
+    def __init__(self) -> None:
+        self.tests: list[dict[str, object]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One row a test: its call, or the skip or error that kept it from one."""
+        if report.when == "call" or report.outcome != "passed":
+            self.tests.append({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)})
+
+
+def main() -> None:
+    """Run, print what pytest prints, write the file; the exit code is pytest's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("paths", nargs="*", default=["tests/gpu"], help="what to collect (default: tests/gpu)")
+    options = parser.parse_args()
+    recorder = Recorder()
+    code = pytest.main(["-m", "gpu", *options.paths], plugins=[recorder])
+    machine = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "pydantic")},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    options.out.write_text(json.dumps({"machine": machine, "tests": recorder.tests}, indent=1) + "\n")
+    sys.exit(int(code))
+
+
+if __name__ == "__main__":
+    main()
