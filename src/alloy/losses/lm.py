@@ -59,7 +59,7 @@ def mtp_labels(labels: Tensor, documents: Tensor, depth: int) -> Tensor:
 
 
 def count_labels(labels: Tensor) -> int:
-    """Number of labels that are counted. labels: any shape, on the CPU."""
+    """Number of labels (any shape, on the CPU) that are counted."""
     return int((labels != IGNORE).sum())
 
 
