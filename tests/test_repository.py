@@ -42,6 +42,22 @@ def test_every_public_function_is_documented() -> None:
     assert missing == []
 
 
+def test_functions_on_tensors_state_shapes() -> None:
+    """A public function that takes tensors has their shapes in its docstring, or names the function whose twin it is."""
+    import ast
+
+    missing = []
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            arguments = [ast.unparse(a.annotation) for a in node.args.args + node.args.kwonlyargs if a.annotation]
+            text = ast.get_docstring(node) or ""
+            if {"Tensor", "Tensor | None"} & set(arguments) and not re.search(r"\(|As `alloy\.ops\.", text):
+                missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert missing == []
+
+
 def test_large_files_are_not_tracked() -> None:
     """Nothing above 500 KB is in the repository."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)

@@ -24,6 +24,23 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
+    ("code", "limit_s"),
+    [
+        ("import alloy", 0.3),
+        (
+            "import sys; from alloy.cli import main\nsys.stdout = sys.stderr\ntry: main(['--help'])\nexcept SystemExit: pass",
+            0.6,
+        ),
+    ],
+    ids=["import", "help"],
+)
+def test_start_up_is_quick(code: str, limit_s: float) -> None:
+    """Processor time from the start of the interpreter to the end, the best of five; other work on the machine is left out."""
+    code += "\nimport sys, time; print(time.process_time(), file=sys.__stdout__)"
+    assert min(float(python(code).stdout) for _ in range(5)) < limit_s
+
+
+@pytest.mark.parametrize(
     "code",
     [
         "import alloy; dir(alloy)",

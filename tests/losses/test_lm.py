@@ -62,7 +62,8 @@ def test_frozen_head_gets_no_gradient() -> None:
 
 def test_mtp_labels_never_cross_documents() -> None:
     """Depth k asks position t for token t + k + 1 of the same document, by a plain loop over tokens."""
-    documents = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    # number 0 comes again after document 1: another document
+    documents = torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0]])
     tokens = torch.arange(18).view(2, 9) + 100
     labels = torch.full_like(tokens, -100)
     for row in range(2):

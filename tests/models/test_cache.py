@@ -8,6 +8,7 @@ from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 from alloy.models.cache import DenseCache
 from alloy.models.configs import HybridConfig
+from alloy.models.registry import MODELS
 from tests.models.zoo import CONFIGS, build, random_tokens
 
 SEQ = 19
@@ -20,7 +21,12 @@ def run(model: CausalLM, cache: DenseCache, tokens: Tensor) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_every_registered_kind_is_here() -> None:
+    """The tests below and in test_layout.py run over CONFIGS."""
+    assert {config.kind for config in CONFIGS.values()} == set(MODELS.names())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -357,6 +357,28 @@ def test_overrides_need_the_puzzle_kind() -> None:
         write_config(HybridConfig.model_validate(data))
 
 
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        (HYBRID, {"n_shared_experts": "two", "hybrid_override_pattern": "MEM*-"}, "a value is not of the type"),
+        (HYBRID, {"layers_block_type": 5}, "a value is not of the type"),
+        (HYBRID, {"sliding_window": 0}, "sliding_window = 0: Input should be greater than 0"),
+        (HYBRID, {"mamba_head_dim": 10**30}, "mamba_head_dim = .*: Input should be less than"),
+        (ROUTED, {"moe_latent_size": -1}, "moe_latent_size = -1: Input should be greater than 0"),
+        (LLAMA, {"num_attention_heads": "x"}, "a value is not of the type"),
+        (LLAMA, {"num_attention_heads": 0}, "a value is not of the type"),
+        (LLAMA, {"rope_scaling": 2.0}, "a value is not of the type"),
+        (LLAMA, {"head_dim": 7}, "head_dim = 7 rotates 7 channels; rotary embedding needs pairs"),
+        (NAS, {"block_configs": [[]]}, "a value is not of the type"),
+        (LLAMA, {"quantization_config": "int4"}, "a value is not of the type"),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(base: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    """A damaged or foreign value is told as such, never as a traceback or a failed allocation."""
+    with pytest.raises(CheckpointError, match=message):
+        read(base, **changes)
+
+
 def test_broken_files_are_named(tmp_path: Any) -> None:
     """Absent, no JSON, no object."""
     with pytest.raises(CheckpointError, match=r"config.json does not exist"):

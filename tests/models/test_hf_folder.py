@@ -332,6 +332,62 @@ def test_truncated_weights(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_offsets": [0, 224]}, "begins at byte .*, the tensor before it ends at"),
+        ({"dtype": "I32"}, r"1 weights are stored as whole numbers \(norm_f.weight\)"),
+        ({"dtype": "C64"}, 'norm_f.weight has dtype "C64", which cannot be read'),
+        ({"shape": [float("inf")]}, "damaged header"),
+        ({"shape": [10**30]}, "damaged header"),
+        ({"data_offsets": [0]}, "damaged header"),
+        ({"shape": None}, "damaged header"),
+    ],
+    ids=["overlap", "integers", "dtype", "infinite", "huge", "offsets", "null"],
+)
+def test_headers_that_lie(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """One entry of the header is wrong while the file's length is right."""
+    alloy.save(make("tiny-dense"), tmp_path)
+    whole = (tmp_path / SINGLE).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    header["backbone.norm_f.weight"] |= changes
+    text = json.dumps(header).encode()
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+def test_a_deeply_nested_header_is_damaged(tmp_path: Path) -> None:
+    """No recursion error."""
+    alloy.save(make("tiny-dense"), tmp_path)
+    (tmp_path / SINGLE).write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(CheckpointError, match="damaged header"):
+        load(tmp_path)
+
+
+def test_shapes_are_compared_before_memory_is_taken(tmp_path: Path) -> None:
+    """A config.json of a petabyte beside small weights is a mismatch, not a failed allocation."""
+    alloy.save(make("tiny-dense"), tmp_path)
+    edit_config(tmp_path, vocab_size=2**30, intermediate_size=2**30)
+    with pytest.raises(CheckpointError, match="of another shape"):
+        load(tmp_path)
+
+
+def test_an_index_and_stop_tokens_of_another_type(tmp_path: Path) -> None:
+    """weight_map holds file names; eos_token_id of generation_config.json holds ids."""
+    alloy.save(make("tiny-moe"), tmp_path, max_shard_bytes=60_000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = 3
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no weight_map of tensors and file names"):
+        load(tmp_path)
+    alloy.save(make("tiny-moe"), tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointError, match="eos_token_id = </s> is neither a token id nor a list of them"):
+        load(tmp_path)
+
+
 def test_absent_shards_and_a_missing_index(tmp_path: Path) -> None:
     """An index that names files that are not there, tensors that are elsewhere, and shards without an index."""
     alloy.save(make("tiny-moe"), tmp_path, max_shard_bytes=60_000)
@@ -439,6 +495,21 @@ def test_generation_config_and_tokenizer(tmp_path: Path) -> None:
     assert again is not None
     assert again.get_vocab() == vocabulary
     assert alloy.load(tmp_path / "b", device="cpu")[0].config == model.config
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", ""), ("tokenizer.json", "{}"), ("tokenizer.json", None), ("tokenizer_config.json", '{"a": ')],
+    ids=["empty", "no-keys", "another-model", "cut"],
+)
+def test_a_damaged_tokenizer_is_refused(name: str, content: str | None, tmp_path: Path) -> None:
+    """Whatever the tokenizers library raises, the message names the folder."""
+    words = models.WordLevel({"t0": 0, "t1": 1}, "t0")
+    alloy.save(make("tiny-llama"), tmp_path, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)))
+    text = (tmp_path / name).read_text().replace("WordLevel", "Unknown") if content is None else content
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json or tokenizer_config.json is damaged"):
+        load(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:

@@ -129,12 +129,16 @@ def build(name: str, seed: int = 0) -> CausalLM:
     model = HybridLM(config) if isinstance(config, HybridConfig) else DecoderLM(config)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
+    disturb(model, generator)
+    return model.eval()
+
+
+def disturb(model: CausalLM, generator: torch.Generator) -> None:
+    """Move norms, biases and D away from ones and zeros, where mistakes hide."""
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
-            # away from ones and zeros, where mistakes hide
             if "norm" in key or key.endswith("bias") or key.endswith(".D"):
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
-    return model.eval()
 
 
 def random_tokens(batch: int, seq: int, seed: int = 1) -> Tensor:

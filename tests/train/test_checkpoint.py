@@ -64,9 +64,12 @@ def test_no_state_is_none(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step-000009\n")
     with pytest.raises(CheckpointError, match="names step-000009, which is not there"):
         latest_state(tmp_path)
+    (tmp_path / "latest").write_bytes(b"step-\xff\n")
+    with pytest.raises(CheckpointError, match="which is not there"):
+        latest_state(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "unfinished"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "unfinished", "digests"])
 def test_damage_is_found_on_load(tmp_path: Path, damage: str) -> None:
     """A changed, short or missing file is named before anything is loaded."""
     folder = save_state(tmp_path, 1, tensors(1), {}, WORLD, keep_last=1)
@@ -78,6 +81,8 @@ def test_damage_is_found_on_load(tmp_path: Path, damage: str) -> None:
         file.write_bytes(data[:-1])
     elif damage == "remove":
         file.unlink()
+    elif damage == "digests":
+        (folder / "digests.json").write_bytes((folder / "digests.json").read_bytes()[:20])
     else:
         (folder / "digests.json").unlink()
     wanted = {
@@ -85,6 +90,7 @@ def test_damage_is_found_on_load(tmp_path: Path, damage: str) -> None:
         "cut": "is not what was written",
         "remove": "is missing",
         "unfinished": "not complete",
+        "digests": "digests.json is not JSON",
     }
     with pytest.raises(CheckpointError, match=wanted[damage]):
         load_state(folder, tensors(1), WORLD)

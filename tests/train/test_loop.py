@@ -40,7 +40,7 @@ def test_micro_batch_and_checkpointing_leave_the_loss(reference: Path, overrides
     train(reference, name, "train.precision=fp32", "train.optimizer=adamw", *overrides)
     if not (reference / "adamw").exists():
         train(reference, "adamw", "train.optimizer=adamw")
-    torch.testing.assert_close(losses(reference / name), losses(reference / "adamw"), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(losses(reference / name), losses(reference / "adamw"), rtol=0, atol=5e-6)
     for mine, other in zip(curve(reference / name), curve(reference / "adamw"), strict=True):
         assert mine.get("max_vio_by_layer") == other.get("max_vio_by_layer")
 

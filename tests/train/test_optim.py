@@ -57,8 +57,8 @@ def test_muon_is_torch_muon_for_matrices() -> None:
         mine.step()
         reference.step()
     for a, b, start in zip(ours, theirs, parameters(*shapes), strict=True):
-        # bf16 iterations in another order: compare the moves, not the weights
-        torch.testing.assert_close(a - start, b - start, rtol=0.05, atol=1e-3)
+        # bf16 iterations may run in another order: compare the moves, not the weights
+        assert (a - b).norm() <= 0.01 * (b - start).norm()
 
 
 def test_stacked_experts_are_separate_matrices() -> None:

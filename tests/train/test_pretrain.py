@@ -26,6 +26,9 @@ def test_sequences_are_counted_by_run() -> None:
     """Runs of equal numbers of a least length, padding left out."""
     documents = torch.tensor([[0, 0, 0, 1, 2, 2, -1], [3, 4, 4, 4, 4, 5, 5], [-1] * 7])
     assert [count_sequences(documents, shortest) for shortest in (1, 2, 3, 4, 5)] == [6, 4, 2, 1, 0]
+    # a number that comes again after another document is another run
+    again = torch.tensor([[0, 1, 0, 0, 1, 0, -1]])
+    assert [count_sequences(again, shortest) for shortest in (1, 2, 3)] == [5, 1, 0]
 
 
 def test_checkpoint_opens_and_carries_the_tokenizer(folder: Path) -> None:

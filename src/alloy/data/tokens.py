@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from alloy.core.hub import read_tokenizer
 from alloy.core.runs import atomic_path, atomic_write
 from alloy.data.io import Document
 from alloy.errors import DataError, RecipeError
@@ -153,7 +154,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise DataError(
             f"{folder} has no tokenizer.json; make one with `alloy data tokenizer`, or name a checkpoint folder."
         )
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    return read_tokenizer(Path(folder))
 
 
 class TextEncoder:

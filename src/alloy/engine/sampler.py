@@ -208,7 +208,7 @@ def token_logprobs(tokens: Items[int], tables: dict[str, Tensor], top: int) -> l
 
 
 def on_host(tensor: Tensor) -> Any:
-    """The values as nested lists; torch leaves the type of `tolist` open."""
+    """The values (any shape) as nested lists; torch leaves the type of `tolist` open."""
     untyped: Any = tensor
     return untyped.tolist()
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alloy.ops.documents import segment_ids
+
 IGNORE = -100
 # elements of one chunk of fp32 logits: 2 MiB stay in a CPU's cache (a fifth less time than 8 MiB at 2048 ids); on a GPU 1 GiB,
 # because each chunk also reads and writes the weight's whole gradient
@@ -51,12 +53,13 @@ def mtp_labels(labels: Tensor, documents: Tensor, depth: int) -> Tensor:
     Returns:
         (batch, seq - depth)
     """
-    crosses = documents[:, depth:] != documents[:, :-depth]
+    segments, _ = segment_ids(documents)
+    crosses = segments[:, depth:] != segments[:, :-depth]
     return labels[:, depth:].masked_fill(crosses, IGNORE)
 
 
 def count_labels(labels: Tensor) -> int:
-    """Number of labels that are counted. labels: any shape, on the CPU."""
+    """Number of labels (any shape, on the CPU) that are counted."""
     return int((labels != IGNORE).sum())
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from alloy.errors import RequestError
 from alloy.models.cache import DenseCache
 from alloy.models.configs import DecoderConfig, HybridConfig
+from alloy.ops.documents import segment_ids
 
 InitStyle = Literal["megatron", "transformers"]
 
@@ -69,7 +70,7 @@ class Layout:
 
     Attributes:
         tokens: (batch, seq) int64, rolled, padding replaced by 0
-        documents: (batch, seq) int32 rolled, -1 only at the end of a row; or None
+        documents: (batch, seq) int32 rolled, -1 only at the end of a row, no number twice in a row; or None
         packed: some row holds more than one document
         lengths: (batch,) int64 real tokens per row; None: every token is real
         valid: (batch, seq) bool, tokens that count in statistics; None: all
@@ -195,6 +196,10 @@ class Layout:
         self.packed = bool(((documents[:, 1:] != documents[:, :-1]) & (documents[:, 1:] >= 0)).any())
         if self.packed and self._cache is not None:
             raise RequestError("a cached call takes one document per row; documents holds several")
+        if self.packed:
+            # a number that comes again after another document means a new one; from here on every number is one document
+            segments, real = segment_ids(documents)
+            documents = segments.masked_fill(~real, -1).to(torch.int32)
         self.documents = documents if self.packed or self.lengths is not None else None
 
 

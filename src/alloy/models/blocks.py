@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from alloy.errors import RecipeError
 from alloy.models.base import InitPlan, Layout
 from alloy.models.cache import DenseCache
 from alloy.models.configs import AttentionConfig, MLPConfig, RopeConfig
@@ -117,10 +116,6 @@ class Rotary:
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         self.config = config
         self.width = int(head_dim * config.partial)
-        if self.width % 2:
-            raise RecipeError(
-                f"head_dim = {head_dim} with rope.partial = {config.partial} rotates {self.width} channels; it must be even"
-            )
         self._frequencies: Tensor | None = None
 
     def frequencies(self, device: torch.device) -> Tensor:

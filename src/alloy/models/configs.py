@@ -16,7 +16,9 @@ from pydantic import Field, model_validator
 
 from alloy.core.recipe import Config
 
-Positive = Annotated[int, Field(gt=0)]
+# the upper bound is far beyond any model, and keeps a damaged file's number within what a tensor's size can be
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Activation = Literal["relu2", "silu", "gelu", "relu"]
 
 
@@ -81,7 +83,7 @@ class AttentionConfig(Config):
     bias: bool = False
     # bias of the output projection when it differs from `bias` (None: the same)
     out_bias: bool | None = None
-    window: int | None = None
+    window: Positive | None = None
     rope: RopeConfig | None = None
     # RMSNorm over the head dimension of queries and keys before RoPE (Qwen3)
     qk_norm: bool = False
@@ -91,6 +93,9 @@ class AttentionConfig(Config):
     def check(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+        rotated = 0 if self.rope is None else int(self.head_dim * self.rope.partial)
+        if rotated % 2:
+            raise ValueError(f"head_dim = {self.head_dim} rotates {rotated} channels; rotary embedding needs pairs")
         return self
 
 
@@ -112,8 +117,8 @@ class MoEConfig(Config):
     top_k: Positive
     ffn: Positive
     # width of the shared MLP (0: none)
-    shared_ffn: int = 0
-    latent: int | None = None
+    shared_ffn: Count = 0
+    latent: Positive | None = None
     activation: Activation = "relu2"
     gated: bool = False
     bias: bool = False
@@ -178,20 +183,20 @@ def clean_pattern(pattern: str, name: str = "pattern") -> str:
 class LayerOverride(Config):
     """What one layer of a heterogeneous hybrid (`nemotron_h_puzzle`) changes; None keeps the model's value."""
 
-    ffn: int | None = None
-    ssm_state: int | None = None
-    ssm_heads: int | None = None
-    ssm_head_dim: int | None = None
-    ssm_groups: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    window: int | None = None
-    num_experts: int | None = None
-    top_k: int | None = None
-    expert_ffn: int | None = None
-    shared_ffn: int | None = None
-    latent: int | None = None
+    ffn: Positive | None = None
+    ssm_state: Positive | None = None
+    ssm_heads: Positive | None = None
+    ssm_head_dim: Positive | None = None
+    ssm_groups: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    window: Positive | None = None
+    num_experts: Positive | None = None
+    top_k: Positive | None = None
+    expert_ffn: Positive | None = None
+    shared_ffn: Count | None = None
+    latent: Positive | None = None
 
 
 class HybridConfig(Config):
@@ -215,7 +220,7 @@ class HybridConfig(Config):
     num_kv_heads: Positive = 8
     head_dim: Positive = 128
     attention_bias: bool = False
-    window: int | None = None
+    window: Positive | None = None
 
     # one width, or one per `-` layer in order
     ffn: Positive | tuple[Positive, ...] = 21_504
@@ -237,15 +242,15 @@ class HybridConfig(Config):
     num_experts: Positive = 8
     top_k: Positive = 2
     expert_ffn: Positive = 7688
-    shared_ffn: int = 7688
-    latent: int | None = None
+    shared_ffn: Count = 7688
+    latent: Positive | None = None
     num_router_groups: Positive = 1
     top_router_groups: Positive = 1
     normalize_weights: bool = True
     router_scale: float = 1.0
 
     # depths stored; depth 1 is applied again for further ones when mtp_repeated
-    mtp_depths: int = 0
+    mtp_depths: Count = 0
     mtp_pattern: str = "*E"
     mtp_repeated: bool = True
     mtp_loss_scale: float = 0.3
@@ -401,7 +406,7 @@ class DecoderConfig(Config):
     attention_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    window: int | None = None
+    window: Positive | None = None
     rope: RopeConfig = RopeConfig()
     # "rms" is Llama's (cast before the weight), "layer1p" Nemotron-4's LayerNorm with weight + 1
     norm: Literal["rms", "layer1p"] = "rms"
@@ -410,9 +415,9 @@ class DecoderConfig(Config):
     max_positions: Positive = 4096
 
     # Qwen3-MoE; `dense_layers` keep the plain MLP
-    num_experts: int = 0
-    top_k: int = 0
-    expert_ffn: int = 0
+    num_experts: Count = 0
+    top_k: Count = 0
+    expert_ffn: Count = 0
     normalize_weights: bool = True
     dense_layers: tuple[int, ...] = ()
 

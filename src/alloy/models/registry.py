@@ -19,7 +19,14 @@ from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig, HybridConfig
 from alloy.models.hf.config import parse_style, read_config, read_json, write_config
 from alloy.models.hf.files import Progress, Stored
-from alloy.models.hf.folder import DEFAULT_SHARD, load_weights, read_optional_json, save_weights, stored_tensors
+from alloy.models.hf.folder import (
+    DEFAULT_SHARD,
+    load_weights,
+    match_weights,
+    read_optional_json,
+    save_weights,
+    stored_tensors,
+)
 from alloy.models.hf.keys import Style
 from alloy.models.hf.names import bare_name
 
@@ -72,11 +79,13 @@ def load(
     if layers is not None:
         config = take_layers(config, layers)
     model = build(config, "meta", dtype or stored_dtype(stored))
+    # before any memory is taken: a config.json of another size would ask for more than there is
+    found = match_weights(model, config, stored, folder, layers)
     model.to_empty(device=resolve_device(str(device)))
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     start = time.perf_counter()
-    load_weights(model, config, stored, folder, layers, progress)
+    load_weights(model, config, found, folder, layers, progress)
     _log_rate("loaded", model, start)
     model.foreign = foreign
     model.generation = read_optional_json(folder / GENERATION)
@@ -146,11 +155,7 @@ def take_layers(config: AnyConfig, layers: Sequence[int]) -> AnyConfig:
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """The folder's fast tokenizer; None when there is no tokenizer.json."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return hub.read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def save(
@@ -215,6 +220,8 @@ def _with_stop_tokens(config: AnyConfig, generation: dict[str, Any]) -> AnyConfi
     extra = [i for i in (found if isinstance(found, list) else [found]) if i is not None and i not in config.eos_ids]
     if not extra:
         return config
+    if any(type(i) is not int for i in extra):
+        raise CheckpointError(f"{GENERATION}: eos_token_id = {found} is neither a token id nor a list of them")
     return type(config).model_validate({**config.model_dump(), "eos_ids": (*config.eos_ids, *extra)})
 
 

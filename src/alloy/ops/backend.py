@@ -39,7 +39,7 @@ def resolve(op: str, device_type: str) -> Op:
 
 
 def run(op: str, x: Tensor, *args: Any) -> Any:
-    """Compute `op` of x and `args` where x is. Autocast is off inside: an op fixes its own dtypes."""
+    """Compute `op` of x (any shape) and `args` where x is. Autocast is off inside: an op fixes its own dtypes."""
     fn = resolve(op, x.device.type)
     if not torch.is_autocast_enabled(x.device.type):
         return fn(x, *args)

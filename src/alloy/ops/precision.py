@@ -5,5 +5,5 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """float32 for every dtype up to float32; float64 stays float64, so that gradients can be checked in it."""
+    """The dtype for x (any shape): float32 up to float32; float64 stays float64, so that gradients can be checked in it."""
     return torch.promote_types(x.dtype, torch.float32)

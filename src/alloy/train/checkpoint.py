@@ -121,7 +121,7 @@ def latest_state(root: Path) -> Path | None:
     pointer = root / LATEST
     if not pointer.exists():
         return None
-    folder = root / pointer.read_text().strip()
+    folder = root / pointer.read_text(errors="replace").strip()
     if not folder.is_dir():
         raise CheckpointError(f"{pointer} names {folder.name}, which is not there; put the name of one that is into it")
     return folder
@@ -143,7 +143,11 @@ def _verify(folder: Path) -> str | None:
     digests = folder / DIGESTS
     if not digests.exists():
         return f"state {folder} is not complete: {DIGESTS} is missing; choose another one in state/latest"
-    for name, digest in json.loads(digests.read_text()).items():
+    try:
+        written: dict[str, str] = json.loads(digests.read_bytes())
+    except ValueError as error:
+        return f"state {folder} is damaged: {DIGESTS} is not JSON ({error}); put an older state into {folder.parent / LATEST}"
+    for name, digest in written.items():
         path = folder / name
         if not path.exists():
             return f"state {folder} is damaged: {name} is missing; put an older state into {folder.parent / LATEST}"

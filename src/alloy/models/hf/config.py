@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from alloy.errors import CheckpointError, RecipeError
 from alloy.models.configs import DecoderConfig, HybridConfig
 from alloy.models.hf.decoder import DECODERS, read_decoder, write_decoder
 from alloy.models.hf.hybrid import HYBRIDS, read_hybrid, write_hybrid
-from alloy.models.hf.keys import ConfigKeys, Style
+from alloy.models.hf.keys import ConfigKeys, Style, messages
 
 AnyConfig = HybridConfig | DecoderConfig
 KINDS = (*HYBRIDS, *DECODERS)
@@ -55,6 +57,17 @@ def read_config(
         source: how messages call it
         shared_rows: rows of the first shared expert's up_proj, which settles what n_shared_experts > 1 means
     """
+    try:
+        return _read_config(data, source, shared_rows)
+    except ValidationError as error:
+        raise CheckpointError(f"{source}: {'; '.join(messages(error))}") from error
+    except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{source}: a value is not of the type that its key has ({error}). Save or download the checkpoint again"
+        ) from error
+
+
+def _read_config(data: Mapping[str, Any], source: str, shared_rows: int | None) -> tuple[AnyConfig, dict[str, Any]]:
     kind = data.get("model_type")
     if kind not in KINDS:
         raise CheckpointError(f'{source}: model_type = "{kind}" is not supported. Known: {", ".join(KINDS)}')

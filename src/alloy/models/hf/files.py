@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         try:
             header = json.loads(file.read(length))
             return _entries(path, header, 8 + length, total)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header ({error}). Download or save it again") from error
 
 
@@ -86,13 +86,21 @@ def _entries(path: Path, header: dict[str, Any], base: int, total: int) -> dict[
                 f"{path}: {name} of shape {list(shape)} needs {size} bytes, the header gives {end - start}"
             )
         found[name] = Stored(path, dtype, shape, base + start, size)
-    last = max((entry.start + entry.size for entry in found.values()), default=base)
+    ordered = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].size)))
+    last = base
+    for name, entry in ordered.items():
+        if entry.start != last:
+            raise CheckpointError(
+                f"{path} is damaged: {name} begins at byte {entry.start}, the tensor before it ends at {last}. "
+                "Download or save it again"
+            )
+        last += entry.size
     if last != total:
         state = "truncated" if total < last else "damaged (extra bytes at the end)"
         raise CheckpointError(
             f"{path} is {state}: its header describes {last} bytes, it has {total}. Download or save it again"
         )
-    return dict(sorted(found.items(), key=lambda item: item[1].start))
+    return ordered
 
 
 class TensorReader:

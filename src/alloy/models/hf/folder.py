@@ -73,9 +73,10 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder; CheckpointError says why if there are none or some are absent."""
     if (path / INDEX).is_file():
         index = read_json(path / INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise CheckpointError(f"{path / INDEX} has no weight_map. Download it again")
-        names = sorted(set(index["weight_map"].values()))
+        listed = index.get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(f"{path / INDEX} has no weight_map of tensors and file names. Download it again")
+        names = sorted(set(listed.values()))
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             raise CheckpointError(
@@ -182,6 +183,35 @@ def _cause(result: Audit) -> str:
     return "Likely cause: config.json describes fewer layers or parts than the weights hold"
 
 
+def match_weights(
+    model: nn.Module,
+    config: AnyConfig,
+    stored: Mapping[str, Stored],
+    path: Path,
+    layers: Sequence[int] | None = None,
+) -> dict[str, Stored]:
+    """Bare name -> where it lies, for everything the model takes; CheckpointError unless that is all of it, in floats.
+
+    Args:
+        model: the model, which needs no memory yet
+        config: its configuration
+        stored: of `stored_tensors(path)`
+        path: the folder, for messages
+        layers: which of the file's blocks the model's are (None: all)
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in model_tensors(model, config).items()}
+    result = audit(stored, shapes, config, layers)
+    if not result.is_clean:
+        raise CheckpointError(explain(result, path))
+    odd = [name for name, tensor in result.stored.items() if not tensor.dtype.is_floating_point]
+    if odd:
+        raise CheckpointError(
+            f"{path}: {len(odd)} weights are stored as whole numbers ({_some(odd)}). "
+            "Use the checkpoint in bfloat16 or float32"
+        )
+    return result.stored
+
+
 def load_weights(
     model: nn.Module,
     config: AnyConfig,
@@ -195,19 +225,16 @@ def load_weights(
     Args:
         model: the model, its memory allocated
         config: its configuration
-        stored: of `stored_tensors(path)`
+        stored: of `match_weights`
         path: the folder, for messages
         layers: which of the file's blocks the model's are (None: all)
         progress: called with the bytes of each tensor read
     """
     tensors = model_tensors(model, config)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    result = audit(stored, shapes, config, layers)
-    if not result.is_clean:
-        raise CheckpointError(explain(result, path))
     plan = reading_plan(shapes, config, layers)
     by_file: dict[Path, list[str]] = defaultdict(list)
-    for bare, tensor in result.stored.items():
+    for bare, tensor in stored.items():
         by_file[tensor.file].append(bare)
     head = None
     with torch.no_grad():
@@ -215,9 +242,9 @@ def load_weights(
             with TensorReader(file, progress) as reader:
                 for bare in names:
                     if bare == "lm_head.weight" and config.tie_embeddings:
-                        head = reader.read(result.stored[bare])
+                        head = reader.read(stored[bare])
                     else:
-                        _fill(reader, result.stored[bare], plan[bare], tensors)
+                        _fill(reader, stored[bare], plan[bare], tensors)
     if head is not None and not torch.equal(head.to(tensors["embed.weight"]), tensors["embed.weight"]):
         raise CheckpointError(
             f"{path}: tie_word_embeddings is true but lm_head.weight differs from the embedding. "

@@ -66,16 +66,17 @@ def validated(model: type[Any], fields: dict[str, Any], names: Mapping[str, str]
         return model.model_validate(fields)
     except ValidationError as error:
         known = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b(?= [=l]|$)")
-        text = "; ".join(_messages(error))
+        text = "; ".join(messages(error))
         raise keys.refuse(known.sub(lambda match: names[match[1]], text)) from error
 
 
-def _messages(error: ValidationError) -> list[str]:
+def messages(error: ValidationError) -> list[str]:
+    """What is wrong, one line each."""
     texts: list[str] = []
     for item in error.errors():
         inner = item.get("ctx", {}).get("error")
         if isinstance(inner, ValidationError):
-            texts += _messages(inner)
+            texts += messages(inner)
         elif item["loc"]:
             texts.append(f"{item['loc'][0]} = {item['input']!r}: {item['msg']}")
         else:

@@ -34,6 +34,7 @@ from alloy.models.base import CausalLM, Layout, RouterStats
 from alloy.models.configs import DecoderConfig, HybridConfig
 from alloy.models.moe import Gate
 from alloy.models.registry import build, inspect, load, save
+from alloy.ops.documents import segment_ids
 from alloy.ops.moe import update_router_bias
 from alloy.parallel.mesh import World
 from alloy.train.launch import Plan, launch
@@ -360,10 +361,12 @@ def router_stats(model: CausalLM, routers: list[RouterStats]) -> dict[str, Tenso
 
 def count_sequences(documents: Tensor, shortest: int) -> int:
     """Runs of at least `shortest` equal document numbers in the rows; padding does not count. documents: (rows, seq)."""
-    starts = documents >= 0
+    segments, starts = segment_ids(documents)
+    long_enough = starts[:, shortest - 1 :].clone()
     starts[:, 1:] &= documents[:, 1:] != documents[:, :-1]
     last = documents.shape[1] - shortest + 1
-    return int((starts[:, :last] & (documents[:, shortest - 1 :] == documents[:, :last])).sum())
+    long_enough &= segments[:, shortest - 1 :] == segments[:, :last]
+    return int((starts[:, :last] & long_enough).sum())
 
 
 def prepare_data(
