@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from alloy.core import hub
 from alloy.core.runs import atomic_path, atomic_write
 from alloy.data.io import Document
 from alloy.errors import DataError, RecipeError
@@ -149,11 +150,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> Pa
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """A fast tokenizer from a local folder (a tokenizer's or a checkpoint's)."""
-    if not (Path(folder) / "tokenizer.json").is_file():
+    found = hub.load_tokenizer(Path(folder))
+    if found is None:
         raise DataError(
             f"{folder} has no tokenizer.json; make one with `alloy data tokenizer`, or name a checkpoint folder."
         )
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    return found
 
 
 class TextEncoder:

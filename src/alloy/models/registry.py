@@ -82,7 +82,7 @@ def load(
     model.generation = read_optional_json(folder / GENERATION)
     if isinstance(config, HybridConfig):
         model.compat = compat
-    tokenizer = load_tokenizer(folder)
+    tokenizer = hub.load_tokenizer(folder)
     if tokenizer is not None and len(tokenizer) > config.vocab:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens but the embedding {config.vocab} rows. "
@@ -144,15 +144,6 @@ def take_layers(config: AnyConfig, layers: Sequence[int]) -> AnyConfig:
     return HybridConfig.model_validate(data)
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The folder's fast tokenizer; None when there is no tokenizer.json."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
 def save(
     model: CausalLM,
     path: str | Path,
@@ -182,6 +173,12 @@ def save(
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
     _write_json(folder / "config.json", data)
+
+
+def refuse_checkpoint(path: Path) -> None:
+    """A command writes to no folder that holds a whole checkpoint (config.json comes last), which may be somebody's work."""
+    if (path / "config.json").exists():
+        raise RecipeError(f"{path} holds a checkpoint already; choose another folder or remove it")
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
