@@ -4,6 +4,7 @@ A new command is one file here and one line in `COMMANDS`.
 """
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,10 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise InterruptedRun("interrupted", 130) from error
+        except BrokenPipeError:
+            # the reader of our output went away, as `alloy ... | head` does; the rest must not fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(0)
 
 
 def load_command(name: str) -> Any:
@@ -120,9 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         sys.exit(130)
-    except BrokenPipeError:
-        # the reader of our output went away, as `alloy ... | head` does
-        sys.exit(0)
     except OSError as error:
         known = from_os_error(error)
         if known is None:

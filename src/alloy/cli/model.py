@@ -62,7 +62,7 @@ def check(
     scan: Annotated[bool, typer.Option(help="Read every weight and look for NaN and infinity.")] = True,
 ) -> None:
     """Look a checkpoint folder over: names, shapes, NaN, MTP, dt limit, tokenizer; exit code 4 if something is wrong."""
-    from alloy.core.hub import load_tokenizer
+    from alloy.core.tokenizer import load_tokenizer
     from alloy.models.hf.folder import audit, bad_values, explain
     from alloy.models.hf.names import bare_name
     from alloy.models.registry import build, inspect

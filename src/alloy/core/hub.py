@@ -2,12 +2,8 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from alloy.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # "owner/name", what the hub accepts
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -35,19 +31,4 @@ def resolve(name: str | Path) -> Path:
         raise CheckpointError(
             f'"{text}": no such path here, and the hub cannot be reached ({type(error).__name__}). '
             "Download it where there is a network (`hf download`), and give the folder."
-        ) from error
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast | None":
-    """The fast tokenizer of a folder; None when there is no tokenizer.json."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is cut short or no tokenizer ({type(error).__name__}: {error}). Download or save it again."
         ) from error
