@@ -95,3 +95,4 @@ def test_bad_text_is_refused(tmp_path: Path, content: bytes, message: str) -> No
         run_demo(Settings(text=text, seconds=1), tmp_path / "demo")
     with pytest.raises(DataError, match=r"does not exist"):
         run_demo(Settings(text=tmp_path / "nowhere.txt", seconds=1), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

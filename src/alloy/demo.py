@@ -30,7 +30,7 @@ from alloy.data.corpus import Corpus, num_bytes, python_corpus, text_corpus
 from alloy.data.io import Document, read_documents, write_jsonl
 from alloy.engine.core import LLM
 from alloy.engine.request import Completion, SamplingParams
-from alloy.errors import AlloyError, RecipeError
+from alloy.errors import AlloyError, DataError, RecipeError
 from alloy.eval.baselines import kneser_ney_bits_per_byte, lzma_bits_per_byte
 from alloy.eval.ppl import LONGEST_WINDOW, bits_per_byte
 from alloy.models.base import CausalLM
@@ -63,6 +63,8 @@ class Settings:
 def run_demo(settings: Settings, run_dir: Path | None = None, fresh: bool = False, root: Path = Path("runs")) -> Path:
     """Run the demo to its end, continuing an interrupted one of the same settings, and return its folder."""
     start = time.monotonic()
+    if settings.text is not None and not settings.text.exists():
+        raise DataError(f"--text {settings.text} does not exist; name a file or folder with text.")
     folder = _folder(settings, run_dir, fresh, root)
     acquire_lock(folder)
     try:
@@ -81,7 +83,7 @@ def run_demo(settings: Settings, run_dir: Path | None = None, fresh: bool = Fals
         scores["whole demo, seconds"] = round(time.monotonic() - start, 1)
         scores["peak memory, GiB"] = round(peak_memory_bytes() / 2**30, 2)
         atomic_write(folder / "train" / SCORES, json.dumps(scores, indent=1) + "\n")
-        report = report_run(folder / "train", f"alloy demo, {folder.name}")
+        report = report_run(folder / "train", title=f"alloy demo, {folder.name}")
         _say("6/6", "report", str(report))
         atomic_write(folder / SETTINGS, json.dumps({**settings.as_dict(), "finished": True}, indent=1) + "\n")
         _closing(folder, checkpoint, held_out, time.monotonic() - start)

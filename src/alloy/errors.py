@@ -4,6 +4,8 @@ Codes: 0 done, 1 a check asked for failed or an internal error, 2 bad command li
 resources ran out, 4 bad data or checkpoint, 130/143 interrupted and resumable.
 """
 
+import errno
+
 
 class AlloyError(Exception):
     """Base of every error whose message tells the user what to change."""
@@ -47,3 +49,31 @@ class InterruptedRun(AlloyError):  # noqa: N818  the word is what happened, not 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+# what a system call refused, by its number, and the mend
+_MENDS = {
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "a file stands where a folder is wanted; choose another path",
+    errno.ENOTDIR: "a file stands where a folder is wanted; choose another path",
+    errno.EISDIR: "a folder stands where a file is wanted; choose another path",
+    errno.EACCES: "change the permissions or choose another path",
+    errno.EPERM: "change the permissions or choose another path",
+    errno.EROFS: "choose a path on a disk that can be written",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def from_os_error(error: OSError) -> AlloyError | None:
+    """A path that the system refuses, or a full disk, in the user's terms; None for every other error."""
+    if error.errno in _FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return ResourceError(
+            f"{where}the disk is full or the quota used up ({error.strerror}). Free space and run again."
+        )
+    if error.filename is None or error.errno not in _MENDS:
+        return None
+    # of a rename the target is what the user named
+    path = error.filename if error.filename2 is None else error.filename2
+    return RecipeError(f"{path}: {error.strerror}; {_MENDS[error.errno]}.")

@@ -116,3 +116,31 @@ def test_convert_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "are the same folder" in capsys.readouterr().err
     assert run("convert", folder, folder.parent / "x", "--to", "gguf") == 2
     assert "hf is the only format so far" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_written_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`init` and `convert` refuse a folder that holds one; a file in the place of the folder is named."""
+    before = (folder / "model.safetensors").read_bytes()
+    assert run("model", "init", "tiny-dense", "--out", folder) == 2
+    alloy.save(build(preset("tiny-dense")), folder.parent / "other")
+    assert run("convert", folder.parent / "other", folder) == 2
+    assert capsys.readouterr().err.count(f"{folder} holds a checkpoint already; choose another folder") == 2
+    assert (folder / "model.safetensors").read_bytes() == before
+    (folder.parent / "file").write_text("mine")
+    assert run("model", "init", "tiny-dense", "--out", folder.parent / "file") == 2
+    assert "file: File exists; a file stands where a folder is wanted" in capsys.readouterr().err
+    assert (folder.parent / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", ""])
+def test_damaged_tokenizer(folder: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    """A tokenizer.json that is cut short or something else: the file and the mend."""
+    (folder / "tokenizer.json").write_text(text)
+    assert run("model", "check", folder) == 4
+    assert "tokenizer.json or tokenizer_config.json is damaged" in capsys.readouterr().err
+
+
+def test_no_memory_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    """--gpu-mem 0 is a device without memory, not a missing option."""
+    assert run("model", "info", "tiny-dense", "--gpu-mem", "0") == 3
+    assert "does not fit" in capsys.readouterr().err

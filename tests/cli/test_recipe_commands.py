@@ -128,6 +128,8 @@ def test_report_command(shipped: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert alloy("report", "x", "y", "--out", "both.html") == 0
     assert "Comparison of 2 runs" in Path("both.html").read_text()
     assert alloy("report", "z") == 4
+    assert alloy("report", "x", "--out", "one.html") == 0
+    assert Path("one.html").read_text() == Path("x/report.html").read_text()
     assert "z: no run there" in capsys.readouterr().err
 
 

@@ -301,7 +301,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, c
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
         with pytest.raises(
-            ResourceError, match=rf"{re.escape(str(path))}: the disk is full or the quota used up.*--run-dir"
+            ResourceError, match=rf"{re.escape(str(path))}: the disk is full or the quota used up.*repeat the command"
         ):
             atomic_write(path, "new" * 1000)
     assert path.read_text() == "old"

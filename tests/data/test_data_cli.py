@@ -51,3 +51,16 @@ def test_bad_data_exits_with_4(capsys, tmp_path) -> None:
     assert "offset 3" in err
     code, _, err = run(capsys, "data", "inspect", tmp_path / "nothing")
     assert (code, "no token shards there" in err) == (4, True)
+
+
+def test_numbers_out_of_range(capsys, tmp_path) -> None:
+    """Shards of no tokens, documents that are not there: exit code 2 with the option's name, nothing written."""
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    assert run(capsys, "data", "tokenizer", tmp_path / "a.txt", "--out", tmp_path / "tok", "--vocab", 263)[0] == 0
+    options = ["data", "tokenize", tmp_path / "a.txt", "--out", tmp_path / "corpus", "--tokenizer", tmp_path / "tok"]
+    code, _, err = run(capsys, *options, "--shard-tokens", 0)
+    assert (code, "--shard-tokens" in err, (tmp_path / "corpus").exists()) == (2, True, False)
+    assert run(capsys, *options)[0] == 0
+    code, _, err = run(capsys, "data", "inspect", tmp_path / "corpus", "--first", 1)
+    assert (code, "--first = 1" in err, "1 documents, numbered from 0" in err) == (2, True, True)
+    assert run(capsys, "data", "inspect", tmp_path / "corpus", "--first", -1)[0] == 2

@@ -63,3 +63,11 @@ def test_what_cannot_be_measured(capsys, tmp_path, tokenizer, model) -> None:
     save(model, tmp_path / "bare")
     code, _, err = run(capsys, "eval", tmp_path / "bare", "--ppl", tmp_path / "a.txt")
     assert (code, "has no tokenizer.json" in err) == (4, True)
+
+
+def test_window_of_no_tokens(capsys, tmp_path, tokenizer, model) -> None:
+    """0 is a number that does not work, not a missing one."""
+    save(model, tmp_path / "model", tokenizer)
+    (tmp_path / "a.txt").write_text("text")
+    code, _, err = run(capsys, "eval", tmp_path / "model", "--ppl", tmp_path / "a.txt", "--seq", 0)
+    assert (code, "seq = 0 leaves no token to predict" in err) == (2, True)

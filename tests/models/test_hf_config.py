@@ -239,8 +239,8 @@ def test_puzzle_blocks() -> None:
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (HYBRID, {"hybrid_override_pattern": "M-X*-"}, r'"X" at position 2 is not a layer. Use M \(Mamba-2\)'),
-        (HYBRID, {"hybrid_override_pattern": "M-G*-"}, '"G" at position 2 is gated delta net'),
+        (HYBRID, {"hybrid_override_pattern": "M-X*-"}, r'"X" at position 3 is not a layer. Use M \(Mamba-2\)'),
+        (HYBRID, {"hybrid_override_pattern": "M-G*-"}, '"G" at position 3 is gated delta net'),
         (HYBRID, {"num_hidden_layers": 6}, r'num_hidden_layers = 6 but the pattern "M-M\*-" has 5 blocks'),
         (HYBRID, {"layers_block_type": ["mamba", "mlp", "mamba", "mlp", "mlp"]}, r'"M-M\*-" and layers_block_type, which means "M-M--", differ'),
         (HYBRID, {"layers_block_type": ["mamba", "conv"]}, r'layers_block_type\[1\] = "conv" is not a layer'),
@@ -254,7 +254,7 @@ def test_puzzle_blocks() -> None:
         (HYBRID, {"time_step_limit": [0, "many"]}, "'many', which is not a number"),
         (HYBRID, {"mlp_hidden_act": "silu"}, 'mlp_hidden_act = "silu" is not supported'),
         (HYBRID, {"num_nextn_predict_layers": 1}, "neither mtp_hybrid_override_pattern nor mtp_layers_block_type"),
-        (HYBRID, {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*Q"}, '"Q" at position 1 is not a layer'),
+        (HYBRID, {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*Q"}, '"Q" at position 2 is not a layer'),
         (HYBRID, {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", "mtp_layers_block_type": ["mlp"]}, "the MTP patterns"),
         (ROUTED, {"n_group": 3}, "n_routed_experts = 8 is not a multiple of n_group = 3"),
         (ROUTED, {"n_group": 2, "topk_group": 4}, "topk_group = 4 is more than n_group = 2"),

@@ -124,7 +124,7 @@ def test_small_vocabulary_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ('model.pattern="MXE"', r'"X" at position 1 is not a layer'),
+        ('model.pattern="MXE"', r'"X" at position 2 is not a layer'),
         ("train.lr_warmup=3", r'unknown key "train.lr_warmup"'),
         ('train.lr="fast"', r"train.lr"),
         ("model.vocabulary=3", r'unknown key "model.vocabulary". Did you mean "model.vocab"'),

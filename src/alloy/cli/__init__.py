@@ -4,6 +4,8 @@ A new command is one file here and one line in `COMMANDS`.
 """
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from alloy.errors import AlloyError, InterruptedRun, RecipeError
+from alloy.errors import AlloyError, InterruptedRun, RecipeError, from_os_error
 
 
 class Command(NamedTuple):
@@ -25,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "data": Command("alloy.cli.data:app", "From text to tokenizers and token shards."),
     "pretrain": Command("alloy.cli.pretrain:pretrain", "Train a language model from scratch, or go on with one."),
-    "model": Command("alloy.cli.model:app", "Sizes and memory of a configuration."),
+    "model": Command("alloy.cli.model:app", "Sizes and memory of a configuration; look at or make a checkpoint."),
     "convert": Command("alloy.cli.convert:convert", "Rewrite a checkpoint: dtype, config style, shard size."),
     "eval": Command("alloy.cli.eval:evaluate", "Measure a model: bits per byte of a text."),
     "generate": Command("alloy.cli.generate:generate", "Continue a prompt, or a file of prompts."),
@@ -55,6 +57,10 @@ class LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise InterruptedRun("interrupted", 130) from error
+        except BrokenPipeError:
+            # the reader of our output went away, as `alloy ... | head` does; the rest must not fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(0)
 
 
 def load_command(name: str) -> Any:
@@ -108,6 +114,8 @@ def load_plugins() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: an AlloyError is one message and its code, anything else Python's traceback and 1."""
+    # torchrun and schedulers stop a process so; raising lets half-written files go away. Training has its own answer.
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         load_plugins()
         app(list(arguments) if arguments is not None else None, prog_name="alloy")
@@ -117,6 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         sys.exit(130)
-    except BrokenPipeError:
-        # the reader of our output went away, as `alloy ... | head` does
-        sys.exit(0)
+    except OSError as error:
+        known = from_os_error(error)
+        if known is None:
+            raise
+        sys.stderr.write(f"error: {known}\n")
+        sys.exit(known.exit_code)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """SIGTERM ends a command as Ctrl-C does, with 143."""
+    raise InterruptedRun("terminated", 128 + number)

@@ -24,7 +24,7 @@ def convert(
     """Rewrite a checkpoint: names as released, dtype, config style, shard size."""
     from alloy.core import hub
     from alloy.models.hf.config import parse_style
-    from alloy.models.registry import load, save
+    from alloy.models.registry import load, refuse_checkpoint, save
     from alloy.models.sizes import parse_bytes
 
     if to != "hf":
@@ -33,6 +33,7 @@ def convert(
     folder = hub.resolve(source)
     if target.resolve() == folder.resolve():
         raise RecipeError(f"source and target are the same folder, {target}. Give another target")
+    refuse_checkpoint(target)
     with _Rate("loaded") as rate:
         model, tokenizer = load(folder, dtype=dtype, device="cpu", progress=rate.add)
     with _Rate("saved") as rate:
@@ -93,10 +94,11 @@ class _Rate:
         if self._live:
             self._live.update(self._text())
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._live:
             self._live.stop()
-        typer.echo(self._text(), err=True)
+        if kind is None:
+            typer.echo(self._text(), err=True)
 
     def _text(self) -> str:
         seconds = max(self._clock() - self._start, 1e-9)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alloy.errors import DataError
+from alloy.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from alloy.data.io import Document
@@ -25,7 +25,9 @@ def tokenizer(
     paths: Texts,
     out: Annotated[Path, typer.Option(help="Folder to write (a transformers fast tokenizer).")],
     vocab: Annotated[int, typer.Option(help="Size, the 256 bytes and special tokens included.")] = 32_768,
-    max_bytes: Annotated[int | None, typer.Option(help="Train on a random choice of documents of this size.")] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Train on a random choice of documents of this size.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of that choice.")] = 0,
     column: Column = "text",
 ) -> None:
@@ -59,7 +61,7 @@ def tokenize(
     paths: Texts,
     out: Annotated[Path, typer.Option(help="Folder to write: .bin/.idx shards and manifest.json.")],
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer, or of a checkpoint that has one.")],
-    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard, about.")] = 1 << 28,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a shard, about.")] = 1 << 28,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the corpus that is there.")] = False,
     column: Column = "text",
 ) -> None:
@@ -89,8 +91,8 @@ def tokenize(
 @app.command("inspect")
 def inspect_file(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A folder of shards, or one .bin or .idx file.")],
-    documents: Annotated[int, typer.Option(help="How many documents to print.")] = 3,
-    first: Annotated[int, typer.Option(help="Number of the first one.")] = 0,
+    documents: Annotated[int, typer.Option(min=0, help="How many documents to print.")] = 3,
+    first: Annotated[int, typer.Option(min=0, help="Number of the first one, from 0.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Print text instead of ids.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -98,6 +100,8 @@ def inspect_file(
     from alloy.data.tokens import TokenCorpus, load_tokenizer
 
     corpus = TokenCorpus(path)
+    if first >= corpus.num_documents:
+        raise RecipeError(f"--first = {first}: {path} holds {corpus.num_documents:,} documents, numbered from 0")
     decode = load_tokenizer(tokenizer).decode if tokenizer else None
     shown = range(first, min(first + documents, corpus.num_documents))
     facts: dict[str, Any] = {

@@ -38,7 +38,7 @@ def evaluate(
         raise CheckpointError(
             f"{model} has no tokenizer.json, so a text cannot be measured; copy the tokenizer into the folder."
         )
-    window = seq or min(loaded.config.max_positions, LONGEST_WINDOW)
+    window = seq if seq is not None else min(loaded.config.max_positions, LONGEST_WINDOW)
     score = bits_per_byte(loaded, tokenizer, documents, window)
     if as_json:
         typer.echo(json.dumps({"model": model, "file": str(ppl), "seq": window, **score.as_dict()}))

@@ -239,7 +239,8 @@ def _answer_file(llm: "LLM", tasks: Sequence[Task], source: Path, target: Path) 
             raise InterruptedRun(
                 f"{done:,} of {len(tasks):,} prompts answered in {target}; the same command goes on from there", 130
             ) from error
-    sys.stderr.write(stats_line(llm.stats) + "\n")
+    if open_tasks:
+        sys.stderr.write(stats_line(llm.stats) + "\n")
 
 
 def _print_answers(llm: "LLM", prompts: Sequence[str], params: "SamplingParams") -> None:
@@ -260,7 +261,8 @@ def _print_answers(llm: "LLM", prompts: Sequence[str], params: "SamplingParams")
                     sys.stdout.write(f"== prompt {output.index + 1}, answer {answer.index + 1}\n{answer.text}\n")
     finally:
         sys.stdout.flush()
-        sys.stderr.write(stats_line(llm.stats) + "\n")
+        if llm.stats.generated_tokens:
+            sys.stderr.write(stats_line(llm.stats) + "\n")
 
 
 def _record(task: Task, output: "Output") -> dict[str, Any]:

@@ -15,7 +15,11 @@ from alloy.models.configs import DecoderConfig, HybridConfig, MambaConfig
 from alloy.models.hf.config import load_config
 from alloy.models.presets import PRESETS, preset
 
-app = typer.Typer(no_args_is_help=True, help="Sizes and memory of a configuration; look at or make a checkpoint.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Sizes and memory of a configuration; look at or make a checkpoint.",
+)
 
 AnyConfig = HybridConfig | DecoderConfig
 COUNTED = (
@@ -39,11 +43,11 @@ def info(
 ) -> None:
     """Parameters, FLOPs and memory of a model, from its configuration alone."""
     config = find_config(model)
-    tokens = _tokens(context) if context else min(config.max_positions, 8192)
+    tokens = _tokens(context) if context is not None else min(config.max_positions, 8192)
     setting = sizes.Setting(dtype, kv_dtype or dtype, state_dtype)
-    device = sizes.parse_bytes(gpu_mem) if gpu_mem else None
+    device = sizes.parse_bytes(gpu_mem) if gpu_mem is not None else None
     facts = describe(model, config, batch, tokens, setting)
-    fit = sizes.fits(config, device, batch, tokens, setting) if device else None
+    fit = sizes.fits(config, device, batch, tokens, setting) if device is not None else None
     if fit:
         facts["memory"] = {**asdict(fit.memory), "total": fit.memory.total}
         facts["fit"] = {key: value for key, value in asdict(fit).items() if key != "memory"}
@@ -58,9 +62,10 @@ def check(
     scan: Annotated[bool, typer.Option(help="Read every weight and look for NaN and infinity.")] = True,
 ) -> None:
     """Look a checkpoint folder over: names, shapes, NaN, MTP, dt limit, tokenizer; exit code 4 if something is wrong."""
+    from alloy.core.tokenizer import load_tokenizer
     from alloy.models.hf.folder import audit, bad_values, explain
     from alloy.models.hf.names import bare_name
-    from alloy.models.registry import build, inspect, load_tokenizer
+    from alloy.models.registry import build, inspect
 
     config, foreign, stored = inspect(path)
     shapes = {key: tuple(tensor.shape) for key, tensor in build(config, "meta").state_dict().items()}
@@ -104,9 +109,10 @@ def init(
     """Write a checkpoint with random weights, which transformers and vLLM load."""
     from alloy.core.device import seed_everything
     from alloy.models.hf.config import parse_style
-    from alloy.models.registry import build, save
+    from alloy.models.registry import build, refuse_checkpoint, save
 
     form = parse_style(config_style)
+    refuse_checkpoint(out)
     seed_everything(seed)
     random = build(find_config(model), "cpu", dtype)
     save(random, out, config_style=form)

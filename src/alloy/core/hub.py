@@ -1,13 +1,9 @@
-"""Where a model or data set called by name lies: a local path, or a download from the Hugging Face hub; its tokenizer."""
+"""Where a model or data set called by name lies: a local path, or a download from the Hugging Face hub."""
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from alloy.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # "owner/name", what the hub accepts
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -35,17 +31,4 @@ def resolve(name: str | Path) -> Path:
         raise CheckpointError(
             f'"{text}": no such path here, and the hub cannot be reached ({type(error).__name__}). '
             "Download it where there is a network (`hf download`), and give the folder."
-        ) from error
-
-
-def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The fast tokenizer of a folder that has a tokenizer.json."""
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    # the tokenizers library knows no narrower class for a file it cannot read
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: tokenizer.json or tokenizer_config.json is damaged ({error}). Save or download the tokenizer again"
         ) from error

@@ -29,6 +29,10 @@ _CHARTS: dict[str, tuple[str, str, float]] = {
     "mtp2_loss": ("Loss of later tokens (MTP)", "depth 2", 1.0),
     "balance_loss": ("Router balance loss", "main blocks", 1.0),
     "mtp_balance_loss": ("Router balance loss", "MTP blocks", 1.0),
+    "loss_max": ("Highest loss since the last line", "loss", 1.0),
+    "max_vio": ("Load of the busiest expert above the mean (MaxVio; 0: balanced)", "MaxVio", 1.0),
+    "dead_experts": ("Experts that got no token", "experts", 1.0),
+    "router_entropy": ("Entropy of the router (nats)", "entropy", 1.0),
 }
 # charts that hold several metrics
 _SHARED = {chart for chart, count in Counter(chart for chart, _, _ in _CHARTS.values()).items() if count > 1}
@@ -40,8 +44,8 @@ _WARM_UP = 5
 _MOST_SAMPLES = 12
 
 
-def report_run(run_dir: Path, title: str | None = None) -> Path:
-    """Write report.html of one run from the files in its directory, and return its path; the title is its name or `title`."""
+def report_run(run_dir: Path, path: Path | None = None, title: str | None = None) -> Path:
+    """Write the report of one run from its files, by default to its report.html under its name; returns where."""
     run = RunDir(run_dir)
     records = read_metrics(run_dir / "metrics.jsonl")
     sections: list[Section] = [
@@ -51,7 +55,7 @@ def report_run(run_dir: Path, title: str | None = None) -> Path:
         *_settings(run),
         _environment(run),
     ]
-    path = run_dir / "report.html"
+    path = path or run_dir / "report.html"
     write_report(path, title or run_dir.resolve().name, sections, _facts(run, records))
     return path
 

@@ -154,7 +154,7 @@ def full_disk_is_resource_error(path: Path) -> Generator[None]:
             raise
         raise ResourceError(
             f"{path}: the disk is full or the quota used up ({error.strerror}). "
-            "Free space and continue with --resume auto, or choose another disk with --run-dir."
+            "Free space and repeat the command (a run goes on with --resume), or choose another disk."
         ) from error
 
 

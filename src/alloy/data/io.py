@@ -164,7 +164,7 @@ def _chunks(file: Path, size: int = 1 << 20) -> Iterator[bytes]:
                 yield chunk
     except EOFError as error:
         raise DataError(
-            f"{file} is cut short: the compressed data ends after {position} bytes of text. Fetch the file again."
+            f"{file} is cut short: its compressed data, {file.stat().st_size:,} bytes, has no end. Fetch the file again."
         ) from error
     except (gzip.BadGzipFile, zlib.error, pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read after {position} bytes: {error}") from error

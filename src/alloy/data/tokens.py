@@ -16,7 +16,6 @@ import hashlib
 import heapq
 import json
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from alloy.core.hub import read_tokenizer
+from alloy.core import tokenizer as tokenizer_folder
 from alloy.core.runs import atomic_path, atomic_write
 from alloy.data.io import Document
 from alloy.errors import DataError, RecipeError
@@ -139,22 +138,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> Pa
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
         raise RecipeError(f"{folder} holds a tokenizer already; choose another folder or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        tokenizer.save_pretrained(temporary)
-        # tokenizer.json last: a folder without it holds no tokenizer
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "tokenizer.json"):
-            file.replace(folder / file.name)
+    tokenizer_folder.save_tokenizer(tokenizer, folder)
     return folder
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """A fast tokenizer from a local folder (a tokenizer's or a checkpoint's)."""
-    if not (Path(folder) / "tokenizer.json").is_file():
+    found = tokenizer_folder.load_tokenizer(Path(folder))
+    if found is None:
         raise DataError(
             f"{folder} has no tokenizer.json; make one with `alloy data tokenizer`, or name a checkpoint folder."
         )
-    return read_tokenizer(Path(folder))
+    return found
 
 
 class TextEncoder:

@@ -167,7 +167,9 @@ def clean_pattern(pattern: str, name: str = "pattern") -> str:
     clean = pattern.replace("|", "")
     if not clean:
         raise ValueError(f'{name} = "{pattern}" has no layers')
-    for i, symbol in enumerate(clean):
+    for i, symbol in enumerate(pattern, start=1):
+        if symbol == "|":
+            continue
         if symbol in REFUSED_SYMBOLS:
             raise ValueError(
                 f'{name} = "{pattern}": "{symbol}" at position {i} is {REFUSED_SYMBOLS[symbol]}, a layer type that is not supported'

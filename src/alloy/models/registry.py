@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from alloy.core.device import resolve_device, resolve_dtype
 from alloy.core.logging import get_logger
 from alloy.core.registry import Registry
 from alloy.core.runs import atomic_write
+from alloy.core.tokenizer import load_tokenizer, save_tokenizer
 from alloy.errors import CheckpointError, RecipeError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig, HybridConfig
@@ -153,11 +153,6 @@ def take_layers(config: AnyConfig, layers: Sequence[int]) -> AnyConfig:
     return HybridConfig.model_validate(data)
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The folder's fast tokenizer; None when there is no tokenizer.json."""
-    return hub.read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-
-
 def save(
     model: CausalLM,
     path: str | Path,
@@ -189,12 +184,10 @@ def save(
     _write_json(folder / "config.json", data)
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the tokenizer's files, each replaced in one step."""
-    with TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
-        tokenizer.save_pretrained(temporary)
-        for file in Path(temporary).iterdir():
-            file.replace(folder / file.name)
+def refuse_checkpoint(path: Path) -> None:
+    """A command writes to no folder that holds a whole checkpoint (config.json comes last), which may be somebody's work."""
+    if (path / "config.json").exists():
+        raise RecipeError(f"{path} holds a checkpoint already; choose another folder or remove it")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
