@@ -43,7 +43,8 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        # the library leaves the type of its result open
+        return PreTrainedTokenizerFast.from_pretrained(folder)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     # the tokenizers library knows no narrower class for a file it cannot read
     except Exception as error:
         raise CheckpointError(
