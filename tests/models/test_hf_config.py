@@ -183,6 +183,17 @@ def test_token_ids() -> None:
     assert read(HYBRID, pad_token_id=None).pad_id is None
 
 
+def test_token_ids_that_are_null_stay_none() -> None:
+    """null is no token; only an absent key takes the default of the library's class."""
+    null = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    silent = {**LLAMA, "model_type": "nemotron"}
+    assert (read(silent).bos_id, read(silent).eos_ids) == (2, (3,))
+    for base in (HYBRID, silent):
+        config = read(base, **null)
+        assert (config.pad_id, config.bos_id, config.eos_ids) == (None, None, ())
+        assert read_config(write_config(config))[0].eos_ids == ()
+
+
 def test_widths_of_single_layers() -> None:
     """intermediate_size as a list, one value for each `-` layer."""
     config = read(HYBRID, intermediate_size=[40, 72])

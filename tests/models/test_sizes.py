@@ -90,6 +90,23 @@ def test_counts_equal_built_modules(name: str) -> None:
     assert sizes.weight_bytes(config, "bfloat16") == sum(t.nbytes for _, t in tensors)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_active_parameters_equal_built_modules(name: str) -> None:
+    """To the unit: of the experts those that one token uses; without input embedding, unless it is also the head."""
+    config = preset(name)
+    mixers = dict(enumerate(config.mixers if isinstance(config, HybridConfig) else [r.mlp for r in config.resolved]))
+    state = build(config, "meta").state_dict(keep_vars=True)
+    active = 0
+    for key, tensor in {id(tensor): (key, tensor) for key, tensor in state.items()}.values():
+        if key.startswith("mtp."):
+            continue
+        mixer = mixers[int(key.split(".")[1])] if ".experts." in key else None
+        active += tensor.numel() if mixer is None else tensor.numel() // mixer.num_experts * mixer.top_k
+    assert sizes.parameters(config, active=True) == active
+    embedding = 0 if config.tie_embeddings else config.vocab * config.hidden
+    assert sizes.parameters(config, active=True, input_embedding=False) == active - embedding
+
+
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-mtp", "tiny-puzzle", "tiny-nas", "tiny-qwen3-moe", "tiny-llama"])
 def test_cache_bytes_equal_an_allocated_cache(name: str) -> None:
     """KV, recurrent and convolution state of 3 rows of 64 tokens."""

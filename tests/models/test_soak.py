@@ -15,6 +15,7 @@ from torch import Tensor
 
 import alloy
 from alloy.errors import CheckpointError
+from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.configs import (
     AttentionConfig,
@@ -96,8 +97,9 @@ def random_decoder(r: random.Random) -> DecoderConfig:
     kind = r.choice(["llama", "qwen3", "qwen3_moe", "nemotron", "nemotron-nas"])
     kv_heads, head_dim, hidden = r.randint(1, 3), 4 * r.randint(1, 3), r.choice([11, 24])
     heads, layers = kv_heads * r.randint(1, 3), r.randint(1, 4)
-    rope = RopeConfig(theta=r.choice([50.0, 1e4]), partial=r.choice([0.5, 1.0]), scaling=r.choice(["none", "linear"]), factor=3.0)  # fmt: skip
-    changes: dict[str, Any] = {}
+    stretched = r.choice([{}, {"scaling": "linear", "factor": 3.0}])
+    rope = RopeConfig.model_validate({"theta": r.choice([50.0, 1e4]), "partial": r.choice([0.5, 1.0]), **stretched})
+    bias, changes = r.random() < 0.3, dict[str, Any]()
     if kind == "qwen3_moe":
         experts = r.randint(1, 6)
         changes = {"num_experts": experts, "top_k": r.randint(1, experts), "expert_ffn": r.randint(1, 9)}
@@ -105,19 +107,19 @@ def random_decoder(r: random.Random) -> DecoderConfig:
     if kind == "nemotron":
         changes = {"norm": "layer1p", "activation": "relu2", "gated": False}
     if kind == "nemotron-nas":
-        linear = LinearConfig(hidden=hidden)
+        linear, plain = LinearConfig(hidden=hidden, bias=bias), LinearConfig(hidden=hidden)
         own = [
-            AttentionConfig(hidden=hidden, num_heads=heads, num_kv_heads=n, head_dim=head_dim, rope=rope)
+            AttentionConfig(hidden=hidden, num_heads=heads, num_kv_heads=n, head_dim=head_dim, rope=rope, bias=bias)
             for n in {1, kv_heads, heads}
         ]
         wide = [MLPConfig(hidden=hidden, ffn=r.randint(1, 40), activation="silu", gated=True) for _ in range(3)]
         changes["layers"] = tuple(
-            DecoderLayerConfig(attention=r.choice([None, linear, *own]), mlp=r.choice([None, linear, *wide]))
+            DecoderLayerConfig(attention=r.choice([None, linear, *own]), mlp=r.choice([None, plain, *wide]))
             for _ in range(layers)
         )
     return decoder(
         kind, hidden=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, rope=rope,
-        ffn=r.randint(1, 40), qk_norm=kind.startswith("qwen3"), attention_bias=r.random() < 0.3,
+        ffn=r.randint(1, 40), qk_norm=kind.startswith("qwen3"), attention_bias=bias,
         tie_embeddings=r.random() < 0.3, **changes,
     )  # fmt: skip
 
@@ -206,6 +208,31 @@ def check_gradients(model: CausalLM, tokens: Tensor, documents: Tensor, generato
         assert (mine - other).norm() <= 1e-4 * other.norm() + rounding
 
 
+def check_folder(model: CausalLM, folder: Path, r: random.Random) -> None:
+    """Parameters and cache are those the calculator gives; save -> load in either style is bit-equal, logits too, and keeps its islands in bf16."""
+    config, state = model.config, model.state_dict(keep_vars=True)
+    tensors = {id(tensor): (key, tensor) for key, tensor in state.items()}.values()
+    assert sizes.parameters(config) == sum(t.numel() for key, t in tensors if not key.startswith("mtp."))
+    assert sizes.mtp_parameters(config) == sum(t.numel() for key, t in tensors if key.startswith("mtp."))
+    assert sizes.weight_bytes(config, "float32") == sum(t.nbytes for _, t in tensors)
+    shard = r.choice([5_000, 10**9])
+    alloy.save(model, folder, config_style=r.choice(["hybrid", "transformers5"]), max_shard_bytes=shard)
+    again, narrow = alloy.load(folder, device="cpu")[0], alloy.load(folder, device="cpu", dtype="bfloat16")[0]
+    for key, tensor in state.items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+        is_island = key.endswith(("A_log", ".D", "dt_bias", "gate.bias"))
+        assert torch.equal(narrow.state_dict()[key], tensor if is_island else tensor.bfloat16()), key
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        ours, theirs = (m(tokens, return_mtp=m.has_mtp) for m in (model, again))
+    for mine, other in zip(
+        [ours.logits, *(ours.mtp_logits or [])], [theirs.logits, *(theirs.mtp_logits or [])], strict=True
+    ):
+        assert mine is not None
+        assert other is not None
+        assert torch.equal(mine, other)
+
+
 def random_model(config: HybridConfig | DecoderConfig, seed: int) -> tuple[CausalLM, torch.Generator]:
     model, generator = build(config), torch.Generator().manual_seed(seed)
     model.init_weights(generator)
@@ -217,7 +244,7 @@ def trials(count: int, seed: int) -> Iterator[int]:
     return iter(range(seed * MODELS_A_TRIAL, (seed + count) * MODELS_A_TRIAL))
 
 
-def test_random_hybrids(soak_count: int, soak_seed: int) -> None:
+def test_random_hybrids(soak_count: int, soak_seed: int, tmp_path: Path) -> None:
     """Packed and padded rows against the derivation of every single document; then gradients and cached calls."""
     for seed in trials(soak_count, soak_seed):
         r = random.Random(seed)
@@ -243,11 +270,12 @@ def test_random_hybrids(soak_count: int, soak_seed: int) -> None:
                 for k, theirs in enumerate(truth["mtp"], start=1):
                     close(mtp[k - 1][i, a : b - k], theirs)
             check_calls(model, r, generator)
+        check_folder(model, tmp_path / str(seed), r)
         if (documents >= 0).any():
             check_gradients(model.train(), tokens, documents, generator)
 
 
-def test_random_decoders(soak_count: int, soak_seed: int) -> None:
+def test_random_decoders(soak_count: int, soak_seed: int, tmp_path: Path) -> None:
     """Packed and padded rows equal the documents alone, in values and gradients; cached calls equal one pass."""
     for seed in trials(soak_count, soak_seed):
         r = random.Random(seed)
@@ -259,6 +287,7 @@ def test_random_decoders(soak_count: int, soak_seed: int) -> None:
             for i, a, b in spans(documents):
                 close(packed[i, a:b], model(tokens[i : i + 1, a:b]).logits[0])
             check_calls(model, r, generator)
+        check_folder(model, tmp_path / str(seed), r)
         if (documents >= 0).any():
             check_gradients(model.train(), tokens, documents, generator)
 

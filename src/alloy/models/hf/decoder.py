@@ -104,7 +104,9 @@ def read_decoder(kind: str, keys: ConfigKeys) -> DecoderConfig:
         raise keys.refuse(f"{', '.join(absent)} missing; {kind} needs it")
     fields: dict[str, Any] = {"kind": kind, **form.fixed}
     for name, key in form.fields.items():
-        value = keys.take(key, form.defaults.get(key))
+        # null means "none" for token ids, "as usual" elsewhere
+        is_none = name in TOKEN_FIELDS and key in keys.data
+        value = keys.take(key, None if is_none else form.defaults.get(key))
         if value is not None:
             fields[name] = value
     heads = fields["num_heads"]
