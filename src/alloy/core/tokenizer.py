@@ -21,7 +21,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast | None":
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        # the library's own annotations are partial
+        return PreTrainedTokenizerFast.from_pretrained(folder)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file} is cut short or no tokenizer ({type(error).__name__}: {error}). Download or save it again."
@@ -32,6 +33,6 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write the tokenizer's files, each replaced in one step; tokenizer.json last: without it there is no tokenizer."""
     # beside the system's temporary files: on a full disk the library would fail without a file name
     with TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)  # pyright: ignore[reportUnknownMemberType]  partial annotations
         for file in sorted(Path(temporary).iterdir(), key=lambda file: (file.name == FILE, file.name)):
             atomic_write(folder / file.name, file.read_bytes())
