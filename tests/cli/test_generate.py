@@ -182,10 +182,11 @@ def test_kill_9_loses_no_answer_and_repeats_none(folder: Path, tmp_path: Path) -
     assert {a["id"]: a for a in got} == {a["id"]: a for a in want}
 
 
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (InterruptedRun("terminated", 143), 143)])
 def test_interrupt_keeps_answers_and_says_how_to_go_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    """Ctrl-C after the second answer: exit code 130, two lines in the file."""
+    """Ctrl-C or SIGTERM after the second answer: exit code 130 or 143, two lines in the file."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(9)))
     real = LLM.stream
@@ -196,12 +197,12 @@ def test_interrupt_keeps_answers_and_says_how_to_go_on(
             yield news
             done += news.finished
             if done == 2:
-                raise KeyboardInterrupt
+                raise error
 
     monkeypatch.setattr(LLM, "stream", interrupted)
     result = run("generate", folder, "--input", source, "--output", target, "--max-tokens", 5)
     assert isinstance(result.exception, InterruptedRun)
-    assert result.exception.exit_code == 130
+    assert result.exception.exit_code == code
     assert "2 of 9 prompts answered" in str(result.exception)
     assert len(lines(target)) == 2
 

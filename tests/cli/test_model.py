@@ -144,3 +144,10 @@ def test_no_memory_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     """--gpu-mem 0 is a device without memory, not a missing option."""
     assert run("model", "info", "tiny-dense", "--gpu-mem", "0") == 3
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_init_of_what_memory_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before a weight is drawn, with both sizes; nothing is written."""
+    assert run("model", "init", "nemotron-3-ultra-550b-a55b", "--out", tmp_path / "big") == 3
+    assert "GiB of weights in bfloat16" in capsys.readouterr().err
+    assert not (tmp_path / "big").exists()

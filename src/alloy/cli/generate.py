@@ -235,9 +235,10 @@ def _answer_file(llm: "LLM", tasks: Sequence[Task], source: Path, target: Path) 
                         write_line(descriptor, _record(open_tasks[news.index], partial.pop(news.index)))
                         done += 1
                         line.update(done, tokens_per_s=llm.stats.tokens_per_s)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, InterruptedRun) as error:
+            code = error.exit_code if isinstance(error, InterruptedRun) else 130
             raise InterruptedRun(
-                f"{done:,} of {len(tasks):,} prompts answered in {target}; the same command goes on from there", 130
+                f"{done:,} of {len(tasks):,} prompts answered in {target}; the same command goes on from there", code
             ) from error
     if open_tasks:
         sys.stderr.write(stats_line(llm.stats) + "\n")

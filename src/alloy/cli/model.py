@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alloy.errors import CheckpointError, RecipeError
+from alloy.errors import CheckpointError, RecipeError, ResourceError
 from alloy.models import sizes
 from alloy.models.configs import DecoderConfig, HybridConfig, MambaConfig
 from alloy.models.hf.config import load_config
@@ -107,14 +107,24 @@ def init(
     config_style: Annotated[str, typer.Option(help="hybrid or transformers5.")] = "hybrid",
 ) -> None:
     """Write a checkpoint with random weights, which transformers and vLLM load."""
-    from alloy.core.device import seed_everything
+    import torch
+
+    from alloy.core.device import memory_bytes, seed_everything
     from alloy.models.hf.config import parse_style
     from alloy.models.registry import build, refuse_checkpoint, save
 
     form = parse_style(config_style)
     refuse_checkpoint(out)
+    config = find_config(model)
+    needed = (sizes.parameters(config) + sizes.mtp_parameters(config)) * sizes.dtype_bytes(dtype)
+    available = memory_bytes(torch.device("cpu"))
+    if needed > available:
+        raise ResourceError(
+            f"{model} has {needed / sizes.GIB:.0f} GiB of weights in {dtype} and this machine {available / sizes.GIB:.0f} GiB "
+            "of memory. Choose a smaller size, or bfloat16."
+        )
     seed_everything(seed)
-    random = build(find_config(model), "cpu", dtype)
+    random = build(config, "cpu", dtype)
     save(random, out, config_style=form)
     typer.echo(f"{out}: {sizes.parameters(random.config):,} parameters in {dtype}")
 

@@ -110,6 +110,6 @@ def micro_batches(batch_tokens: int, ranks: int, micro_batch: int, seq: int) -> 
     if batch_tokens % unit:
         raise RecipeError(
             f"batch_tokens = {batch_tokens} is not a multiple of ranks x micro_batch x seq = "
-            f"{ranks} x {micro_batch} x {seq} = {unit}."
+            f"{ranks} x {micro_batch} x {seq} = {unit}. Use {max(1, round(batch_tokens / unit)) * unit}, or change one of them."
         )
     return batch_tokens // unit
