@@ -78,7 +78,6 @@ def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_each_command_exists(name: str) -> None:
     """Its module can be imported and has the attribute; `alloy COMMAND --help` works."""
-    pytest.importorskip(cli.COMMANDS[name].target.partition(":")[0], exc_type=ModuleNotFoundError)
     with pytest.raises(SystemExit, match="0"):
         cli.main([name, "--help"])
 
