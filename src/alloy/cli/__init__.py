@@ -53,6 +53,7 @@ class LazyGroup(TyperGroup):
         return name, load_command(name) if name and stand_in else stand_in, rest
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C anywhere in it is an interruption with exit code 130."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:

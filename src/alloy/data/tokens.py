@@ -291,10 +291,12 @@ class TokenShard:
 
     @property
     def num_documents(self) -> int:
+        """Documents in the shard."""
         return len(self.offsets) - 1
 
     @property
     def num_tokens(self) -> int:
+        """Tokens in the shard."""
         return int(self.offsets[-1])
 
     def __len__(self) -> int:
@@ -353,10 +355,12 @@ class TokenCorpus:
 
     @property
     def num_documents(self) -> int:
+        """Documents of all shards."""
         return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all shards."""
         return sum(shard.num_tokens for shard in self.shards)
 
     @property

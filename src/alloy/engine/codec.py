@@ -42,6 +42,7 @@ class Codec:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether the tokenizer can lay out a conversation."""
         return bool(self._tokenizer.chat_template)
 
     def decode(self, ids: Sequence[int]) -> str:

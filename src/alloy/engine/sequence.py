@@ -64,6 +64,7 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
+        """Whether it has ended, for whatever reason."""
         return self.finish_reason is not None
 
     @property

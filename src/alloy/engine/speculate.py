@@ -44,6 +44,7 @@ class Pairs:
     counts: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Pairs":
+        """Keep the given rows."""
         return Pairs(self.tokens[rows], self.hidden[rows], None if self.counts is None else self.counts[rows])
 
     def mask(self) -> Tensor:

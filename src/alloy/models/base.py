@@ -234,7 +234,9 @@ class InitPlan:
 class Drawn(Protocol):
     """A module that draws its own parameters (not those of its children)."""
 
-    def draw_weights(self, plan: InitPlan) -> None: ...
+    def draw_weights(self, plan: InitPlan) -> None:
+        """Fill the parameters as the plan says."""
+        ...
 
 
 class Layer(Protocol):

@@ -53,10 +53,12 @@ class MambaConfig(Config):
 
     @property
     def inner(self) -> int:
+        """Width inside the mixer: heads * head_dim."""
         return self.heads * self.head_dim
 
     @property
     def channels(self) -> int:
+        """Channels of the convolution: x, B and C."""
         return self.inner + 2 * self.groups * self.state
 
 
@@ -315,6 +317,7 @@ class HybridConfig(Config):
 
     @property
     def num_layers(self) -> int:
+        """Blocks, one a character of the pattern."""
         return len(self.pattern)
 
     @property

@@ -104,6 +104,7 @@ class HybridLM(CausalLM):
 
     @compat.setter
     def compat(self, name: str | None) -> None:
+        """The library whose dt handling is reproduced, or None."""
         if name not in (None, COMPAT):
             raise RequestError(f'compat = "{name}" is not known; use None or "{COMPAT}"')
         self._compat = name

@@ -271,6 +271,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return self.weights + self.kv + self.state + self.conv + self.activations + self.reserved
 
 

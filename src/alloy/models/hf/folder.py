@@ -50,6 +50,7 @@ class Audit:
 
     @property
     def is_clean(self) -> bool:
+        """Whether nothing is missing, unexpected or mis-shaped."""
         return not (self.missing or self.unexpected or self.misshaped)
 
 

@@ -41,12 +41,15 @@ class ConfigKeys:
         return default if value is None else value
 
     def drop(self, *names: str) -> None:
+        """Count a key as read, without using it."""
         self.used.update(names)
 
     def rest(self) -> dict[str, Any]:
+        """Keys that nobody read, with their values."""
         return {name: value for name, value in self.data.items() if name not in self.used}
 
     def refuse(self, what: str) -> CheckpointError:
+        """The error to raise, with the file in front."""
         return CheckpointError(f"{self.source}: {what}")
 
 

@@ -2,6 +2,8 @@
 
 The heads that share keys become rows of one matmul, so that keys and values are not expanded and a block's scores stay in
 the cache; a block reads no key after its last query. The backward computes the weights again and keeps q, k, v and y.
+
+Reference, formulas and papers: `alloy.ops.attention`.
 """
 
 import math

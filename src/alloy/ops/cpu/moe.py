@@ -1,6 +1,8 @@
 """Routed experts for CPU cores: token-expert pairs sorted by expert, one matmul an expert on slices of the weights, and a
 weighted sum that reads each pair once. The backward writes each expert's gradient in its place; nothing of the size of
 all experts is made but the gradients themselves.
+
+Reference, formulas and papers: `alloy.ops.moe`.
 """
 
 from typing import Any

@@ -1,4 +1,7 @@
-"""RMSNorm and gated RMSNorm for CPU cores: few passes over memory, and hand-written backwards that keep only the inputs."""
+"""RMSNorm and gated RMSNorm for CPU cores: few passes over memory, and hand-written backwards that keep only the inputs.
+
+Reference, formulas and papers: `alloy.ops.norm`.
+"""
 
 from typing import Any
 
