@@ -16,7 +16,8 @@ def test_every_op_has_a_reference_and_cpu_takes_its_own() -> None:
     assert all("torch" in row for row in backend.TABLE.values())
     rows = {row["op"]: row for row in choices()}
     assert rows["ssd_scan"]["cpu"] == "cpu"
-    assert rows["ssd_scan"]["cuda"] == "torch"
+    kernels = backend.missing_triton() is None and "triton" in backend.TABLE["ssd_scan"]
+    assert rows["ssd_scan"]["cuda"] == ("triton" if kernels else "torch")
 
 
 def test_use_backend_overrides_and_nests() -> None:
@@ -33,13 +34,28 @@ def test_use_backend_overrides_and_nests() -> None:
 def test_a_new_backend_needs_no_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is added is used on its device; a place is taken once."""
     monkeypatch.setitem(backend.TABLE, "rms_norm", dict(backend.TABLE["rms_norm"]))
-    backend.add("rms_norm", "triton", lambda *_: "from the kernel")
+    monkeypatch.setitem(backend._PREFERENCE, "cuda", ("new",))
+    backend.add("rms_norm", "new", lambda *_: "from the kernel")
     assert backend.resolve("rms_norm", "cuda")() == "from the kernel"
     assert backend.resolve("rms_norm", "cpu") is backend.TABLE["rms_norm"]["cpu"]
-    with use_backend("triton"):
+    with use_backend("new"):
         assert rms_norm(torch.ones(3), torch.ones(3), 0.0) == "from the kernel"
-    with pytest.raises(ValueError, match='"rms_norm" has a "triton" function already'):
-        backend.add("rms_norm", "triton", print)
+    with pytest.raises(ValueError, match='"rms_norm" has a "new" function already'):
+        backend.add("rms_norm", "new", print)
+    monkeypatch.undo()
+    backend._choose.cache_clear()
+
+
+def test_a_named_function_is_imported_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "module:function" costs nothing before; kernels are passed over where they cannot run."""
+    monkeypatch.setitem(backend.TABLE, "rms_norm", {"torch": backend.TABLE["rms_norm"]["torch"]})
+    backend.add("rms_norm", "triton", "math:sqrt")
+    monkeypatch.setattr(backend, "missing_triton", lambda: "no CUDA device")
+    assert backend.resolve("rms_norm", "cuda") is backend.TABLE["rms_norm"]["torch"]
+    assert "torch (alloy.ops.norm._rms_norm), no CUDA device; has torch, triton" in explain("rms_norm", "cuda")
+    backend._choose.cache_clear()
+    monkeypatch.setattr(backend, "missing_triton", lambda: None)
+    assert backend.resolve("rms_norm", "cuda")(9) == 3
     monkeypatch.undo()
     backend._choose.cache_clear()
 
@@ -48,7 +64,6 @@ def test_explain_says_what_and_why() -> None:
     """One line for a person."""
     line = explain("ssd_scan", seq=512)
     assert line.startswith("ssd_scan seq=512 on cpu: cpu (alloy.ops.cpu.ssd.ssd_scan), first choice on cpu")
-    assert "no function of cuda's own" in explain("ssd_scan", "cuda")
     with use_backend("cpu"):
         assert "use_backend('cpu'), which lacks this op" in explain("ssd_replay")
 

@@ -1,10 +1,12 @@
 """The one table that says which function computes an op on which kind of device.
 
 Backends: "torch" is the readable reference and runs everywhere; "cpu" is plain PyTorch tuned for CPU cores with a
-hand-written backward. Kernels for other devices are added as further backends without touching a caller:
-`backend.add("ssd_scan", "triton", fn)`.
+hand-written backward; "triton" are kernels for NVIDIA GPUs of compute capability 8.0 and newer. Triton is imported on the
+first use of a kernel, and never where it is not installed: such functions are named by "module:function".
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,15 +19,15 @@ from alloy.errors import RecipeError
 
 Op = Callable[..., Any]
 
-TABLE: dict[str, dict[str, Op]] = {}
+TABLE: dict[str, dict[str, Op | str]] = {}
 
 # what is taken first on each device type; "torch" is always last and always there
 _PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("triton",)}
 _forced: list[str] = []
 
 
-def add(op: str, backend: str, fn: Op) -> None:
-    """Register `fn` as `op` on `backend`. A place in the table can be taken once."""
+def add(op: str, backend: str, fn: Op | str) -> None:
+    """Register `fn`, or the function at "module:function", as `op` on `backend`. A place in the table is taken once."""
     row = TABLE.setdefault(op, {})
     if backend in row:
         raise ValueError(f'op "{op}" has a "{backend}" function already')
@@ -35,7 +37,7 @@ def add(op: str, backend: str, fn: Op) -> None:
 
 def resolve(op: str, device_type: str) -> Op:
     """The function that computes `op` on `device_type` ("cpu", "cuda", ...)."""
-    return TABLE[op][_choose(op, device_type, _forced[-1] if _forced else None)]
+    return _function(op, _choose(op, device_type, _forced[-1] if _forced else None))
 
 
 def run(op: str, x: Tensor, *args: Any) -> Any:
@@ -77,11 +79,13 @@ def explain(op: str, device_type: str = "cpu", **shapes: object) -> str:
     chosen = _choose(op, device_type, forced)
     if forced is not None:
         why = f"use_backend({forced!r})" + ("" if chosen == forced else ", which lacks this op")
-    elif chosen == "torch":
-        why = f"no function of {device_type}'s own"
-    else:
+    elif chosen != "torch":
         why = f"first choice on {device_type}"
-    fn = TABLE[op][chosen]
+    elif device_type == "cuda" and "triton" in TABLE[op]:
+        why = missing_triton() or "kernels are not for this device"
+    else:
+        why = f"no function of {device_type}'s own"
+    fn = _function(op, chosen)
     given = "".join(f" {name}={value}" for name, value in shapes.items())
     return f"{op}{given} on {device_type}: {chosen} ({fn.__module__}.{fn.__name__}), {why}; has {', '.join(TABLE[op])}"
 
@@ -95,6 +99,31 @@ def choices(device_types: tuple[str, ...] = ("cpu", "cuda")) -> list[dict[str, s
 
 
 @cache
+def missing_triton() -> str | None:
+    """Why Triton kernels cannot run on this machine's CUDA device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+@cache
 def _choose(op: str, device_type: str, forced: str | None) -> str:
     order = (forced,) if forced is not None else _PREFERENCE.get(device_type, ())
-    return next((backend for backend in order if backend in TABLE[op]), "torch")
+    for backend in order:
+        # a forced backend is taken at its word: kernels also run in Triton's interpreter
+        if backend in TABLE[op] and (backend != "triton" or forced is not None or missing_triton() is None):
+            return backend
+    return "torch"
+
+
+def _function(op: str, backend: str) -> Op:
+    fn = TABLE[op][backend]
+    if isinstance(fn, str):
+        module, name = fn.split(":")
+        TABLE[op][backend] = fn = getattr(importlib.import_module(module), name)
+    return fn

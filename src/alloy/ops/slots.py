@@ -6,6 +6,8 @@ from torch import Tensor
 def slot_numbers(slots: Tensor | None, state: Tensor, batch: int) -> list[int]:
     """The state row of each batch row, -1 for none; refuses numbers past the end and a slot that is used twice.
 
+    It reads the numbers on the host: kernels for accelerators trust their caller instead.
+
     Args:
         slots: int (batch,); None: rows in order
         state: (slots, ...)

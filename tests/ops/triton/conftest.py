@@ -1,0 +1,25 @@
+"""Kernels run on the GPU where there is one; elsewhere Triton's interpreter runs the same source on the CPU."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    # read by Triton when a kernel's module is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One reason for all where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        for item in items:
+            if "tests/ops/triton" in item.path.as_posix():
+                item.add_marker(pytest.mark.skip(reason="needs triton"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
