@@ -12,11 +12,11 @@ from typing import Literal, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from alloy.errors import RequestError
 from alloy.models.cache import DenseCache
-from alloy.models.configs import DecoderConfig, HybridConfig
+from alloy.models.checkpointing import run_block
+from alloy.models.configs import Checkpointing, DecoderConfig, HybridConfig
 from alloy.ops.documents import segment_ids
 
 InitStyle = Literal["megatron", "transformers"]
@@ -276,8 +276,8 @@ class CausalLM(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # recompute every block in the backward pass instead of keeping its activations
-        self.gradient_checkpointing = False
+        # what of each block's activations is kept for the backward pass
+        self.checkpointing: Checkpointing = "none"
         # unknown keys of a foreign config.json, written back on save
         self.foreign: dict[str, object] = {}
         # content of generation_config.json, written back on save
@@ -430,10 +430,8 @@ class CausalLM(nn.Module):
     def run_layer(
         self, layer: Layer, x: Tensor, layout: Layout, cache: DenseCache | None
     ) -> tuple[Tensor, RouterStats | None]:
-        """One block, recomputed in the backward pass if `gradient_checkpointing` is set."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
-        return layer(x, layout, cache)
+        """One block, partly computed again in the backward pass if `checkpointing` says so."""
+        return run_block(self.checkpointing if self.training else "none", layer, x, layout, cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
