@@ -1,7 +1,7 @@
 """Pure tensor functions: every heavy operation of the models, behind one dispatch table (`alloy.ops.backend`)."""
 
 from alloy.ops.activation import ACTIVATIONS
-from alloy.ops.attention import attention
+from alloy.ops.attention import attention, attn_decode, kv_append
 from alloy.ops.backend import choices, explain, use_backend
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step, conv_replay
 from alloy.ops.linear import linear
@@ -12,6 +12,7 @@ from alloy.ops.ssd import ssd_replay, ssd_scan, ssd_step, ssd_step_multi
 __all__ = [
     "ACTIVATIONS",
     "attention",
+    "attn_decode",
     "causal_conv1d",
     "causal_conv1d_multi",
     "causal_conv1d_step",
@@ -20,6 +21,7 @@ __all__ = [
     "expert_counts",
     "explain",
     "gated_rms_norm",
+    "kv_append",
     "layer_norm_1p",
     "linear",
     "moe_experts",
