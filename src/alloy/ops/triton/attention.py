@@ -22,9 +22,8 @@ tuning.register(
     "attn_decode",
     {"programs": 1056, "least": 2, "num_warps": 4, "num_stages": 3},
     {"programs": 1056, "least": 2, "num_warps": 4, "num_stages": 2},
-    {"programs": 2112, "least": 4, "num_warps": 4, "num_stages": 3},
+    {"programs": 2112, "least": 4, "num_warps": 4, "num_stages": 2},
     {"programs": 528, "least": 2, "num_warps": 4, "num_stages": 4},
-    {"programs": 1056, "least": 2, "num_warps": 2, "num_stages": 3},
     {"programs": 1056, "least": 2, "num_warps": 8, "num_stages": 3},
 )
 MOST_SPLITS = 128
@@ -81,7 +80,8 @@ def _attn_decode(
         table.stride(0),
         M=max(16, triton.next_power_of_2(rows)),
         IEEE=q.dtype == torch.float32,
-        num_warps=config["num_warps"],
+        # 128 rows do not fit the registers of four warps
+        num_warps=config["num_warps"] if rows <= 64 else 8,
         num_stages=config["num_stages"],
         **shared,
     )
@@ -186,8 +186,12 @@ def _share(
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, WIDTH], tl.float32)
-    for i in range(begin, tl.minimum(begin + share, stop)):
-        block = kv + tl.load(table + i).to(tl.int64) * stride_block
+    stop = tl.minimum(begin + share, stop)
+    # one step ahead, so that loads of keys do not wait for it
+    entry = tl.load(table + begin)
+    for i in range(begin, stop):
+        block = kv + entry.to(tl.int64) * stride_block
+        entry = tl.load(table + tl.minimum(i + 1, stop - 1))
         key = i * BLOCK + n
         k = tl.load(block + n[None, :] * stride_token + d[:, None], mask=inside[:, None], other=0.0)
         # what was never written is not read: it may hold anything
