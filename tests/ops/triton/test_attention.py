@@ -38,7 +38,9 @@ class Case:
         width = max(-(-(max(n, 0) + queries) // BLOCK) for n in lengths)
         # slots in another order than rows, one slot unused, the last entry that of padding
         order = torch.randperm(rows + 1, generator=torch.Generator().manual_seed(seed))[:rows].tolist()
-        arena = torch.full((layers, rows * width + 1, 2, kv_heads, BLOCK, head_dim), torch.nan, device=device, dtype=dtype)
+        arena = torch.full(
+            (layers, rows * width + 1, 2, kv_heads, BLOCK, head_dim), torch.nan, device=device, dtype=dtype
+        )
         self.kv = arena[1]
         self.table = torch.zeros(rows + 2, width, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(rows + 2, dtype=torch.int32, device=device)
@@ -116,7 +118,9 @@ def test_append_writes_its_places_only(device: torch.device) -> None:
 @pytest.mark.parametrize("config", tuning.CANDIDATES["attn_decode"], ids=lambda c: "-".join(map(str, c.values())))
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_narrow_dtypes_at_length(device: torch.device, head_dim: int, dtype: torch.dtype, config: tuning.Config) -> None:
+def test_narrow_dtypes_at_length(
+    device: torch.device, head_dim: int, dtype: torch.dtype, config: tuning.Config
+) -> None:
     """Thousands of keys, real head counts."""
     for heads, kv_heads, queries in ((40, 8, 1), (32, 2, 1), (40, 8, 8), (32, 2, 4)):
         case = Case(device, [5000, 1, -1, 8191, 777], queries, heads, kv_heads, head_dim, dtype)
@@ -139,7 +143,9 @@ def test_capture_and_compile(device: torch.device) -> None:
         for seed in (1, 2):
             other = Case(device, [33, 128, 60, -1], queries=2, head_dim=64, dtype=torch.bfloat16, seed=seed)
             for name in ("q", "kv", "lengths", "slots"):
-                getattr(case, name).copy_(getattr(other, name)[: len(getattr(case, name))] if name != "kv" else other.kv)
+                getattr(case, name).copy_(
+                    getattr(other, name)[: len(getattr(case, name))] if name != "kv" else other.kv
+                )
             case.table.copy_(other.table)
             y.fill_(torch.nan)
             graph.replay()

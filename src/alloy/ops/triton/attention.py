@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportUnboundVariable=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 """Attention of few queries over paged keys and values, and writing new ones: the kernels of `alloy.ops.attention`.
 
 Keys are read once for all queries that share them: the query heads of a group times the queries of a row are the rows of
@@ -90,9 +90,7 @@ def _attn_decode(
 
 
 @_attn_decode.register_fake
-def _(
-    q: Tensor, kv: Tensor, table: Tensor, lengths: Tensor, slots: Tensor, scale: float, window: int
-) -> Tensor:
+def _(q: Tensor, kv: Tensor, table: Tensor, lengths: Tensor, slots: Tensor, scale: float, window: int) -> Tensor:
     return torch.empty(q.shape, device=q.device, dtype=q.dtype)
 
 
@@ -126,7 +124,9 @@ def _splits(pairs: int, blocks: int, programs: int, least: int) -> int:
 
 
 @triton.jit
-def _range(held, QUERIES: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+def _range(
+    held, QUERIES: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr
+):
     """The first block that any query sees, the one after the last, and the blocks of a share."""
     first = 0
     if WINDOW > 0:
