@@ -5,6 +5,7 @@ from alloy.ops.attention import attention, attn_decode, kv_append
 from alloy.ops.backend import choices, explain, use_backend
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step, conv_replay
 from alloy.ops.linear import linear
+from alloy.ops.mamba_step import mamba_step
 from alloy.ops.moe import expert_counts, moe_experts, route, sequence_balance, update_router_bias
 from alloy.ops.norm import gated_rms_norm, layer_norm_1p, rms_norm
 from alloy.ops.ssd import ssd_replay, ssd_scan, ssd_step, ssd_step_multi
@@ -24,6 +25,7 @@ __all__ = [
     "kv_append",
     "layer_norm_1p",
     "linear",
+    "mamba_step",
     "moe_experts",
     "rms_norm",
     "route",
