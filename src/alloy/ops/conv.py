@@ -219,4 +219,5 @@ def _causal_conv1d_step(
 
 backend.add("causal_conv1d", "torch", _causal_conv1d)
 backend.add("causal_conv1d", "cpu", cpu.causal_conv1d)
+backend.add("causal_conv1d", "triton", "alloy.ops.triton.conv:causal_conv1d")
 backend.add("causal_conv1d_step", "torch", _causal_conv1d_step)
