@@ -6,11 +6,12 @@ from alloy.ops.backend import choices, explain, use_backend
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step, conv_replay
 from alloy.ops.linear import linear
 from alloy.ops.moe import expert_counts, moe_experts, route, sequence_balance, update_router_bias
-from alloy.ops.norm import gated_rms_norm, layer_norm_1p, rms_norm
+from alloy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm_1p, rms_norm
 from alloy.ops.ssd import ssd_replay, ssd_scan, ssd_step, ssd_step_multi
 
 __all__ = [
     "ACTIVATIONS",
+    "add_rms_norm",
     "attention",
     "causal_conv1d",
     "causal_conv1d_multi",

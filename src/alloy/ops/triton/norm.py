@@ -27,12 +27,12 @@ for _op in ("rms_norm", "add_rms_norm", "gated_rms_norm"):
     for _pass in (_op, f"{_op}_backward"):
         tuning.register(
             _pass,
-            {"num_warps": 4, "warps_per_sm": 16},
-            {"num_warps": 1, "warps_per_sm": 16},
-            {"num_warps": 2, "warps_per_sm": 16},
-            {"num_warps": 2, "warps_per_sm": 32},
-            {"num_warps": 4, "warps_per_sm": 32},
             {"num_warps": 8, "warps_per_sm": 32},
+            {"num_warps": 8, "warps_per_sm": 16},
+            {"num_warps": 4, "warps_per_sm": 32},
+            {"num_warps": 4, "warps_per_sm": 16},
+            {"num_warps": 2, "warps_per_sm": 16},
+            {"num_warps": 1, "warps_per_sm": 16},
         )
 
 
@@ -264,8 +264,8 @@ def _forward_kernel(
     column = group * SIZE + tl.arange(0, CHUNK)
     weights = ()
     for i in tl.static_range(CHUNKS):
-        inside = i * CHUNK + tl.arange(0, CHUNK) < SIZE
-        weights = weights + (tl.load(weight + column + i * CHUNK, mask=inside, other=0.0),)
+        real = i * CHUNK + tl.arange(0, CHUNK) < SIZE
+        weights = weights + (tl.load(weight + column + i * CHUNK, mask=real, other=0.0),)
     for first in range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS):
         row = first + tl.arange(0, ROWS)
         x_place = _place(x, x_batch, x_row, row, seq) + column[None, :]
@@ -312,8 +312,8 @@ def _backward_kernel(
     column = group * SIZE + tl.arange(0, CHUNK)
     weights, sums = (), ()
     for i in tl.static_range(CHUNKS):
-        inside = i * CHUNK + tl.arange(0, CHUNK) < SIZE
-        weights = weights + (tl.load(weight + column + i * CHUNK, mask=inside, other=0.0),)
+        real = i * CHUNK + tl.arange(0, CHUNK) < SIZE
+        weights = weights + (tl.load(weight + column + i * CHUNK, mask=real, other=0.0),)
         sums = sums + (tl.zeros((ROWS, CHUNK), WIDE),)
     for first in range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS):
         row = first + tl.arange(0, ROWS)
@@ -364,6 +364,6 @@ def _backward_kernel(
             tl.store(dx + place + i * CHUNK, out.to(dx.dtype.element_ty), mask=inside)
         sums = summed
     for i in tl.static_range(CHUNKS):
-        inside = i * CHUNK + tl.arange(0, CHUNK) < SIZE
+        real = i * CHUNK + tl.arange(0, CHUNK) < SIZE
         share = shares + (tl.program_id(0) // GROUPS).to(tl.int64) * (GROUPS * SIZE) + column + i * CHUNK
-        tl.store(share, tl.sum(sums[i], 0), mask=inside)
+        tl.store(share, tl.sum(sums[i], 0), mask=real)
