@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alloy.models.base import InitPlan, Layout
 from alloy.models.cache import Cache
 from alloy.models.configs import AttentionConfig, MLPConfig, RopeConfig
-from alloy.ops.activation import ACTIVATIONS
+from alloy.ops.activation import ACTIVATIONS, gated
 from alloy.ops.attention import attention
 from alloy.ops.linear import linear
 from alloy.ops.norm import layer_norm_1p, rms_norm
@@ -225,5 +225,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden) -> the same shape."""
         if self.config.gated:
-            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(gated(self.config.activation, self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(self.activation(self.up_proj(x)))

@@ -7,11 +7,12 @@ from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_ste
 from alloy.ops.linear import linear
 from alloy.ops.mamba_step import mamba_step
 from alloy.ops.moe import expert_counts, moe_experts, route, sequence_balance, update_router_bias
-from alloy.ops.norm import gated_rms_norm, layer_norm_1p, rms_norm
+from alloy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm_1p, rms_norm
 from alloy.ops.ssd import ssd_replay, ssd_scan, ssd_step, ssd_step_multi
 
 __all__ = [
     "ACTIVATIONS",
+    "add_rms_norm",
     "attention",
     "attn_decode",
     "causal_conv1d",

@@ -243,6 +243,7 @@ def _conv_replay(state: Tensor, x: Tensor, counts: Tensor, slots: Tensor | None)
 
 backend.add("causal_conv1d", "torch", _causal_conv1d)
 backend.add("causal_conv1d", "cpu", cpu.causal_conv1d)
+backend.add("causal_conv1d", "triton", "alloy.ops.triton.conv:causal_conv1d")
 backend.add("causal_conv1d_step", "torch", _causal_conv1d_step)
 backend.add("causal_conv1d_step", "triton", "alloy.ops.triton.conv_step:causal_conv1d_step")
 backend.add("causal_conv1d_multi", "torch", _causal_conv1d_multi)
