@@ -155,3 +155,4 @@ def _moe_experts(
 
 backend.add("moe_experts", "torch", _moe_experts)
 backend.add("moe_experts", "cpu", cpu.moe_experts)
+backend.add("moe_experts", "triton", "alloy.ops.triton.moe_experts:moe_experts")
