@@ -457,6 +457,7 @@ def _ssd_step(
 
 backend.add("ssd_scan", "torch", _ssd_scan)
 backend.add("ssd_scan", "cpu", cpu.ssd_scan)
+backend.add("ssd_scan", "triton", "alloy.ops.triton.ssd_scan:ssd_scan")
 backend.add("ssd_step", "torch", _ssd_step)
 backend.add("ssd_step", "cpu", cpu.ssd_step)
 backend.add("ssd_step_multi", "torch", _ssd_step_multi)
