@@ -248,8 +248,9 @@ def _walk(
             through_after += (through[h] + total,)
             if OUTPUT:
                 into = tl.exp2(into)
-                decay = tl.exp2(tl.where(seen, logs[:, None] - logs[None, :], float("-inf"))) * d[None, :]
-                mixed = (cb * decay).to(cb.dtype)
+                # d_j in the exponent: d_j = 0 is minus infinity there
+                decay = logs[:, None] - (logs - tl.log2(d))[None, :]
+                mixed = (cb * tl.exp2(tl.where(seen, decay, float("-inf")))).to(cb.dtype)
             for t in tl.static_range(TILES):
                 p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
                 s = states[h * TILES + t]

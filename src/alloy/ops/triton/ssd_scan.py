@@ -1,4 +1,4 @@
-"""The SSD scan on NVIDIA GPUs as operators of PyTorch: one for the forward, one for the backward, both opaque to compilers.
+"""The SSD scan on NVIDIA GPUs as an operator of PyTorch, opaque to compilers, with its backward.
 
 Only the inputs are kept for the backward, which computes the chunks' products and states again: bytes saved are bytes read.
 Legend as in `alloy.ops.ssd`.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alloy.ops.precision import wide
 from alloy.ops.ssd import _ssd_scan as reference
-from alloy.ops.triton import ssd_forward, ssd_prep
+from alloy.ops.triton import ssd_backward, ssd_forward, ssd_prep
 
 # tokens of a chunk in the kernels, whatever the caller's: the result does not depend on it
 CHUNK = 64
@@ -76,41 +76,6 @@ def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, 
     return y, x.new_empty(batch, heads, head_dim, B.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("alloy::ssd_scan_backward", mutates_args=())
-def _backward(
-    dy: Tensor | None,
-    dstate: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    low: float,
-    high: float,
-    h0: Tensor | None,
-    documents: Tensor | None,
-) -> list[Tensor]:
-    """The gradients of those of x, dt, A, B, C, D, dt_bias and h0 that are given."""
-    from alloy.ops.triton import ssd_backward
-
-    if dy is None:
-        dy = torch.zeros_like(x)
-    gradients = ssd_backward.backward(
-        dy, dstate, x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), h0, documents, CHUNK
-    )
-    return [g for g in gradients if g is not None]
-
-
-@_backward.register_fake
-def _(
-    dy: Any, dstate: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, bias: Any, *rest: Any
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (x, dt, A, B, C, D, bias, rest[-2]) if t is not None]
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     x, dt, A, B, C, D, dt_bias, ctx.dt_softplus, ctx.low, ctx.high, h0, documents = inputs
@@ -119,13 +84,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
     x, dt, A, B, C, D, dt_bias, h0, documents = ctx.saved_tensors
-    gradients = iter(
-        torch.ops.alloy.ssd_scan_backward(
-            dy, dstate, x, dt, A, B, C, D, dt_bias, ctx.dt_softplus, ctx.low, ctx.high, h0, documents
-        )
-    )
-    dx, ddt, dA, dB, dC, dD, dbias, dh0 = (
-        None if t is None else next(gradients) for t in (x, dt, A, B, C, D, dt_bias, h0)
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, ddt, dA, dB, dC, dD, dbias, dh0 = ssd_backward.backward(
+        dy, dstate, x, dt, A, B, C, D, dt_bias, ctx.dt_softplus, (ctx.low, ctx.high), h0, documents, CHUNK
     )
     return dx, ddt, dA, dB, dC, dD, dbias, None, None, None, dh0, None
 
