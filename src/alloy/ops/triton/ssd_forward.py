@@ -54,7 +54,7 @@ def scan(
     batch, seq, heads, head_dim = x.shape
     groups, width = B.shape[2:]
     config = tuning.pick("ssd_scan", _key(x, width))
-    tile = tiling(head_dim, x.dtype)
+    tile = tiling(head_dim, width, x.dtype)
     together = _together(heads // groups, config["heads"])
     programs = batch * heads // together * tile.parts
     chunks = triton.cdiv(seq, chunk)
@@ -97,7 +97,7 @@ def carries(
     decays = x.new_empty(batch, count, heads, dtype=torch.float32)
     if count > 1:
         config = tuning.pick("ssd_carries", _key(x, width))
-        tile = tiling(head_dim, x.dtype)
+        tile = tiling(head_dim, width, x.dtype)
         together = _together(heads // groups, config["heads"])
         _walk[(heads // together * tile.parts, count - 1, batch)](
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
@@ -120,16 +120,17 @@ class Tiling(tuple):
     parts = property(lambda self: self[2])
 
 
-def tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Powers of two that cover head_dim: one, or two where that fills less (80 = 64 + 16, not 128)."""
-    most = 32 if dtype == torch.float32 else 128
+def tiling(head_dim: int, width: int, dtype: torch.dtype) -> Tiling:
+    """Powers of two that cover head_dim, one or two where that fills less (80 = 64 + 16, not 128), of one program or several:
+    a state of `width` rows and these columns must fit the registers of four warps."""
+    most = min(128, (4096 if dtype == torch.float32 else 10240) // max(16, triton.next_power_of_2(width)))
     whole = max(16, triton.next_power_of_2(head_dim))
-    if whole > most:
-        most = min(most, 64)
-        return Tiling((most, 0, triton.cdiv(head_dim, most)))
     half = whole // 2
     rest = max(16, triton.next_power_of_2(head_dim - half))
-    return Tiling((half, rest, 1) if half + rest < whole and half >= 16 else (whole, 0, 1))
+    if half >= 16 and half + rest < whole and half + rest <= most:
+        return Tiling((half, rest, 1))
+    whole = min(whole, 1 << most.bit_length() - 1)
+    return Tiling((whole, 0, triton.cdiv(head_dim, whole)))
 
 
 def cut(chunks: int, programs: int, slots: int) -> tuple[int, int]:
@@ -210,8 +211,7 @@ def _walk(
             p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
             if HAS_CARRY:
                 at = ((batch * count + number * stretches) * heads + head + h) * HEAD_DIM * WIDTH
-                inside = (n < WIDTH)[:, None] & (p < HEAD_DIM)[None, :]
-                states += (tl.load(carries_ptr + at + p[None, :] * WIDTH + n[:, None], mask=inside, other=0.0),)
+                states += (_read(carries_ptr + at, n, p, WIDTH, HEAD_DIM),)
             else:
                 states += (tl.zeros((N, SECOND if t else FIRST), dtype=tl.float32),)
     begin = number * walk
@@ -276,8 +276,7 @@ def _walk(
             if not OUTPUT:
                 at = ((batch * count + number + 1) * heads + head + h) * HEAD_DIM * WIDTH
             if not OUTPUT or end == chunks:
-                inside = (n < WIDTH)[:, None] & (p < HEAD_DIM)[None, :]
-                tl.store(state_ptr + at + p[None, :] * WIDTH + n[:, None], states[h * TILES + t], mask=inside)
+                _write(state_ptr + at, states[h * TILES + t], n, p, WIDTH, HEAD_DIM)
         if not OUTPUT:
             tl.store(decays_ptr + (batch * count + number + 1) * heads + head + h, tl.exp2(through[h]))
 
@@ -289,6 +288,20 @@ def _tile(row, columns, real, LIMIT: tl.constexpr, WIDTH: tl.constexpr):
     if LIMIT % WIDTH:
         mask &= (columns < LIMIT)[None, :]
     return tl.load(row[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _read(ptr, n, p, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Rows n and columns p of a state that lies as (head_dim, state) at ptr."""
+    inside = (n < WIDTH)[:, None] & (p < HEAD_DIM)[None, :]
+    return tl.load(ptr + p[None, :] * WIDTH + n[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _write(ptr, s, n, p, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The reverse of `_read`."""
+    inside = (n < WIDTH)[:, None] & (p < HEAD_DIM)[None, :]
+    tl.store(ptr + p[None, :] * WIDTH + n[:, None], s, mask=inside)
 
 
 @triton.jit
