@@ -480,6 +480,7 @@ def _slot_numbers(rows: Tensor | None, after: Tensor) -> Tensor:
 
 backend.add("ssd_scan", "torch", _ssd_scan)
 backend.add("ssd_scan", "cpu", cpu.ssd_scan)
+backend.add("ssd_scan", "triton", "alloy.ops.triton.ssd_scan:ssd_scan")
 backend.add("ssd_step", "torch", _ssd_step)
 backend.add("ssd_step", "cpu", cpu.ssd_step)
 backend.add("ssd_step", "triton", "alloy.ops.triton.ssd_step:ssd_step")
