@@ -147,9 +147,9 @@ def obstacle(model: CausalLM) -> str | None:
     needed = {"attn_decode", "kv_append"}
     for mixer in mixers:
         if isinstance(mixer, MambaConfig):
-            needed |= {"ssd_step", "causal_conv1d_step"}
+            needed |= {"mamba_step"}
         if isinstance(mixer, MoEConfig):
-            needed |= {"moe_experts"}
+            needed |= {"moe_route", "moe_experts"}
     # the twins in plain PyTorch look at slots or experts on the host
     lacking = sorted(op for op in needed if "triton" not in backend.TABLE[op])
     return f"no kernel for {', '.join(lacking)}" if lacking else None

@@ -18,7 +18,7 @@ from alloy.models.configs import AttentionConfig, MLPConfig, RopeConfig
 from alloy.ops.activation import ACTIVATIONS, gated
 from alloy.ops.attention import attention
 from alloy.ops.linear import linear
-from alloy.ops.norm import layer_norm_1p, rms_norm
+from alloy.ops.norm import add_rms_norm, layer_norm_1p, rms_norm
 
 
 class Linear(nn.Linear):
@@ -83,6 +83,8 @@ class RMSNorm(nn.Module):
 
     def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
         """delta and residual (..., width) -> (norm of their sum, the sum); no delta: the sum is the residual."""
+        if delta is not None and delta.dtype == self.weight.dtype:
+            return add_rms_norm(delta, residual, self.weight, self.eps, self.cast_first)
         total = residual if delta is None else residual + delta
         return self(total), total
 

@@ -95,7 +95,8 @@ class States:
         for i, mixer in enumerate(mixers):
             if isinstance(mixer, MambaConfig):
                 self._ssm_shapes[i] = ssm, (mixer.heads, mixer.head_dim, mixer.state)
-                self._conv_shapes[i] = conv, (mixer.channels, mixer.conv_kernel - 1)
+                # kernels read the channels of a tap side by side
+                self._conv_shapes[i] = conv, (mixer.conv_kernel - 1, mixer.channels)
                 ssm += mixer.heads * mixer.head_dim * mixer.state
                 conv += mixer.channels * (mixer.conv_kernel - 1)
         self.layers = tuple(self._ssm_shapes)
@@ -122,7 +123,8 @@ class States:
 
     @torch.inference_mode(False)
     def _open(self, layer: int) -> tuple[Tensor, Tensor]:
-        return _slice(self.ssm, *self._ssm_shapes[layer]), _slice(self.conv, *self._conv_shapes[layer])
+        ssm, conv = _slice(self.ssm, *self._ssm_shapes[layer]), _slice(self.conv, *self._conv_shapes[layer])
+        return ssm, conv.transpose(1, 2)
 
 
 class Cache(ABC):
@@ -243,6 +245,7 @@ class Cache(ABC):
                 dt_bias=draft.dt_bias,
                 dt_limit=draft.dt_limit,
                 slots=self.slots,
+                sr_seed=self.rounding,
             )
         self.drafts, self._drafted = {}, 0
         self._count(counts)

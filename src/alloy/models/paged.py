@@ -145,6 +145,13 @@ class PagedCache:
         self._copy(slot, targets)
         return targets
 
+    def advance(self, slots: Tensor, counts: Tensor | int) -> None:
+        """Add counts, one number or (batch,), to the lengths of slots (batch,) on the device; a padding row's stays 0."""
+        index = slots.long()
+        self.lengths[index] = (self.lengths[index] + counts * (slots >= 0)).to(self.lengths.dtype)
+        if self.rounding is not None:
+            self.rounding += 1
+
     def count(self, slots: Sequence[int], tokens: int | Sequence[int]) -> None:
         """Note on the host that the slots hold `tokens` more, the same number or one for each; the device counts itself."""
         for i, slot in enumerate(slots):
@@ -279,7 +286,7 @@ class PagedView(Cache):
         self.pool.reserve(self.rows, tokens)
 
     def _count(self, counts: Tensor | int) -> None:
-        count_rows(self.pool.lengths, self.slots, counts)
+        self.pool.advance(self.slots, counts)
         self.pool.count(self.rows, counts if isinstance(counts, int) else counts.tolist())
         if isinstance(counts, Tensor):
             self.pool.trim([slot for slot in self.rows if slot >= 0])
@@ -308,18 +315,12 @@ class StaticView(PagedView):
         pass
 
     def _count(self, counts: Tensor | int) -> None:
-        count_rows(self.pool.lengths, self.slots, counts)
+        self.pool.advance(self.slots, counts)
 
 
 def blocks_of(tokens: int) -> int:
     """Blocks that hold `tokens` tokens."""
     return -(-tokens // BLOCK)
-
-
-def count_rows(lengths: Tensor, slots: Tensor, counts: Tensor | int) -> None:
-    """Add counts, one number or (batch,), to lengths (slots + 1,) at slots (batch,); -1 names the last, which stays 0."""
-    index = slots.long()
-    lengths[index] = (lengths[index] + counts * (slots >= 0)).to(lengths.dtype)
 
 
 def upload(
