@@ -131,9 +131,7 @@ def _heads_kernel(
         mask = (rows < HEAD_DIM) & used
         own = head * HEAD_DIM + rows
         inputs += (
-            _convolve(
-                projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS
-            ),
+            _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS),
         )
     own = inner + (head // (HEADS // GROUPS)) * WIDTH + n
     b = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
