@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from alloy.ops import ssd_replay, ssd_scan, ssd_step, ssd_step_multi, use_backend
-
-pytest.importorskip("triton")
-
-import alloy.ops.triton.ssd_step  # registers the configurations
 from alloy.ops.triton import tuning
+
+# its import registers the configurations
+pytest.importorskip("alloy.ops.triton.ssd_step")
 
 CANDIDATES = tuning.CANDIDATES["ssd_step"]
 # batch, heads, head_dim, groups, state
@@ -86,7 +85,7 @@ def test_step_equals_the_reference(shape: tuple[int, ...], config: tuning.Config
     ):
         case = Case(shape, device, dtype=dtype)
         options = {k: getattr(case, v) if isinstance(v, str) else v for k, v in options.items()}
-        given, state = case.wide()
+        _, state = case.wide()
         with use_backend("torch"):
             want = ssd_step(state, **case.token(0, wide=True), slots=case.slots, **options)
         with use_backend("triton"), tuning.override("ssd_step", config):
@@ -176,7 +175,7 @@ def test_replay_equals_the_accepted_steps(seed: int | None, config: tuning.Confi
 def test_float64_is_the_reference(device: torch.device) -> None:
     """Exact where gradients and twins are checked."""
     case = Case(SHAPES[1], device)
-    given, state = case.wide()
+    _, state = case.wide()
     twin = state.clone()
     with use_backend("triton"):
         y = ssd_step(state, **case.token(0, wide=True), slots=case.slots)
@@ -215,7 +214,7 @@ def test_real_sizes_repeat_bit_for_bit_in_a_graph(
     options = {"D": case.D, "dt_bias": case.dt_bias, "slots": case.slots}
     seed = torch.zeros(1, dtype=torch.int64, device=device) if state_dtype == torch.float16 else None
     with use_backend("torch"):
-        wide, state = case.wide()
+        _, state = case.wide()
         want = ssd_step(state, **case.token(0, wide=True), **options)
     runs = []
     with use_backend("triton"), tuning.override("ssd_step", config):
