@@ -22,11 +22,11 @@ from alloy.ops.triton.ssd_prep import Prep
 # heads: of one group, in one program; resident: programs that a multiprocessor holds at a time
 tuning.register(
     "ssd_scan",
-    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0},
 )
 tuning.register(
     "ssd_carries",
-    {"heads": 1, "num_warps": 4, "num_stages": 2, "resident": 2},
+    {"heads": 1, "num_warps": 4, "num_stages": 2, "resident": 2, "weigh": 0},
 )
 
 PIECES = 2  # stretches of the first pass in one walk
@@ -67,7 +67,7 @@ def scan(
         x, B, C, CB, D, prep.d, prep.logs, prep.segments, prep.lengths, states, state, None, y,
         seq, groups, chunks, walk, states.shape[1], walk // stretch,
         OUTPUT=True, HAS_CARRY=h0 is not None or walks > 1, HAS_D=D is not None, TOGETHER=together,
-        STAGES=config["num_stages"], num_warps=config["num_warps"], **_common(x, B, C, tile, prep, chunk),
+        STAGES=config["num_stages"], WEIGH_B=config["weigh"], num_warps=config["num_warps"], **_common(x, B, C, tile, prep, chunk),
     )  # fmt: skip
     return y, state, states
 
@@ -103,7 +103,7 @@ def carries(
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
             seq, groups, chunks, stretch, count, 1,
             OUTPUT=False, HAS_CARRY=False, HAS_D=False, TOGETHER=together,
-            STAGES=config["num_stages"], num_warps=config["num_warps"], **_common(x, B, B, tile, prep, chunk),
+            STAGES=config["num_stages"], WEIGH_B=config["weigh"], num_warps=config["num_warps"], **_common(x, B, B, tile, prep, chunk),
         )  # fmt: skip
     _join[(triton.cdiv(head_dim * width, 1024), heads, batch)](
         out, decays, h0, count, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
@@ -190,7 +190,7 @@ def _walk(
     x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
     WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WEIGH_B: tl.constexpr,
 ):  # fmt: skip
     """`walk` chunks of TOGETHER heads, or of a part of one head's columns; grid (heads / TOGETHER * parts, walks, batch).
 
@@ -255,6 +255,8 @@ def _walk(
             onto = tl.exp2(onto) * d
             keep = tl.exp2(total)
             through_after += (through[h] + total,)
+            if WEIGH_B:
+                weighted = (tl.trans(b) * onto[None, :]).to(b.dtype)
             if OUTPUT:
                 into = tl.exp2(into)
                 decay = tl.exp2(tl.where(seen, logs[:, None] - logs[None, :], float("-inf")))
@@ -273,8 +275,11 @@ def _walk(
                     y_row = y_ptr + ((batch * seq + token) * HEADS + head + h) * HEAD_DIM + i * HEADS * HEAD_DIM
                     inside = (token + i < seq)[:, None] & (p < HEAD_DIM)[None, :]
                     tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=inside)
-                u = (v * onto[:, None]).to(v.dtype)
-                states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
+                if WEIGH_B:
+                    states_after += (tl.dot(weighted, v, s * keep, input_precision=PRECISION),)
+                else:
+                    u = (v * onto[:, None]).to(v.dtype)
+                    states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
         states = states_after
         through = through_after
     for h in tl.static_range(TOGETHER):
