@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Cross entropy of a linear head, a chunk of tokens at a time, with the gradients in the same pass.
 
 A chunk's logits come from a matmul in the inputs' dtype. One kernel reads each row twice, the second time from the L2, and
@@ -33,9 +33,7 @@ _CHUNK_ELEMENTS = 1 << 29
 _SMALLEST_CHUNK = 256
 
 
-def linear_ce(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype
-) -> Tensor:
+def linear_ce(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype) -> Tensor:
     """As `alloy.ops.cross_entropy.linear_ce`."""
     if chunk is None:
         chunk = max(_CHUNK_ELEMENTS // weight.shape[0], _SMALLEST_CHUNK)

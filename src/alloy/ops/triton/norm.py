@@ -1,4 +1,5 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
 """RMSNorm, RMSNorm of a gated product, and RMSNorm of a sum, forward and backward, each one pass over memory.
 
 A program walks the rows of one group of channels, `ROWS` at a time, and holds the group in registers as a tuple of chunks,
@@ -127,7 +128,13 @@ def _add_norm_fake(x, residual, weight, eps, cast_first):
 
 @torch.library.custom_op("alloy::add_rms_norm_backward", mutates_args=())
 def _add_norm_backward(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, inverse: Tensor, dtype: torch.dtype, cast_first: bool
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    dtype: torch.dtype,
+    cast_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum's gradient in its own dtype, in `dtype` if that is another one, and the weight's."""
     dresidual = total.new_empty(total.shape)
@@ -152,9 +159,7 @@ def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_add_norm(
-    ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
+def _differentiate_add_norm(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     weight, total, inverse = ctx.saved_tensors
     if dy is None:
         return None if dtotal is None else dtotal.to(ctx.dtype), dtotal, None, None, None
