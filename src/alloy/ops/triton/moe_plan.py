@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Token-expert pairs in the order of their experts: a counting sort, the rows it moves, and the sum back over tokens.
 
 A pair is (token, its j-th expert), numbered token * top_k + j. Sorted stably by expert, the pairs of expert e are the rows
@@ -57,7 +57,17 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
     if programs > 1:
         count_kernel[(programs,)](chosen, counts, pairs, share, **sizes)
     place_kernel[(programs,)](
-        chosen, counts, *plan, pairs, share, programs, num_experts, plan.blocks.numel(), BLOCK=block, ALIGN=align, **sizes
+        chosen,
+        counts,
+        *plan,
+        pairs,
+        share,
+        programs,
+        num_experts,
+        plan.blocks.numel(),
+        BLOCK=block,
+        ALIGN=align,
+        **sizes,
     )
     return plan
 
@@ -167,9 +177,7 @@ def gather_kernel(x, order, out, width, stride_x, top_k, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def combine_kernel(
-    rows, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr
-):
+def combine_kernel(rows, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr):
     """One stretch of one token: its rows are read at once and summed in fp32."""
     token = tl.program_id(0)
     j = tl.arange(0, DEEP)
