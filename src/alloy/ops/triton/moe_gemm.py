@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Matrix products of the sorted pairs of `moe_plan`, each expert's rows with that expert's matrix.
 
 Every kernel is a fixed number of programs that walk over tiles; how many there are, and of which experts, is read from the
@@ -52,7 +52,10 @@ tuning.register(
     *(
         {"BM": 128, **row}
         for row in _configs(
-            (128, 64, 0, 0, 1, 2, 4, 3), (256, 64, 0, 0, 1, 1, 8, 3), (256, 64, 1, 0, 1, 1, 8, 3), (256, 64, 0, 1, 1, 1, 4, 4)
+            (128, 64, 0, 0, 1, 2, 4, 3),
+            (256, 64, 0, 0, 1, 1, 8, 3),
+            (256, 64, 1, 0, 1, 1, 8, 3),
+            (256, 64, 0, 1, 1, 1, 4, 4),
         )
     ),
 )
@@ -227,30 +230,31 @@ def _precision(x: Tensor) -> str:
 def act(x, ACTIVATION: tl.constexpr):
     """An activation of `alloy.ops.activation`, in fp32."""
     if ACTIVATION == "relu2":
-        kept = tl.where(x < 0, 0.0, x)
-        return kept * kept
+        y = tl.where(x < 0, 0.0, x * x)
     elif ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x)
+        y = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
-        return x / (1 + tl.exp(-x))
+        y = x / (1 + tl.exp(-x))
     else:
         tl.static_assert(ACTIVATION == "gelu")
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    return y
 
 
 @triton.jit
 def act_slope(x, ACTIVATION: tl.constexpr):
     """Its derivative."""
     if ACTIVATION == "relu2":
-        return tl.where(x < 0, 0.0, 2 * x)
+        y = tl.where(x < 0, 0.0, 2 * x)
     elif ACTIVATION == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        y = tl.where(x > 0, 1.0, 0.0)
     elif ACTIVATION == "silu":
         s = 1 / (1 + tl.exp(-x))
-        return s * (1 + x * (1 - s))
+        y = s * (1 + x * (1 - s))
     else:
         tl.static_assert(ACTIVATION == "gelu")
-        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        y = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return y
 
 
 @triton.jit
