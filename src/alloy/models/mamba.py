@@ -85,7 +85,7 @@ class Mamba(nn.Module):
         self.prefill_limit = self.decode_limit = config.time_step_limit
         self._held: Tensor | None = None
         self._held_version: Version = 0, None
-        self._held_taps: Tensor | None = None
+        self._taps: Tensor | None = None
         self._taps_version: Version = 0, None
         width = config.inner + config.channels + config.heads
         self.in_proj = Linear(config.hidden, width, config.proj_bias, device=device, dtype=dtype)
@@ -150,29 +150,32 @@ class Mamba(nn.Module):
         """A (heads,)."""
         return -self.A_log.float().exp()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _held_rates(self) -> Tensor:
         """A, computed when A_log changed, and always in the same memory, which captured steps read."""
         version = _version(self.A_log)
-        if self._held is None or self._held.device != self.A_log.device:
-            self._held = self._rates()
-        elif version != self._held_version or version[1] is None:
-            self._held.copy_(self._rates())
-        self._held_version = version
-        return self._held
+        if self._held is None or version != self._held_version or version[1] is None:
+            self._hold_rates()
+            self._held_version = version
+        return cast(Tensor, self._held)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _taps(self) -> Tensor:
+    def _hold_rates(self) -> None:
+        if self._held is None or self._held.device != self.A_log.device:
+            self._held = self._rates()
+        else:
+            self._held.copy_(self._rates())
+
+    def _held_taps(self) -> Tensor:
         """The convolution's weight (channels, kernel); on a CPU the channels of a tap lie side by side, as the step reads."""
         weight, version = self.conv.weight, _version(self.conv.weight)
         if weight.device.type != "cpu":
             return weight
-        if self._held_taps is None or version != self._taps_version or version[1] is None:
-            self._held_taps = weight.detach().t().contiguous().t()
+        if self._taps is None or version != self._taps_version or version[1] is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._taps = weight.detach().t().contiguous().t()
             self._taps_version = version
-        return self._held_taps
+        return self._taps
 
     def _scan(self, xbc: Tensor, dt: Tensor, documents: Tensor | None) -> Tensor:
         xbc = cast(Tensor, causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=documents))
@@ -216,7 +219,7 @@ class Mamba(nn.Module):
             projected,
             cache.conv(self.layer),
             cache.ssm(self.layer),
-            self._taps(),
+            self._held_taps(),
             self.conv.bias,
             self._held_rates(),
             self.D,

@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from alloy.ops.quant import LowWeight
 
 # below this many weights, oneDNN's integer product is slower than reading them in PyTorch's
-FEW_WEIGHTS = 3 << 19
+FEW_WEIGHTS = 1 << 20
 # up to this many rows PyTorch's int8 product beats dequantising, in whole blocks of this many inputs
 FEW_ROWS, BLOCK = 16, 16
 # largest magnitude of a fixed-point number whose two bytes, of which the low one is signed too, fit
 _LARGEST = 127 * 256 + 127
 # moves fixed-point numbers to the low 16 bits of a float's mantissa, as 32896 and more: both bytes offset by 128
-_SHIFT = float(2**23 + 128 * 256 + 128)
-_TINY = torch.finfo(torch.float32).tiny
+_SHIFT = torch.tensor(2.0**23 + 128 * 256 + 128)
+_BYTES = torch.tensor([[0], [8]], dtype=torch.int32)
+# rows below this are zero
+_TINY = 1e-30
 _NO_OFFSET = torch.zeros(1, dtype=torch.int64)
 
 
@@ -66,20 +68,22 @@ def plain(codes: Tensor) -> Tensor:
 
 def low_linear(x: Tensor, weight: "LowWeight", bias: Tensor | None) -> Tensor:
     """As `alloy.ops.quant.low_linear`."""
-    codes, scale = weight.codes, weight.scale
-    rows = x.reshape(-1, x.shape[-1])  # (rows, inputs)
-    if scale is None and codes.is_mkldnn:
-        y = torch.ops.mkldnn._linear_pointwise(rows.to(torch.bfloat16), codes, None, "none", [], "")
-    elif scale is not None and codes.is_mkldnn:
-        y = _fixed_point_product(rows, codes, scale)
-    elif scale is not None and 0 < len(rows) <= FEW_ROWS and codes.shape[1] % BLOCK == 0:
-        rows = rows.to(torch.bfloat16).contiguous()
-        y = torch._weight_int8pack_mm(rows, codes, scale)
-    else:
-        matrix = plain(codes).float()
-        y = linear(rows.float(), matrix if scale is None else matrix.mul_(scale[:, None]))
-    y = y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    y = product(x.reshape(-1, x.shape[-1]), weight)
+    y = (y if y.dtype == x.dtype else y.to(x.dtype)).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
+
+
+def product(rows: Tensor, weight: "LowWeight") -> Tensor:
+    """rows (rows, inputs) times `weight` (outputs, inputs): (rows, outputs) in the dtype that the kernel gives."""
+    codes, scale = weight.codes, weight.scale
+    if codes.is_mkldnn and scale is not None:
+        return _fixed_point_product(rows.float(), codes, scale)
+    if codes.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(rows.to(torch.bfloat16), codes, None, "none", [], "")
+    if scale is not None and 0 < rows.shape[0] <= FEW_ROWS and rows.shape[1] % BLOCK == 0:
+        return torch._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), codes, scale)
+    matrix = codes.float()
+    return linear(rows.float(), matrix if scale is None else matrix.mul_(scale[:, None]))
 
 
 def low_experts(
@@ -92,34 +96,60 @@ def low_experts(
     activation: str,
 ) -> Tensor:
     """As `alloy.ops.quant.low_experts`."""
+    if x.shape[0] == 1:
+        return _one_token(x, chosen, weights, up, down, gate, activation)
     act = ACTIVATIONS[activation]
-    if len(x) == 1:
-        hit = [(expert, slice(i, i + 1)) for i, expert in enumerate(chosen[0].tolist())]
-        pairs, rows = None, x.expand(len(hit), -1)
-    else:
-        pairs = Pairs(chosen, len(up))
-        hit, rows = pairs.slices, x.index_select(0, pairs.token)
+    pairs = Pairs(chosen, len(up))
 
-    def product(rows: Tensor, matrices: Sequence["LowWeight"]) -> Tensor:
-        return torch.cat([low_linear(rows[part], matrices[expert], None) for expert, part in hit])
+    def each(rows: Tensor, matrices: Sequence["LowWeight"]) -> Tensor:
+        return torch.cat([product(rows[part], matrices[expert]) for expert, part in pairs.slices]).to(x.dtype)
 
-    inner = product(rows, up)
-    hidden = act(inner) if gate is None else act(product(rows, gate)) * inner
-    y = product(hidden, down)
-    total = weights.to(y.dtype) @ y if pairs is None else pairs.add_up(y, weights)
-    return total.to(x.dtype)
+    rows = x.index_select(0, pairs.token)
+    inner = each(rows, up)
+    hidden = act(inner) if gate is None else act(each(rows, gate)) * inner
+    return pairs.add_up(each(hidden, down), weights).to(x.dtype)
+
+
+def _one_token(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Sequence["LowWeight"],
+    down: Sequence["LowWeight"],
+    gate: Sequence["LowWeight"] | None,
+    activation: str,
+) -> Tensor:
+    """Decode of a single row: nothing is sorted, and what the kernels read is rounded once for all experts."""
+    act = ACTIVATIONS[activation]
+    experts = chosen[0].tolist()
+    kind = torch.float32 if up[0].codes.is_mkldnn and up[0].scale is not None else torch.bfloat16
+    row = x.to(kind)
+    inner = torch.cat([product(row, up[expert]) for expert in experts]).to(x.dtype)  # (top_k, ffn)
+    opened = None if gate is None else torch.cat([product(row, gate[expert]) for expert in experts]).to(x.dtype)
+    hidden = (act(inner) if opened is None else act(opened) * inner).to(kind)
+    y = torch.cat([product(each, down[expert]) for each, expert in zip(hidden.split(1), experts, strict=True)])
+    return torch.mm(weights, y.to(weights.dtype)).to(x.dtype)
 
 
 def _fixed_point_product(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """rows (rows, inputs) times the matrix of `codes` and `scale`, fp32 (rows, outputs)."""
-    rows = rows.float()
-    unit = rows.abs().amax(1, keepdim=True).clamp_(min=_TINY).mul_(1 / _LARGEST)  # (rows, 1)
-    numbers = (rows / unit).add_(_SHIFT).view(torch.int32)
-    low_high = torch.empty(len(rows), 2, rows.shape[1], dtype=torch.uint8)
-    low_high[:, 0].copy_(numbers)
-    low_high[:, 1].copy_(numbers.bitwise_right_shift_(8))
-    bytes_ = low_high.view(-1, rows.shape[1])
-    y = torch.ops.onednn.qlinear_pointwise(
-        bytes_, 1.0, 128, codes, scale, _NO_OFFSET, None, 1.0, 0, torch.float32, "none", [], ""
-    ).view(len(rows), 2, -1)
-    return torch.add(y[:, 0], y[:, 1], alpha=256).mul_(unit)
+    """rows fp32 (rows, inputs) times the packed matrix of `codes` and `scale`: fp32 (rows, outputs).
+
+    Each row is a multiple of its own unit; a single one, whose operations are what costs, has it as a number.
+    """
+    factor = 1.0
+    if rows.shape[0] == 1:
+        lowest, highest = torch.aminmax(rows)
+        unit = None
+        factor = max(-lowest.item(), highest.item(), _TINY) / _LARGEST
+        numbers = torch.add(_SHIFT, rows, alpha=1 / factor)
+    else:
+        unit = rows.abs().amax(1, keepdim=True).clamp_(min=_TINY).mul_(1 / _LARGEST)  # (rows, 1)
+        numbers = (rows / unit).add_(_SHIFT)
+    # (rows, 2, inputs), low and high bytes, where the integers lie in the mantissas
+    bytes_ = (numbers.view(torch.int32)[:, None] >> _BYTES).to(torch.uint8)
+    y = torch.ops.onednn.qlinear_pointwise.default(
+        bytes_.flatten(0, 1), factor, 128, codes, scale, _NO_OFFSET, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    low, high = y.view(-1, 2, y.shape[1]).unbind(1)
+    y = torch.add(low, high, alpha=256)
+    return y if unit is None else y.mul_(unit)
