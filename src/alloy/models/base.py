@@ -294,6 +294,8 @@ class CausalLM(nn.Module):
     config: HybridConfig | DecoderConfig
     # another library whose numbers are reproduced, set by the loader
     compat: str | None = None
+    # low precision of the matrices, set by `models.quant.quantize_weights`
+    weights: str | None = None
     embed: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module

@@ -24,6 +24,10 @@ from alloy.ops.norm import gated_rms_norm
 from alloy.ops.ssd import ssd_scan, ssd_step_multi
 
 
+# of a tensor: where it lies, and how often it was changed in place, where that is counted
+Version = tuple[int, int | None]
+
+
 class ConvWeight(nn.Module):
     """Weights of the depthwise convolution: weight (channels, kernel), bias (channels,) or None."""
 
@@ -80,7 +84,9 @@ class Mamba(nn.Module):
         self.layer = layer
         self.prefill_limit = self.decode_limit = config.time_step_limit
         self._held: Tensor | None = None
-        self._held_version: tuple[int, int | None] = 0, None
+        self._held_version: Version = 0, None
+        self._taps: Tensor | None = None
+        self._taps_version: Version = 0, None
         width = config.inner + config.channels + config.heads
         self.in_proj = Linear(config.hidden, width, config.proj_bias, device=device, dtype=dtype)
         self.conv = ConvWeight(config, device, dtype)
@@ -144,17 +150,32 @@ class Mamba(nn.Module):
         """A (heads,)."""
         return -self.A_log.float().exp()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _held_rates(self) -> Tensor:
         """A, computed when A_log changed, and always in the same memory, which captured steps read."""
-        version = self.A_log.data_ptr(), None if self.A_log.is_inference() else self.A_log._version
+        version = _version(self.A_log)
+        if self._held is None or version != self._held_version or version[1] is None:
+            self._hold_rates()
+            self._held_version = version
+        return cast(Tensor, self._held)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _hold_rates(self) -> None:
         if self._held is None or self._held.device != self.A_log.device:
             self._held = self._rates()
-        elif version != self._held_version or version[1] is None:
+        else:
             self._held.copy_(self._rates())
-        self._held_version = version
-        return self._held
+
+    def _held_taps(self) -> Tensor:
+        """The convolution's weight (channels, kernel); on a CPU the channels of a tap lie side by side, as the step reads."""
+        weight, version = self.conv.weight, _version(self.conv.weight)
+        if weight.device.type != "cpu":
+            return weight
+        if self._taps is None or version != self._taps_version or version[1] is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._taps = weight.detach().t().contiguous().t()
+            self._taps_version = version
+        return self._taps
 
     def _scan(self, xbc: Tensor, dt: Tensor, documents: Tensor | None) -> Tensor:
         xbc = cast(Tensor, causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=documents))
@@ -198,7 +219,7 @@ class Mamba(nn.Module):
             projected,
             cache.conv(self.layer),
             cache.ssm(self.layer),
-            self.conv.weight,
+            self._held_taps(),
             self.conv.bias,
             self._held_rates(),
             self.D,
@@ -223,3 +244,8 @@ class Mamba(nn.Module):
         return ssd_step_multi(
             cache.ssm(self.layer), x, dt, draft.A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, slots=slots
         )
+
+
+def _version(x: Tensor) -> Version:
+    """Differs when x (any shape) may have changed."""
+    return x.data_ptr(), None if x.is_inference() else x._version

@@ -54,8 +54,10 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., inputs) with few rows: parts of the weight as a batch of products."""
     outputs, inputs = weight.shape
     columns = x.reshape(-1, inputs).t().expand(PARTS, -1, -1)  # (parts, inputs, rows)
-    y = torch.bmm(weight.view(PARTS, outputs // PARTS, inputs), columns).view(outputs, -1).t()
-    y = y.contiguous().view(*x.shape[:-1], outputs)
+    y = torch.bmm(weight.view(PARTS, -1, inputs), columns)  # (parts, outputs / parts, rows)
+    if y.shape[2] > 1:
+        y = y.view(outputs, -1).t().contiguous()
+    y = y.view(*x.shape[:-1], outputs)
     return y if bias is None else y + bias
 
 

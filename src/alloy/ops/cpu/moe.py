@@ -28,10 +28,10 @@ def moe_experts(
         return _Experts.apply(x, chosen, weights, up, down, gate, activation)
     if x.shape[0] == 1:
         return _one_token(x, chosen, weights, up, down, gate, activation)
-    return _forward(_Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)[0]
+    return _forward(Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)[0]
 
 
-class _Pairs:
+class Pairs:
     """Token-expert pairs in the order of their experts."""
 
     def __init__(self, chosen: Tensor, num_experts: int) -> None:
@@ -92,7 +92,7 @@ def _one_token(
 
 
 def _forward(
-    pairs: _Pairs, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+    pairs: Pairs, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, up x of each pair, gate x of each pair)."""
     act = ACTIVATIONS[activation]
@@ -118,7 +118,7 @@ class _Experts(torch.autograd.Function):
         gate: Tensor | None,
         activation: str,
     ) -> Tensor:
-        y, inner, opened = _forward(_Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)
+        y, inner, opened = _forward(Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)
         ctx.save_for_backward(x, chosen, weights, up, down, gate, inner, opened)
         ctx.activation = activation
         return y
@@ -128,7 +128,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, chosen, weights, up, down, gate, inner, opened = ctx.saved_tensors
         act = ACTIVATIONS[ctx.activation]
-        pairs = _Pairs(chosen, up.shape[0])
+        pairs = Pairs(chosen, up.shape[0])
         weight = weights.flatten()[pairs.order][:, None]  # (pairs, 1)
         before = (inner if opened is None else opened).detach().requires_grad_()
         with torch.enable_grad():
