@@ -86,7 +86,11 @@ def test_ceilings_that_fail_are_an_error(imports: None) -> None:
 def test_items_are_chosen_by_peer_and_label() -> None:
     """`wanted` names peers, `only` parts of labels."""
     chosen = items("good", fake.good("tiny"), ["torch"], ["one"])
-    assert [(item.problem.label, item.name) for item in chosen] == [("one", "alloy"), ("one", "torch"), ("one", "torch/wrong")]
+    assert [(item.problem.label, item.name) for item in chosen] == [
+        ("one", "alloy"),
+        ("one", "torch"),
+        ("one", "torch/wrong"),
+    ]
     assert [item.problem.label for item in items("good", fake.good("tiny"), [], ["w"])] == ["two"]
 
 
@@ -161,7 +165,9 @@ def test_json_lines_come_back_the_same(tmp_path: Path) -> None:
     assert head["kind"] == "run"
     assert head["ceilings"] == {"bytes_per_s": 1e12, "flops_per_s": {"bfloat16": 1e14}}
     assert {row["kind"] for row in rows} == {"row"}
-    assert {"case", "label", "name", "status", "ms", "ratio", "fraction", "bound", "peak_bytes", "error"} <= rows[0].keys()
+    assert {"case", "label", "name", "status", "ms", "ratio", "fraction", "bound", "peak_bytes", "error"} <= rows[
+        0
+    ].keys()
     assert read_run(path) == some_run()
 
 

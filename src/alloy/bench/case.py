@@ -37,6 +37,7 @@ class Problem:
         tolerance: largest relative error of an output.
         gradient_tolerance: the same for outputs whose name begins with "d" (dx, dA, ...).
         in_graph: smaller than a launch: timed in a CUDA graph, with inputs rotated beyond the cache.
+        holds_inputs: the inputs are part of the peak memory that is shown (a model's weights).
         tokens: a rate in tokens per second is shown where it is not 0.
     """
 
@@ -52,6 +53,7 @@ class Problem:
     tolerance: float = FORWARD
     gradient_tolerance: float = GRADIENT
     in_graph: bool = False
+    holds_inputs: bool = False
     tokens: int = 0
 
     def limit(self, output: str) -> float:
@@ -77,8 +79,6 @@ CASES = {
     "norm": Case("alloy.bench.cases.norm:problems", "cuda", "RMSNorm and the gated norm, forward and backward"),
     "moe": Case("alloy.bench.cases.moe:problems", "cuda", "routed experts, 1 to 32768 tokens, and training"),
     "linear-ce": Case("alloy.bench.cases.loss:problems", "cuda", "output head and cross entropy, forward and backward"),
-    "decode": Case("alloy.bench.cases.model:decode", "cuda", "one token of every sequence, the whole model"),
-    "prefill": Case("alloy.bench.cases.model:prefill", "cuda", "a prompt through the whole model"),
     "train-1b": Case("alloy.bench.cases.model:training", "cuda", "a training step of a 1.05 B hybrid"),
     "cpu": Case("alloy.bench.cases.cpu:problems", "any", "the scan and small hybrids on CPU cores"),
 }

@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy import ops
+from alloy.models.base import CausalLM
+from alloy.models.hf.config import write_config
+from alloy.models.hf.folder import model_tensors
+from alloy.models.hf.names import bare_name, hub_name
 
 
 class Peer(NamedTuple):
@@ -182,3 +186,23 @@ def mamba_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
     return rmsnorm_fn(x, weight, None, gate, eps, group_size, norm_before_gate=False)
+
+
+def transformers_model(model: CausalLM) -> Any:
+    """transformers' model of the same configuration on the same device, with copies of the same weights."""
+    import transformers
+
+    data = write_config(model.config)
+    config = transformers.CONFIG_MAPPING[data.pop("model_type")](**data)
+    with torch.device(model.embed.weight.device):
+        peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.embed.weight.dtype)
+    # transformers keeps the experts of a layer in one tensor, without ".weight"
+    ours = {
+        bare_name(hub_name(key, model.config)).replace(".{expert}", ""): tensor.detach()
+        for key, tensor in model_tensors(model, model.config).items()
+    }
+    with torch.no_grad():
+        for name, tensor in peer.state_dict().items():
+            bare = bare_name(name)
+            tensor.copy_((ours[bare] if bare in ours else ours[f"{bare}.weight"]).view(tensor.shape))
+    return peer
