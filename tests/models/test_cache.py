@@ -209,7 +209,7 @@ def test_bf16_state_is_an_option() -> None:
     """state_dtype sets the recurrent state's precision: half the bytes, close results."""
     model, tokens = build("dense"), random_tokens(2, 9)
     cache, exact = model.new_cache(2, state_dtype=torch.bfloat16), model.new_cache(2)
-    assert cache.ssm_arena.nbytes * 2 == exact.ssm_arena.nbytes
+    assert cache.states.ssm.nbytes * 2 == exact.states.ssm.nbytes
     for chunk in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:7]):
         torch.testing.assert_close(run(model, cache, chunk), run(model, exact, chunk), atol=0.5, rtol=0.1)
 

@@ -72,7 +72,7 @@ def test_unknown_names_are_refused() -> None:
     """With the known ones in the message."""
     with pytest.raises(RecipeError, match=r'unknown backend "cuda"\. Known: cpu, torch'), use_backend("cuda"):
         pass
-    with pytest.raises(RecipeError, match=r'unknown op "scan"\. Known: attn_decode'):
+    with pytest.raises(RecipeError, match=r'unknown op "scan"\. Known: .*attn_decode'):
         explain("scan")
 
 

@@ -505,7 +505,7 @@ def test_scan_refuses(change: dict[str, object], message: str) -> None:
     [
         ([0, 0], "used twice"),
         ([0, 5], "the state has 3 slots"),
-        ([0], "1 entries for a batch of 2"),
+        ([0], r"slots is \(1,\); expected one number for each row, \(2,\)"),
         ([0, -2], "-1 marks"),
     ],
 )

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alloy.engine.codec import THINK, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
+from alloy.engine.graphs import DecodeGraphs, new_pool, obstacle
 from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
 from alloy.engine.runner import EngineStats, Runner
@@ -58,6 +59,7 @@ class LLM:
         speculate: drafts of the model's MTP layers per step; "auto" measures the best number; 0: none
         weights: low-precision weights, which this version does not have
         max_step_tokens: prompt tokens per model call; default: 512 on a CPU, else 2048
+        graphs: replay decode steps as CUDA graphs where the device and the model's kernels allow it
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class LLM:
         speculate: int | Literal["auto"] = "auto",
         weights: str | None = None,
         max_step_tokens: int | None = None,
+        graphs: bool = True,
     ) -> None:
         if weights is not None:
             raise RequestError(
@@ -101,6 +104,10 @@ class LLM:
             raise RequestError(f'speculate = {speculate} must be "auto" or a number of tokens from 0')
         elif speculate and not self.model.has_mtp:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")
+        # captured at the first call; None: steps run one operation at a time
+        self.graphs: DecodeGraphs | None = None
+        self._may_capture = graphs and obstacle(self.model) is None
+        self._is_graph_taken = False
         # what was measured stays from call to call
         self._draft_length = DraftLength(self.speculate) if self.speculate else None
         # counters of the latest call
@@ -244,13 +251,16 @@ class LLM:
         One increment is one sample's news. Of the waiting requests the lowest `priority` goes first. A request that
         cannot be run raises when it is read; closing the iterator cancels everything.
         """
-        runner = Runner(self.model, self._draft_length, self.max_step_tokens)
+        # a second stream beside the first has no graphs
+        graphs = None if self._is_graph_taken else self._capture()
+        runner = Runner(self.model, self._draft_length, self.max_step_tokens, graphs)
         self.stats = runner.stats
         source = enumerate(requests)
         waiting: list[tuple[int, int, list[Sequence]]] = []
         answers: dict[int, _Answer] = {}
         was_training = self.model.training
         self.model.eval()
+        self._is_graph_taken |= graphs is not None
         try:
             while True:
                 for order, request in islice(source, max(0, LOOKAHEAD + self.max_seqs - len(waiting))):
@@ -273,7 +283,18 @@ class LLM:
                         if sequence.has_news:
                             yield self._news(sequence, answers)
         finally:
+            runner.close()
+            if graphs is not None:
+                self._is_graph_taken = False
             self.model.train(was_training)
+
+    def _capture(self) -> DecodeGraphs | None:
+        if self.graphs is None and self._may_capture:
+            was_training = self.model.training
+            self.model.eval()
+            self.graphs = DecodeGraphs(self.model, new_pool(self.model, self.max_seqs, self.max_model_len))
+            self.model.train(was_training)
+        return self.graphs
 
     def _answer(self, requests: list[Request], stream: bool) -> list[Output] | Generator[Output]:
         # a bad request is refused before any work, and before a stream is handed out

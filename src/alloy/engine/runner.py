@@ -1,7 +1,8 @@
 """The model step: prompts in, one or more tokens per running sequence out.
 
 The running rows share one cache. New sequences are computed in a cache of their own, as one right-padded batch or, when a
-prompt is longer than a step may be, in chunks, and join the running rows; finished rows leave before the next step.
+prompt is longer than a step may be, in chunks, and join the running rows; finished rows leave before the next step. With
+captured graphs the caches are views of one paged cache, so that joining moves nothing, and steps without drafts are replays.
 """
 
 from collections.abc import Sequence as Items
@@ -11,12 +12,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from alloy.engine.graphs import DecodeGraphs
 from alloy.engine.request import TokenLogprobs
 from alloy.engine.sampler import Sampler, on_host, token_logprobs
 from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import Drafter, DraftLength
 from alloy.models.base import CausalLM
-from alloy.models.cache import DenseCache
+from alloy.models.cache import Cache
+from alloy.models.paged import PagedView
 
 
 @dataclass
@@ -61,21 +64,27 @@ class Runner:
         model: in evaluation mode
         length: chooses how many tokens to draft; None: no drafts
         max_step_tokens: prompt tokens per model call, padding included
+        graphs: captured steps of the model and the paged cache they work on, which this runner has to itself
     """
 
-    def __init__(self, model: CausalLM, length: DraftLength | None, max_step_tokens: int) -> None:
+    def __init__(
+        self, model: CausalLM, length: DraftLength | None, max_step_tokens: int, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.model = model
         self.max_step_tokens = max_step_tokens
         self.sequences: list[Sequence] = []
         self.stats = EngineStats()
         self._device = model.embed.weight.device
         self._vocab = model.config.vocab
-        self._cache: DenseCache | None = None
+        self._cache: Cache | None = None
+        self._graphs = graphs
         self._length = length
         self._drafter = Drafter(model) if length is not None else None
         self._sampler = Sampler([], self._vocab, self._device)
-        # (rows, 1): the newest token of each row, which the cache does not hold yet
-        self._newest = torch.zeros(0, 1, dtype=torch.int64, device=self._device)
+        # the newest token of each row, which the cache does not hold yet
+        self._newest: list[int] = []
+        # the buffer of the graphs holds them
+        self._is_placed = False
 
     @torch.inference_mode()
     def admit(self, sequences: Items[Sequence]) -> list[list[TokenLogprobs | None] | None]:
@@ -95,13 +104,18 @@ class Runner:
                 prompts.append(sequence.prompt)
             rows.append(len(prompts) - 1)
         wanted = sequences[0].params.prompt_logprobs
-        cache = self.model.new_cache(len(prompts), max(len(p) for p in prompts))
-        if len(prompts) == 1:
-            logits, hidden, scored = self._prefill_chunks(cache, prompts[0], wanted)
-        else:
-            assert all(s.params.prompt_logprobs is None for s in sequences), "prompt_logprobs run alone"
-            logits, hidden = self._prefill_batch(cache, prompts)
-            scored = None
+        self._leave()
+        cache = self._open(prompts)
+        try:
+            if len(prompts) == 1:
+                logits, hidden, scored = self._prefill_chunks(cache, prompts[0], wanted)
+            else:
+                assert all(s.params.prompt_logprobs is None for s in sequences), "prompt_logprobs run alone"
+                logits, hidden = self._prefill_batch(cache, prompts)
+                scored = None
+        except BaseException:
+            cache.select([])
+            raise
         index = torch.tensor(rows, device=self._device)
         sampler = Sampler(sequences, self._vocab, self._device)
         logits = logits[index]
@@ -110,7 +124,7 @@ class Runner:
             sampler.logprobs(logits, accepted)
         self.stats.prompt_tokens += sum(len(p) for p in prompts)
         self.stats.generated_tokens += sum(len(tokens) for tokens in accepted)
-        self._join(sequences, cache, index, hidden[index])
+        self._join(sequences, cache, rows, hidden[index])
         self.stats.prefill_s += perf_counter() - start
         return [scored] * len(sequences)
 
@@ -127,28 +141,31 @@ class Runner:
             assert self._drafter is not None, "only a drafter sets a length"
             drafts = self._drafter.draft(cache, length)
             with cache.drafting():
-                out = self.model(torch.cat([self._newest, drafts], 1), cache=cache, logits="all")
+                out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=cache, logits="all")
             guesses: list[list[int]] | None = on_host(drafts)
+            logits, hidden = out.logits, out.last_hidden
+            assert logits is not None, "the call asked for logits"
+            chosen = self._sampler.choose(logits, drafts)
         else:
-            drafts, guesses = None, None
-            out = self.model(self._newest, cache=cache, logits="last")
-        assert out.logits is not None, "the call asked for logits"
-        accepted = _append(self.sequences, self._sampler.choose(out.logits, drafts), guesses)
+            guesses = None
+            logits, hidden, chosen = self._one_token(cache)
+        accepted = _append(self.sequences, chosen, guesses)
         if self._sampler.wants_logprobs:
-            self._sampler.logprobs(out.logits, accepted)
+            self._sampler.logprobs(logits, accepted)
         self._sampler.commit(accepted)
         kept = [len(tokens) for tokens in accepted]
-        self._newest = torch.tensor([[t[-1] if t else 0] for t in accepted], device=self._device)
+        self._newest = [tokens[-1] if tokens else 0 for tokens in accepted]
+        self._is_placed = self._graphs is not None and not length and self._sampler.plain and accepted == chosen
         if length:
             counts = torch.tensor(kept, device=self._device)
             cache.accept(counts)
-            self._observe(accepted, out.last_hidden, counts)
+            self._observe(accepted, hidden, counts)
             for sequence, count in zip(self.sequences, kept, strict=True):
                 sequence.drafted += length
                 sequence.accepted += max(0, count - 1)
                 self.stats.count_drafts(length, max(0, count - 1))
         elif self._drafter is not None:
-            self._drafter.observe(self._newest, out.last_hidden)
+            self._drafter.observe(self._column(self._newest), hidden.clone())
         seconds = perf_counter() - start
         if self._length is not None:
             self._length.record(rows, length, seconds, [max(0, n - 1) for n in kept])
@@ -156,6 +173,35 @@ class Runner:
         self.stats.decode_s += seconds
         self.stats.decoded_tokens += sum(kept)
         self.stats.generated_tokens += sum(kept)
+
+    def close(self) -> None:
+        """Give back what the running rows hold."""
+        if self._cache is not None:
+            self._cache.select([])
+        self._cache, self.sequences = None, []
+
+    def _one_token(self, cache: Cache) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """A step without drafts: logits (rows, 1, vocab), hidden (rows, 1, hidden), and the tokens chosen."""
+        if self._graphs is None:
+            out = self.model(self._column(self._newest), cache=cache, logits="last")
+            assert out.logits is not None, "the call asked for logits"
+            return out.logits, out.last_hidden, self._sampler.choose(out.logits)
+        assert isinstance(cache, PagedView), "graphs have a paged cache"
+        step = self._graphs.step(cache.rows, None if self._is_placed else self._newest)
+        cache.refresh()
+        chosen = on_host(step.tokens) if self._sampler.plain else self._sampler.choose(step.logits)
+        return step.logits, step.hidden, chosen
+
+    def _open(self, prompts: Items[Items[int]]) -> Cache:
+        """An empty cache with a row for each prompt."""
+        if self._graphs is None:
+            return self.model.new_cache(len(prompts), max(len(p) for p in prompts))
+        pool = self._graphs.pool
+        return pool.view(pool.open(len(prompts)))
+
+    def _column(self, tokens: Items[int]) -> Tensor:
+        """Tokens as (rows, 1) int64 on the device."""
+        return torch.tensor(tokens, dtype=torch.int64, device=self._device)[:, None]
 
     def _draft_length(self) -> int:
         if self._length is None:
@@ -172,7 +218,7 @@ class Runner:
         self._drafter.observe(tokens, hidden[:, :width], None if uniform else counts)
 
     def _prefill_chunks(
-        self, cache: DenseCache, prompt: Items[int], wanted: int | None
+        self, cache: Cache, prompt: Items[int], wanted: int | None
     ) -> tuple[Tensor, Tensor, list[TokenLogprobs | None] | None]:
         """One prompt in chunks. Returns logits (1, 1, vocab) and hidden (1, 1, hidden) of its last token, and scores."""
         tokens = torch.tensor(prompt, dtype=torch.int64, device=self._device)[None]
@@ -195,7 +241,7 @@ class Runner:
         assert hidden is not None, "a prompt has a token"
         return logits[:, -1:], hidden[:, -1:], scored
 
-    def _prefill_batch(self, cache: DenseCache, prompts: Items[Items[int]]) -> tuple[Tensor, Tensor]:
+    def _prefill_batch(self, cache: Cache, prompts: Items[Items[int]]) -> tuple[Tensor, Tensor]:
         """Several prompts, right-padded. Returns logits (rows, 1, vocab) and hidden (rows, 1, hidden) of the last tokens."""
         width = max(len(p) for p in prompts)
         tokens = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self._device)
@@ -210,32 +256,26 @@ class Runner:
         last = (lengths - 1)[:, None, None].expand(-1, 1, out.last_hidden.shape[2])
         return out.logits, out.last_hidden.gather(1, last)
 
-    def _join(self, sequences: Items[Sequence], cache: DenseCache, rows: Tensor, hidden: Tensor) -> None:
+    def _join(self, sequences: Items[Sequence], cache: Cache, rows: Items[int], hidden: Tensor) -> None:
         """Add new sequences, whose prompts are the given rows of `cache`, to the running ones."""
-        self._leave()
         alive = [i for i, s in enumerate(sequences) if not s.finished]
+        cache.select([rows[i] for i in alive])
         if not alive:
             return
         joining = [sequences[i] for i in alive]
-        newest = torch.tensor([[s.tokens[-1]] for s in joining], device=self._device)
-        index = torch.tensor(alive, device=self._device)
+        newest = [s.tokens[-1] for s in joining]
         drafter = None
         if self._drafter is not None:
             drafter = Drafter(self.model)
-            drafter.observe(newest, hidden[index])
-        rows = rows[index]
+            drafter.observe(self._column(newest), hidden[torch.tensor(alive, device=self._device)])
         if self._cache is None:
-            if len(rows) != cache.batch or len(joining) != len(sequences):
-                cache.select(rows)
             self._cache, self._drafter = cache, drafter
         else:
-            old = self._cache
-            self._cache = self.model.new_cache(old.batch + len(rows), max(old.longest, cache.longest))
-            self._cache.restore(old.snapshot(), range(old.batch))
-            self._cache.restore(cache.snapshot(rows), range(old.batch, old.batch + len(rows)))
+            self._cache.join(cache)
             if self._drafter is not None and drafter is not None:
                 self._drafter.join(drafter)
-        self._newest = torch.cat([self._newest, newest])
+        self._newest += newest
+        self._is_placed = False
         self.sequences += joining
         self._sampler = Sampler(self.sequences, self._vocab, self._device)
 
@@ -246,13 +286,14 @@ class Runner:
             return
         index = torch.tensor(alive, dtype=torch.int64, device=self._device)
         self.sequences = [self.sequences[i] for i in alive]
-        self._newest = self._newest[index]
+        self._newest = [self._newest[i] for i in alive]
+        self._is_placed = False
+        assert self._cache is not None, "running rows have a cache"
+        self._cache.select(alive)
         if not alive:
             self._cache = None
-        elif self._cache is not None:
-            self._cache.select(index)
-            if self._drafter is not None:
-                self._drafter.select(index)
+        elif self._drafter is not None:
+            self._drafter.select(index)
         self._sampler = Sampler(self.sequences, self._vocab, self._device)
 
 

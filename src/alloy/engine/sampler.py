@@ -37,7 +37,8 @@ class Sampler:
         self._sequences = list(sequences)
         self._device = device
         params = [s.params for s in self._sequences]
-        self._plain = all(p.plain for p in params)
+        # whether the largest logit is the answer in every row
+        self.plain = all(p.plain for p in params)
         self.wants_logprobs = any(p.logprobs is not None for p in params)
         self._banned = [(row, sorted(s.stop_ids)) for row, s in enumerate(self._sequences) if s.params.min_tokens]
         self._biased = [
@@ -75,8 +76,8 @@ class Sampler:
         Returns:
             per row one token per position; -1 where the logits were not finite
         """
-        if self._plain:
-            return on_host(_checked(logits, greedy(logits)))
+        if self.plain:
+            return on_host(checked(logits, greedy(logits)))
         _, positions, vocab = logits.shape
         changed = self._penalise(self._bias(self._ban(logits)), drafts)
         tokens = greedy(changed)
@@ -91,7 +92,7 @@ class Sampler:
             uniform = torch.tensor(places, dtype=torch.float64, device=self._device)
             tokens[self._drawn] = sample(drawn.softmax(-1), uniform=uniform).view(-1, positions)
             self._filtered = drawn.view(-1, positions, vocab)
-        return on_host(_checked(logits, tokens))
+        return on_host(checked(logits, tokens))
 
     def commit(self, accepted: Items[Items[int]]) -> None:
         """Count the tokens that each row really got."""
@@ -213,6 +214,6 @@ def on_host(tensor: Tensor) -> Any:
     return untyped.tolist()
 
 
-def _checked(logits: Tensor, tokens: Tensor) -> Tensor:
+def checked(logits: Tensor, tokens: Tensor) -> Tensor:
     """-1 where logits (..., vocab) are not finite in their largest value, which is where a NaN ends up."""
     return torch.where(logits.amax(-1).isfinite(), tokens, -1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alloy.models.base import CausalLM
-from alloy.models.cache import DenseCache
+from alloy.models.cache import Cache
 
 # published runs peak at six drafts for a batch of one (performance.md, appendix B)
 LONGEST_DRAFT = 6
@@ -69,7 +69,7 @@ class Drafter:
         """
         self._pending.append(Pairs(tokens, hidden, counts))
 
-    def draft(self, cache: DenseCache, length: int) -> Tensor:
+    def draft(self, cache: Cache, length: int) -> Tensor:
         """The greedy guess of the next `length` tokens after the last observed one: (rows, length) int64."""
         mtp = cache.mtp
         assert mtp is not None, "the engine drafts only for models with MTP"

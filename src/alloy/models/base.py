@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from alloy.errors import RequestError
-from alloy.models.cache import DenseCache
-from alloy.models.configs import DecoderConfig, HybridConfig
+from alloy.models.cache import Cache, DenseCache
+from alloy.models.configs import DecoderConfig, HybridConfig, Mixer
+from alloy.models.paged import PagedCache
 from alloy.ops.documents import segment_ids
 
 InitStyle = Literal["megatron", "transformers"]
@@ -58,7 +59,7 @@ class ModelOutput:
     hidden: list[Tensor] | None = None
     mtp_logits: list[Tensor] | None = None
     mtp_hidden: list[Tensor] | None = None
-    cache: DenseCache | None = None
+    cache: Cache | None = None
     routers: list[RouterStats] = field(default_factory=list)
 
 
@@ -81,7 +82,7 @@ class Layout:
         tokens: Tensor,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: DenseCache | None = None,
+        cache: Cache | None = None,
     ) -> None:
         self.tokens = tokens
         self.documents: Tensor | None = None
@@ -102,11 +103,11 @@ class Layout:
     def positions(self) -> Tensor:
         """(batch or 1, seq) int64: position inside the document, cached tokens counted."""
         if self._positions is None:
-            index = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
             if self._cache is not None:
-                past = self._cache.longest if self._cache.uniform else self._cache.lengths[:, None]
-                index = index + past
-            elif self.packed and self.documents is not None:
+                self._positions = self._cache.positions(self.tokens.shape[1])
+                return self._positions
+            index = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
+            if self.packed and self.documents is not None:
                 starts = F.pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0), value=False)
                 index = index - (index * starts).cummax(1).values
             self._positions = index
@@ -240,11 +241,27 @@ class Drawn(Protocol):
 
 
 class Layer(Protocol):
-    """A block: x (batch, seq, hidden) -> the residual stream after it, and router statistics in training."""
+    """A block. Between blocks the residual stream is residual + delta, both (batch, seq, hidden): a block adds the two
+    in its norm and hands on the sum with what it adds itself, and router statistics in training. No delta: nothing to add.
+    """
 
     def __call__(
-        self, x: Tensor, layout: Layout, cache: DenseCache | None = None
-    ) -> tuple[Tensor, RouterStats | None]: ...
+        self, residual: Tensor, delta: Tensor | None, layout: Layout, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None, RouterStats | None]: ...
+
+
+class RunLayer(Protocol):
+    """As `CausalLM.run_layer`."""
+
+    def __call__(
+        self, layer: Layer, residual: Tensor, delta: Tensor | None, layout: Layout, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None, RouterStats | None]: ...
+
+
+class Adds(Protocol):
+    """A norm of a sum: delta and residual (..., width) -> (normed, sum)."""
+
+    def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def keep_fp32(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:
@@ -293,7 +310,7 @@ class CausalLM(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        cache: DenseCache | None = None,
+        cache: Cache | None = None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         logits: Literal["all", "last"] | Tensor | None = "all",
@@ -321,16 +338,16 @@ class CausalLM(nn.Module):
             raise RequestError(f"tokens must be (batch, seq) with seq >= 1, but have shape {tuple(tokens.shape)}")
         layout = Layout(tokens, documents, positions, cache)
         self.check_layout(layout)
-        x = self.embed_tokens(layout.tokens)
+        residual, delta = self.embed_tokens(layout.tokens), None
         hidden: list[Tensor] = []
         routers: list[RouterStats] = []
         for layer in self.layers:
-            x, stats = self.run_layer(cast(Layer, layer), x, layout, cache)
+            residual, delta, stats = self.run_layer(cast(Layer, layer), residual, delta, layout, cache)
             if stats is not None:
                 routers.append(stats)
             if return_hidden:
-                hidden.append(layout.restore(x))
-        last = self.norm(x)
+                hidden.append(layout.restore(residual if delta is None else residual + delta))
+        last, _ = cast(Adds, self.norm).add(delta, residual)
         if cache is not None:
             cache.advance(tokens.shape[1] if layout.lengths is None else layout.lengths)
         output = ModelOutput(
@@ -349,7 +366,7 @@ class CausalLM(nn.Module):
         self,
         tokens: Tensor,
         hidden: Tensor,
-        cache: DenseCache,
+        cache: Cache,
         documents: Tensor | None = None,
         logits: Literal["all", "last"] | Tensor | None = "all",
     ) -> ModelOutput:
@@ -384,6 +401,41 @@ class CausalLM(nn.Module):
             dtype: of keys, values and conv inputs; default: the model's
             state_dtype: of the recurrent state; fp32 is the only one known to be without loss
         """
+        mixers, mtp_mixers = self.cached_mixers()
+        device, dtype = self.embed.weight.device, dtype or self.embed.weight.dtype
+        mtp = None
+        if mtp_mixers:
+            mtp = DenseCache.new(mtp_mixers, batch, capacity, device=device, dtype=dtype, state_dtype=state_dtype)
+        return DenseCache.new(mixers, batch, capacity, device=device, dtype=dtype, state_dtype=state_dtype, mtp=mtp)
+
+    def new_paged_cache(
+        self,
+        slots: int,
+        blocks: int,
+        max_tokens: int,
+        dtype: torch.dtype | None = None,
+        state_dtype: str = "float32",
+    ) -> PagedCache:
+        """A cache for `slots` sequences of at most `max_tokens` tokens that share `blocks` blocks of 64 tokens.
+
+        Args:
+            slots: sequences at once
+            blocks: of keys and values, for all sequences together
+            max_tokens: of one sequence
+            dtype: of keys, values and conv inputs; default: the model's
+            state_dtype: of the recurrent states: float32, bfloat16, float16, or float16-sr (rounded stochastically)
+        """
+        mixers, mtp_mixers = self.cached_mixers()
+        device, dtype = self.embed.weight.device, dtype or self.embed.weight.dtype
+        mtp = None
+        if mtp_mixers:
+            mtp = PagedCache(mtp_mixers, slots, blocks, max_tokens, device=device, dtype=dtype, state_dtype=state_dtype)
+        return PagedCache(
+            mixers, slots, blocks, max_tokens, device=device, dtype=dtype, state_dtype=state_dtype, mtp=mtp
+        )
+
+    def cached_mixers(self) -> tuple[Sequence[Mixer | None], Sequence[Mixer | None]]:
+        """The mixers that a cache keeps something for, by layer, of the model and of its MTP blocks (empty: none)."""
         raise NotImplementedError
 
     def gates(self) -> list[nn.Module]:
@@ -428,12 +480,15 @@ class CausalLM(nn.Module):
         return self.embed(tokens)
 
     def run_layer(
-        self, layer: Layer, x: Tensor, layout: Layout, cache: DenseCache | None
-    ) -> tuple[Tensor, RouterStats | None]:
-        """One block, recomputed in the backward pass if `gradient_checkpointing` is set."""
+        self, layer: Layer, residual: Tensor, delta: Tensor | None, layout: Layout, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None, RouterStats | None]:
+        """One block, recomputed in the backward pass if `gradient_checkpointing` is set; residual and delta
+        (batch, seq, hidden)."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
-        return layer(x, layout, cache)
+            # one tensor to keep instead of two
+            x = residual if delta is None else residual + delta
+            return checkpoint(layer, x, None, layout, cache, use_reentrant=False, preserve_rng_state=False)
+        return layer(residual, delta, layout, cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from alloy.models.base import InitPlan, Layout
-from alloy.models.cache import DenseCache
+from alloy.models.cache import Cache
 from alloy.models.configs import AttentionConfig, MLPConfig, RopeConfig
-from alloy.ops.activation import ACTIVATIONS
+from alloy.ops.activation import ACTIVATIONS, gated
 from alloy.ops.attention import attention
 from alloy.ops.linear import linear
-from alloy.ops.norm import layer_norm_1p, rms_norm
+from alloy.ops.norm import add_rms_norm, layer_norm_1p, rms_norm
 
 
 class Linear(nn.Linear):
@@ -81,6 +81,13 @@ class RMSNorm(nn.Module):
         """x (..., width) -> the same shape in the weight's dtype."""
         return rms_norm(x, self.weight, self.eps, self.cast_first).to(self.weight.dtype)
 
+    def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """delta and residual (..., width) -> (norm of their sum, the sum); no delta: the sum is the residual."""
+        if delta is not None and delta.dtype == self.weight.dtype:
+            return add_rms_norm(delta, residual, self.weight, self.eps, self.cast_first)
+        total = residual if delta is None else residual + delta
+        return self(total), total
+
     def draw_weights(self, plan: InitPlan) -> None:
         """Ones."""
         self.weight.fill_(1.0)
@@ -101,10 +108,18 @@ class LayerNorm1P(nn.Module):
         """x (..., width) -> the same shape."""
         return layer_norm_1p(x, self.weight, self.bias, self.eps)
 
+    def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """delta and residual (..., width) -> (norm of their sum, the sum); no delta: the sum is the residual."""
+        total = residual if delta is None else residual + delta
+        return self(total), total
+
     def draw_weights(self, plan: InitPlan) -> None:
         """Zeros, so that gamma is 1; transformers starts gamma at 2."""
         self.weight.fill_(1.0 if plan.style == "transformers" else 0.0)
         self.bias.zero_()
+
+
+Norm = RMSNorm | LayerNorm1P
 
 
 class Rotary:
@@ -178,7 +193,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps, cast_first=True, device=device, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps, cast_first=True, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """x (batch, seq, hidden) -> the same shape."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
@@ -191,10 +206,7 @@ class Attention(nn.Module):
         if cache is None:
             y = attention(q, k, v, documents=layout.blocks, window=self.config.window)
         else:
-            keys, values = cache.append(self.layer, k, v)
-            # an empty cache needs no look at lengths: the call is an ordinary causal one
-            lengths = cache.lengths if cache.longest else None
-            y = attention(q, keys, values, lengths=lengths, window=self.config.window)
+            y = cache.attend(self.layer, q, k, v, self.config.window)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -215,5 +227,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden) -> the same shape."""
         if self.config.gated:
-            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(gated(self.config.activation, self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(self.activation(self.up_proj(x)))

@@ -7,6 +7,7 @@ Papers: Nemotron-H arXiv:2504.03624, Nemotron Nano 2 arXiv:2508.14444, Nemotron 
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM, InitStyle, Layout, ModelOutput, RouterStats, merge_stats
 from alloy.models.blocks import MLP, Attention, Embedding, Linear, RMSNorm
-from alloy.models.cache import DenseCache
-from alloy.models.configs import AttentionConfig, HybridConfig, HybridMixer, MambaConfig, MLPConfig
+from alloy.models.cache import Cache
+from alloy.models.configs import AttentionConfig, HybridConfig, HybridMixer, MambaConfig, Mixer, MLPConfig
 from alloy.models.mamba import Mamba
 from alloy.models.moe import MoE
 from alloy.models.mtp import MTP
@@ -25,7 +26,7 @@ COMPAT = "transformers-5.23"
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)); `layer` is the block's index in the cache."""
+    """What mixer(norm(x)) adds to the stream x; `layer` is the block's index in the cache."""
 
     mixer: Mamba | Attention | MLP | MoE
 
@@ -49,16 +50,19 @@ class Block(nn.Module):
         else:
             self.mixer = MoE(mixer, device, dtype)
 
-    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> tuple[Tensor, RouterStats | None]:
-        """x (batch, seq, hidden) -> the same shape, and router statistics of a MoE block in training mode."""
-        mixer, normed, stats = self.mixer, self.norm(x), None
+    def forward(
+        self, residual: Tensor, delta: Tensor | None, layout: Layout, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None, RouterStats | None]:
+        """See `Layer`: residual and delta (batch, seq, hidden)."""
+        normed, residual = self.norm.add(delta, residual)
+        mixer, stats = self.mixer, None
         if isinstance(mixer, MLP):
             y = mixer(normed)
         elif isinstance(mixer, MoE):
             y, stats = mixer(normed, layout)
         else:
             y = mixer(normed, layout, cache)
-        return x + y, stats
+        return residual, y, stats
 
 
 class HybridLM(CausalLM):
@@ -115,19 +119,9 @@ class HybridLM(CausalLM):
                 module.prefill_limit = (low, math.inf) if name else limit
                 module.decode_limit = (-math.inf, math.inf) if name else limit
 
-    def new_cache(
-        self, batch: int, capacity: int = 0, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
-    ) -> DenseCache:
-        """An empty cache, see `CausalLM.new_cache`; with MTP layers, `cache.mtp` is theirs."""
-        device, dtype = self.embed.weight.device, dtype or self.embed.weight.dtype
-        mtp = None
-        if self.has_mtp:
-            mtp = DenseCache.new(
-                self.config.mtp_mixers, batch, capacity, device=device, dtype=dtype, state_dtype=state_dtype
-            )
-        return DenseCache.new(
-            self.config.mixers, batch, capacity, device=device, dtype=dtype, state_dtype=state_dtype, mtp=mtp
-        )
+    def cached_mixers(self) -> tuple[Sequence[Mixer | None], Sequence[Mixer | None]]:
+        """See `CausalLM.cached_mixers`."""
+        return self.config.mixers, self.config.mtp_mixers if self.has_mtp else ()
 
     def run_mtp(self, hidden: Tensor, layout: Layout, depths: bool | int) -> tuple[list[Tensor], list[RouterStats]]:
         """Multi-token prediction over whole rows.
@@ -169,7 +163,7 @@ class HybridLM(CausalLM):
         self,
         tokens: Tensor,
         hidden: Tensor,
-        cache: DenseCache,
+        cache: Cache,
         documents: Tensor | None = None,
         logits: Literal["all", "last"] | Tensor | None = "all",
     ) -> ModelOutput:

@@ -6,20 +6,21 @@ step). Which norm, rotary positions, activation and widths come from the config,
 Papers: Llama 3 arXiv:2407.21783, Qwen3 arXiv:2505.09388, Nemotron-4 arXiv:2402.16819, Llama-Nemotron arXiv:2505.00949.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM, Layout, RouterStats
-from alloy.models.blocks import MLP, Attention, Embedding, LayerNorm1P, Linear, RMSNorm, Rotary
-from alloy.models.cache import DenseCache
+from alloy.models.blocks import MLP, Attention, Embedding, LayerNorm1P, Linear, Norm, RMSNorm, Rotary
+from alloy.models.cache import Cache
 from alloy.models.configs import (
     AttentionConfig,
     DecoderConfig,
     DecoderLayerConfig,
     LinearConfig,
+    Mixer,
     MLPConfig,
     MoEConfig,
     RopeConfig,
@@ -36,7 +37,7 @@ class LinearBlock(nn.Module):
         super().__init__()
         self.linear = Linear(config.hidden, config.hidden, config.bias, residual=True, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, layout: Layout | None = None, cache: DenseCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None, cache: Cache | None = None) -> Tensor:
         """x (batch, seq, hidden) -> the same shape; neither layout nor cache matters."""
         return self.linear(x)
 
@@ -71,17 +72,21 @@ class DecoderLayer(nn.Module):
         self.has_mlp = config.mlp is not None
         self.is_routed = isinstance(config.mlp, MoEConfig)
 
-    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> tuple[Tensor, RouterStats | None]:
-        """x (batch, seq, hidden) -> the same shape, and router statistics of a routed layer in training mode."""
+    def forward(
+        self, residual: Tensor, delta: Tensor | None, layout: Layout, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None, RouterStats | None]:
+        """See `Layer`: residual and delta (batch, seq, hidden)."""
         stats = None
         if self.has_attention:
-            x = x + self.attention(self.attention_norm(x), layout, cache)
-        if self.is_routed:
-            y, stats = self.mlp(self.mlp_norm(x), layout)
-            x = x + y
-        elif self.has_mlp:
-            x = x + self.mlp(self.mlp_norm(x))
-        return x, stats
+            normed, residual = self.attention_norm.add(delta, residual)
+            delta = self.attention(normed, layout, cache)
+        if self.has_mlp:
+            normed, residual = self.mlp_norm.add(delta, residual)
+            if self.is_routed:
+                delta, stats = self.mlp(normed, layout)
+            else:
+                delta = self.mlp(normed)
+        return residual, delta, stats
 
 
 class DecoderLM(CausalLM):
@@ -104,18 +109,9 @@ class DecoderLM(CausalLM):
         self.head = Linear(config.hidden, config.vocab, device=device, dtype=dtype)
         self.finish()
 
-    def new_cache(
-        self, batch: int, capacity: int = 0, dtype: torch.dtype | None = None, state_dtype: torch.dtype = torch.float32
-    ) -> DenseCache:
-        """An empty cache, see `CausalLM.new_cache`; layers without attention take no room."""
-        return DenseCache.new(
-            [layer.attention for layer in self.config.resolved],
-            batch,
-            capacity,
-            device=self.embed.weight.device,
-            dtype=dtype or self.embed.weight.dtype,
-            state_dtype=state_dtype,
-        )
+    def cached_mixers(self) -> tuple[Sequence[Mixer | None], Sequence[Mixer | None]]:
+        """See `CausalLM.cached_mixers`; layers without attention take no room."""
+        return [layer.attention for layer in self.config.resolved], ()
 
     def check_layout(self, layout: Layout) -> None:
         """Refuse also positions that rotary embedding was not trained for, unless it is scaled."""
@@ -129,7 +125,7 @@ class DecoderLM(CausalLM):
             )
 
 
-def _norm(config: DecoderConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+def _norm(config: DecoderConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> Norm:
     if config.norm == "layer1p":
         return LayerNorm1P(config.hidden, config.norm_eps, device, dtype)
     return RMSNorm(config.hidden, config.norm_eps, cast_first=True, device=device, dtype=dtype)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from alloy.models.base import InitPlan, Layout, keep_fp32
 from alloy.models.blocks import Linear
-from alloy.models.cache import DenseCache, MambaDraft
+from alloy.models.cache import Cache, MambaDraft
 from alloy.models.configs import MambaConfig
-from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step
+from alloy.ops.conv import causal_conv1d, causal_conv1d_multi
+from alloy.ops.mamba_step import mamba_step
 from alloy.ops.norm import gated_rms_norm
-from alloy.ops.ssd import ssd_scan, ssd_step, ssd_step_multi
+from alloy.ops.ssd import ssd_scan, ssd_step_multi
 
 
 class ConvWeight(nn.Module):
@@ -78,6 +79,8 @@ class Mamba(nn.Module):
         self.config = config
         self.layer = layer
         self.prefill_limit = self.decode_limit = config.time_step_limit
+        self._held: Tensor | None = None
+        self._held_version: tuple[int, int | None] = 0, None
         width = config.inner + config.channels + config.heads
         self.in_proj = Linear(config.hidden, width, config.proj_bias, device=device, dtype=dtype)
         self.conv = ConvWeight(config, device, dtype)
@@ -87,19 +90,19 @@ class Mamba(nn.Module):
         self.norm = GateNorm(config.inner, device, dtype)
         self.out_proj = Linear(config.inner, config.hidden, config.proj_bias, True, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, layout: Layout, cache: DenseCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """x (batch, seq, hidden) -> the same shape."""
         config = self.config
-        z, xbc, dt = self.in_proj(x).split([config.inner, config.channels, config.heads], dim=-1)
-        A = -self.A_log.float().exp()
+        projected = self.in_proj(x)
+        if cache is not None and cache.longest and x.shape[1] == 1 and layout.lengths is None and not cache.is_drafting:
+            return self.out_proj(self._step(projected[:, 0], cache)[:, None])
+        z, xbc, dt = projected.split([config.inner, config.channels, config.heads], dim=-1)
         if cache is None:
-            y = self._scan(xbc, dt, A, layout.documents)
+            y = self._scan(xbc, dt, layout.documents)
         elif cache.is_drafting:
-            y = self._draft(xbc, dt, A, cache)
-        elif x.shape[1] == 1 and layout.lengths is None and cache.longest:
-            y = self._step(xbc, dt, A, cache)
+            y = self._draft(xbc, dt, cache)
         else:
-            y = self._prefill(xbc, dt, A, layout, cache)
+            y = self._prefill(xbc, dt, layout, cache)
         y = gated_rms_norm(y.flatten(2), z, self.norm.weight, config.norm_eps, config.inner // config.groups)
         return self.out_proj(y)
 
@@ -137,21 +140,37 @@ class Mamba(nn.Module):
             c.unflatten(-1, (config.groups, -1)),
         )
 
-    def _scan(self, xbc: Tensor, dt: Tensor, A: Tensor, documents: Tensor | None) -> Tensor:
+    def _rates(self) -> Tensor:
+        """A (heads,)."""
+        return -self.A_log.float().exp()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _held_rates(self) -> Tensor:
+        """A, computed when A_log changed, and always in the same memory, which captured steps read."""
+        version = self.A_log.data_ptr(), None if self.A_log.is_inference() else self.A_log._version
+        if self._held is None or self._held.device != self.A_log.device:
+            self._held = self._rates()
+        elif version != self._held_version or version[1] is None:
+            self._held.copy_(self._rates())
+        self._held_version = version
+        return self._held
+
+    def _scan(self, xbc: Tensor, dt: Tensor, documents: Tensor | None) -> Tensor:
         xbc = cast(Tensor, causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=documents))
         x, B, C = self._split(xbc)
         limit = self.prefill_limit
-        y = ssd_scan(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, documents=documents)
+        y = ssd_scan(x, dt, self._rates(), B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, documents=documents)
         return cast(Tensor, y)
 
-    def _prefill(self, xbc: Tensor, dt: Tensor, A: Tensor, layout: Layout, cache: DenseCache) -> Tensor:
-        conv, ssm = cache.conv(self.layer), cache.ssm(self.layer)
-        fresh = cache.longest == 0
+    def _prefill(self, xbc: Tensor, dt: Tensor, layout: Layout, cache: Cache) -> Tensor:
+        # an empty cache holds zeros
+        ssm, conv = cache.read(self.layer) if cache.longest else (None, None)
         xbc, taps = causal_conv1d(
             xbc,
             self.conv.weight,
             self.conv.bias,
-            init=None if fresh else conv,
+            init=conv,
             documents=layout.documents,
             return_state=True,
         )
@@ -159,32 +178,48 @@ class Mamba(nn.Module):
         y, state = ssd_scan(
             x,
             dt,
-            A,
+            self._rates(),
             B,
             C,
             self.D,
             dt_bias=self.dt_bias,
             dt_limit=self.prefill_limit,
-            h0=None if fresh else ssm.float(),
+            h0=None if ssm is None else ssm.float(),
             documents=layout.documents,
             return_state=True,
         )
-        conv.copy_(taps)
-        ssm.copy_(state)
+        cache.write(self.layer, state, taps)
         return y
 
-    def _step(self, xbc: Tensor, dt: Tensor, A: Tensor, cache: DenseCache) -> Tensor:
-        xbc = causal_conv1d_step(cache.conv(self.layer), xbc[:, 0], self.conv.weight, self.conv.bias)
-        x, B, C = self._split(xbc)
-        y = ssd_step(
-            cache.ssm(self.layer), x, dt[:, 0], A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=self.decode_limit
+    def _step(self, projected: Tensor, cache: Cache) -> Tensor:
+        """projected (batch, width of in_proj) -> (batch, inner)."""
+        config = self.config
+        return mamba_step(
+            projected,
+            cache.conv(self.layer),
+            cache.ssm(self.layer),
+            self.conv.weight,
+            self.conv.bias,
+            self._held_rates(),
+            self.D,
+            self.dt_bias,
+            self.norm.weight,
+            config.norm_eps,
+            heads=config.heads,
+            head_dim=config.head_dim,
+            groups=config.groups,
+            state=config.state,
+            dt_limit=self.decode_limit,
+            slots=cache.slots,
+            sr_seed=cache.rounding,
         )
-        return y[:, None]
 
-    def _draft(self, xbc: Tensor, dt: Tensor, A: Tensor, cache: DenseCache) -> Tensor:
-        inputs = xbc
-        xbc = causal_conv1d_multi(cache.conv(self.layer), xbc, self.conv.weight, self.conv.bias)
+    def _draft(self, xbc: Tensor, dt: Tensor, cache: Cache) -> Tensor:
+        inputs, slots, limit = xbc, cache.slots, self.decode_limit
+        xbc = causal_conv1d_multi(cache.conv(self.layer), xbc, self.conv.weight, self.conv.bias, slots=slots)
         x, B, C = self._split(xbc)
-        limit = self.decode_limit
-        cache.drafts[self.layer] = MambaDraft(inputs, x, dt, A, B, C, self.dt_bias, limit)
-        return ssd_step_multi(cache.ssm(self.layer), x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit)
+        draft = MambaDraft(inputs, x, dt, self._rates(), B, C, self.dt_bias, limit)
+        cache.drafts[self.layer] = draft
+        return ssd_step_multi(
+            cache.ssm(self.layer), x, dt, draft.A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, slots=slots
+        )

@@ -133,18 +133,19 @@ class MoE(nn.Module):
         shape = layout.tokens.shape
         balance = sequence_balance(scores.unflatten(0, shape), chosen.unflatten(0, shape), documents)
         with torch.no_grad():
-            kept = slice(None) if valid is None else valid.flatten()
-            p = scores[kept]
-            p = p / (p.sum(-1, keepdim=True) + 1e-20)
-            entropy = -torch.special.xlogy(p, p).sum(-1).mean()
-            counts = expert_counts(chosen[kept], self.config.num_experts)
+            # masked, not picked out: a device is not asked how many are left
+            kept = None if valid is None else valid.flatten()
+            p = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+            spread = -torch.special.xlogy(p, p).sum(-1)
+            entropy = spread.mean() if kept is None else torch.where(kept, spread, 0).sum() / kept.sum()
+            counts = expert_counts(chosen, self.config.num_experts, kept)
         return RouterStats(counts, balance, entropy, _count_sequences(shape, documents, scores.device))
 
 
 def _count_sequences(shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
     """Documents in the rows of `shape` (batch, seq), as `sequence_balance` tells them apart."""
     if documents is None:
-        return torch.tensor(shape[0], device=device)
+        return torch.full((), shape[0], device=device)
     starts = documents >= 0
     starts[:, 1:] &= documents[:, 1:] != documents[:, :-1]
     return starts.sum()

@@ -6,17 +6,15 @@ h' = final_norm(blocks(eh_proj([enorm(embed(next token)); hnorm(h)]))); the mode
 Papers: DeepSeek-V3 (2024), section 2.2. arXiv:2412.19437; Nemotron 3 Super (tech report).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from alloy.models.base import Layer, Layout, RouterStats
+from alloy.models.base import Layer, Layout, RouterStats, RunLayer
 from alloy.models.blocks import Linear, RMSNorm
-from alloy.models.cache import DenseCache
-
-RunLayer = Callable[[Layer, Tensor, Layout, DenseCache | None], tuple[Tensor, RouterStats | None]]
+from alloy.models.cache import Cache
 
 
 class MTP(nn.Module):
@@ -38,7 +36,7 @@ class MTP(nn.Module):
         self.final_norm = RMSNorm(hidden, eps, device=device, dtype=dtype)
 
     def forward(
-        self, embedding: Tensor, hidden: Tensor, layout: Layout, cache: DenseCache | None, run_layer: RunLayer
+        self, embedding: Tensor, hidden: Tensor, layout: Layout, cache: Cache | None, run_layer: RunLayer
     ) -> tuple[Tensor, list[RouterStats]]:
         """Combine and run the blocks.
 
@@ -52,10 +50,10 @@ class MTP(nn.Module):
         Returns:
             (batch, seq, hidden), what the head takes; statistics of the MoE blocks in training mode
         """
-        x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
+        residual, delta = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1)), None
         routers: list[RouterStats] = []
         for layer in self.layers:
-            x, stats = run_layer(cast(Layer, layer), x, layout, cache)
+            residual, delta, stats = run_layer(cast(Layer, layer), residual, delta, layout, cache)
             if stats is not None:
                 routers.append(stats)
-        return self.final_norm(x), routers
+        return self.final_norm.add(delta, residual)[0], routers

@@ -1,17 +1,20 @@
 """Pure tensor functions: every heavy operation of the models, behind one dispatch table (`alloy.ops.backend`)."""
 
 from alloy.ops.activation import ACTIVATIONS
-from alloy.ops.attention import attention
+from alloy.ops.attention import attention, attn_decode, kv_append
 from alloy.ops.backend import choices, explain, use_backend
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step, conv_replay
 from alloy.ops.linear import linear
+from alloy.ops.mamba_step import mamba_step
 from alloy.ops.moe import expert_counts, moe_experts, route, sequence_balance, update_router_bias
-from alloy.ops.norm import gated_rms_norm, layer_norm_1p, rms_norm
+from alloy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm_1p, rms_norm
 from alloy.ops.ssd import ssd_replay, ssd_scan, ssd_step, ssd_step_multi
 
 __all__ = [
     "ACTIVATIONS",
+    "add_rms_norm",
     "attention",
+    "attn_decode",
     "causal_conv1d",
     "causal_conv1d_multi",
     "causal_conv1d_step",
@@ -20,8 +23,10 @@ __all__ = [
     "expert_counts",
     "explain",
     "gated_rms_norm",
+    "kv_append",
     "layer_norm_1p",
     "linear",
+    "mamba_step",
     "moe_experts",
     "rms_norm",
     "route",

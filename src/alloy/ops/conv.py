@@ -16,7 +16,7 @@ from alloy.ops import backend
 from alloy.ops.cpu import conv as cpu
 from alloy.ops.documents import as_documents, segment_ids
 from alloy.ops.precision import wide
-from alloy.ops.slots import read_slots, used_rows, write_slots
+from alloy.ops.slots import check_slots, read_slots, used_rows, write_slots
 
 Activation = Literal["silu"] | None
 
@@ -90,6 +90,7 @@ def causal_conv1d_step(
         y (batch, channels) in x's dtype
     """
     _check_taps(weight, x.shape[1])
+    _check_state("causal_conv1d_step", state, x, weight.shape[1] - 1, slots)
     return backend.run("causal_conv1d_step", state, x, weight, bias, activation, slots)
 
 
@@ -116,10 +117,8 @@ def causal_conv1d_multi(
         y (batch, tokens, channels) in x's dtype
     """
     _check_taps(weight, x.shape[2])
-    rows, used = used_rows(slots, state, x.shape[0])
-    before = read_slots(state, rows, x.shape[0])
-    y = _causal_conv1d(x if used is None else x[used], weight, bias, activation, before, None)
-    return y if used is None else y.new_zeros(x.shape).index_copy(0, used, y)
+    _check_state("causal_conv1d_multi", state, x, weight.shape[1] - 1, slots)
+    return backend.run("causal_conv1d_multi", state, x, weight, bias, activation, slots)
 
 
 @torch.no_grad()
@@ -132,12 +131,8 @@ def conv_replay(state: Tensor, x: Tensor, counts: Tensor, slots: Tensor | None =
         counts: int (batch,), 0 .. tokens
         slots: as in `causal_conv1d_step`
     """
-    rows, used = used_rows(slots, state, x.shape[0])
-    if used is not None:
-        x, counts = x[used], counts[used]
-    window = torch.cat([read_slots(state, rows, x.shape[0]), x.transpose(1, 2).to(state.dtype)], dim=2)
-    taps = torch.arange(state.shape[2], device=x.device) + counts.long()[:, None]  # (batch, kernel - 1)
-    write_slots(state, rows, window.gather(2, taps[:, None].expand(-1, x.shape[2], -1)))
+    _check_state("conv_replay", state, x, state.shape[2], slots)
+    backend.run("conv_replay", state, x, counts, slots)
 
 
 def _check_taps(weight: Tensor, channels: int) -> None:
@@ -145,6 +140,15 @@ def _check_taps(weight: Tensor, channels: int) -> None:
         raise ValueError(
             f"conv weight has shape {tuple(weight.shape)}; expected ({channels}, kernel) for {channels} channels"
         )
+
+
+def _check_state(op: str, state: Tensor, x: Tensor, taps: int, slots: Tensor | None) -> None:
+    """Refuse a state of another layer, and slots that are not one for each row."""
+    if state.shape[1:] != (x.shape[-1], taps):
+        raise ValueError(
+            f"{op}: state is {tuple(state.shape)}; expected {('slots', x.shape[-1], taps)} for x {tuple(x.shape)}"
+        )
+    check_slots(slots, state, x.shape[0])
 
 
 def _last_inputs(x: Tensor, taps: int, init: Tensor | None, start: Tensor, end: Tensor) -> Tensor:
@@ -217,6 +221,32 @@ def _causal_conv1d_step(
     return (F.silu(y, inplace=True) if activation == "silu" else y).to(x.dtype)
 
 
+def _causal_conv1d_multi(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, slots: Tensor | None
+) -> Tensor:
+    """The convolution over the drafts, with the state before them."""
+    rows, used = used_rows(slots, state, x.shape[0])
+    before = read_slots(state, rows, x.shape[0])
+    y = _causal_conv1d(x if used is None else x[used], weight, bias, activation, before, None)
+    return y if used is None else y.new_zeros(x.shape).index_copy(0, used, y)
+
+
+def _conv_replay(state: Tensor, x: Tensor, counts: Tensor, slots: Tensor | None) -> None:
+    """A window of the state and the drafts that starts counts[b] later."""
+    rows, used = used_rows(slots, state, x.shape[0])
+    if used is not None:
+        x, counts = x[used], counts[used]
+    window = torch.cat([read_slots(state, rows, x.shape[0]), x.transpose(1, 2).to(state.dtype)], dim=2)
+    taps = torch.arange(state.shape[2], device=x.device) + counts.long()[:, None]  # (batch, kernel - 1)
+    write_slots(state, rows, window.gather(2, taps[:, None].expand(-1, x.shape[2], -1)))
+
+
 backend.add("causal_conv1d", "torch", _causal_conv1d)
 backend.add("causal_conv1d", "cpu", cpu.causal_conv1d)
+backend.add("causal_conv1d", "triton", "alloy.ops.triton.conv:causal_conv1d")
 backend.add("causal_conv1d_step", "torch", _causal_conv1d_step)
+backend.add("causal_conv1d_step", "triton", "alloy.ops.triton.conv_step:causal_conv1d_step")
+backend.add("causal_conv1d_multi", "torch", _causal_conv1d_multi)
+backend.add("causal_conv1d_multi", "triton", "alloy.ops.triton.conv_step:causal_conv1d_multi")
+backend.add("conv_replay", "torch", _conv_replay)
+backend.add("conv_replay", "triton", "alloy.ops.triton.conv_step:conv_replay")

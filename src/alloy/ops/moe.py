@@ -40,7 +40,7 @@ def route(
     Returns:
         chosen int64 (tokens, top_k), weights fp32 (tokens, top_k), scores fp32 (tokens, experts)
     """
-    tokens, num_experts = logits.shape
+    num_experts = logits.shape[1]
     if num_experts % num_groups:
         raise ValueError(f"route: num_experts = {num_experts} is not a multiple of num_groups = {num_groups}")
     size = num_experts // num_groups
@@ -50,21 +50,7 @@ def route(
         raise ValueError(f"route: top_groups = {top_groups} is more than num_groups = {num_groups}")
     if top_k > size * top_groups:
         raise ValueError(f"route: top_k = {top_k} is more than the {size * top_groups} experts that may be chosen")
-    logits = logits.to(wide(logits))
-    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
-    choice = scores.detach()
-    if bias is not None:
-        choice = choice + bias
-    if top_groups < num_groups:
-        by_group = choice.view(tokens, num_groups, size)
-        kept = by_group.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1, sorted=False).indices
-        dropped = torch.ones(tokens, num_groups, dtype=torch.bool, device=logits.device).scatter(1, kept, False)
-        choice = by_group.masked_fill(dropped[..., None], -torch.inf).view(tokens, num_experts)
-    chosen = choice.topk(top_k, dim=-1, sorted=False).indices
-    weights = scores.gather(1, chosen)
-    if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return chosen, weights * scale, scores
+    return backend.run("moe_route", logits, bias, top_k, scoring, num_groups, top_groups, normalize, scale)
 
 
 def moe_experts(
@@ -94,10 +80,11 @@ def moe_experts(
     return backend.run("moe_experts", inputs, chosen, weights, up, down, gate, activation).to(x.dtype)
 
 
-def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
-    """Tokens routed to each expert: chosen int64 (tokens, top_k) -> int64 (num_experts,)."""
+def expert_counts(chosen: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
+    """Tokens routed to each expert: chosen int64 (tokens, top_k), valid bool (tokens,) or None -> int64 (num_experts,)."""
     counts = torch.zeros(num_experts, dtype=torch.int64, device=chosen.device)
-    return counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+    ones = torch.ones_like(chosen) if valid is None else valid.long()[:, None].expand_as(chosen)
+    return counts.scatter_add_(0, chosen.flatten(), ones.flatten())
 
 
 def sequence_balance(scores: Tensor, chosen: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -117,19 +104,17 @@ def sequence_balance(scores: Tensor, chosen: Tensor, documents: Tensor | None = 
     p = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     hits = torch.zeros_like(p).scatter(2, chosen, 1.0)  # (batch, seq, experts)
     if documents is None:
-        lengths = p.new_full((batch,), seq)
-        share, count = p.sum(1), hits.sum(1)
-    else:
-        real = documents >= 0
-        starts = torch.ones_like(real)
-        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        # padding goes to number 0, which is dropped
-        number = ((starts & real).flatten().cumsum(0) * real.flatten())[:, None].expand(-1, num_experts)
-        total = int(number.max()) + 1
-        p = torch.where(real[..., None], p, 0)
-        share, count = (p.new_zeros(total, num_experts).scatter_add(0, number, t.flatten(0, 1))[1:] for t in (p, hits))
-        lengths = p.new_zeros(total).scatter_add(0, number[:, 0], p.new_ones(batch * seq))[1:]
-    return ((share * count).sum(1) * num_experts / (chosen.shape[2] * lengths.square())).sum() / max(len(lengths), 1)
+        return (p * hits.sum(1, keepdim=True)).sum() * (num_experts / (chosen.shape[2] * seq**2 * max(batch, 1)))
+    real = documents >= 0
+    starts = torch.ones_like(real)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    # padding is number 0; there is room for as many numbers as tokens, so that the device need not be asked
+    number = (starts & real).flatten().cumsum(0) * real.flatten()
+    count = p.new_zeros(batch * seq + 1, num_experts).index_add(0, number, hits.flatten(0, 1))
+    length = p.new_zeros(batch * seq + 1).index_add(0, number, p.new_ones(batch * seq))
+    # sums of whole numbers are exact in any order, and each token fetches its document's
+    share = torch.where(real[..., None], p, 0).flatten(0, 1) * count[number] / length[number, None].square()
+    return share.sum() * (num_experts / chosen.shape[2]) / number.max().clamp(min=1)
 
 
 def update_router_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
@@ -137,6 +122,35 @@ def update_router_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
     with torch.no_grad():
         counts = counts.to(bias.dtype)
         bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
+
+
+def _moe_route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference: sorts."""
+    tokens, num_experts = logits.shape
+    logits = logits.to(wide(logits))
+    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+    choice = scores.detach()
+    if bias is not None:
+        choice = choice + bias
+    if top_groups < num_groups:
+        by_group = choice.view(tokens, num_groups, num_experts // num_groups)
+        kept = by_group.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1, sorted=False).indices
+        dropped = torch.ones(tokens, num_groups, dtype=torch.bool, device=logits.device).scatter(1, kept, False)
+        choice = by_group.masked_fill(dropped[..., None], -torch.inf).view(tokens, num_experts)
+    chosen = choice.topk(top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(1, chosen)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return chosen, weights * scale, scores
 
 
 def _moe_experts(
@@ -153,5 +167,8 @@ def _moe_experts(
     return total.to(x.dtype)
 
 
+backend.add("moe_route", "torch", _moe_route)
+backend.add("moe_route", "triton", "alloy.ops.triton.moe_route:moe_route")
 backend.add("moe_experts", "torch", _moe_experts)
 backend.add("moe_experts", "cpu", cpu.moe_experts)
+backend.add("moe_experts", "triton", "alloy.ops.triton.moe_experts:moe_experts")

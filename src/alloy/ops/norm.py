@@ -44,6 +44,24 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_si
     return backend.run("gated_rms_norm", x, gate, weight, eps, group_size)
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, cast_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """total = residual + x, and its RMSNorm: what lies between two layers of a residual stream, in one pass.
+
+    Args:
+        x: (..., width), what a layer adds to the stream
+        residual: (..., width), the stream, perhaps in a wider dtype
+        weight: (width,)
+        eps: added to the mean square
+        cast_first: as in `rms_norm`, of the total
+
+    Returns:
+        the normed total (..., width) in x's dtype; total (..., width) in the residual's dtype
+    """
+    return backend.run("add_rms_norm", x, residual, weight, eps, cast_first)
+
+
 def layer_norm_1p(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm with weight stored minus one (Nemotron-4): x (..., width), weight and bias (width,) -> like x."""
     kind = wide(x)
@@ -64,7 +82,19 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_s
     return (normed * weight.to(kind)).to(x.dtype)
 
 
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    total = (residual + x).to(residual.dtype)
+    # the norm by what runs on the device: this op has kernels of its own on GPUs alone
+    return rms_norm(total, weight, eps, cast_first).to(x.dtype), total
+
+
 backend.add("rms_norm", "torch", _rms_norm)
 backend.add("rms_norm", "cpu", cpu.rms_norm)
+backend.add("rms_norm", "triton", "alloy.ops.triton.norm:rms_norm")
+backend.add("add_rms_norm", "torch", _add_rms_norm)
+backend.add("add_rms_norm", "triton", "alloy.ops.triton.norm:add_rms_norm")
 backend.add("gated_rms_norm", "torch", _gated_rms_norm)
 backend.add("gated_rms_norm", "cpu", cpu.gated_rms_norm)
+backend.add("gated_rms_norm", "triton", "alloy.ops.triton.norm:gated_rms_norm")

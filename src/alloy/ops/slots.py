@@ -1,6 +1,18 @@
 """Reading and writing rows of slot-major states in place."""
 
+import torch
 from torch import Tensor
+
+
+def check_slots(slots: Tensor | None, state: Tensor, batch: int) -> None:
+    """Refuse what can be seen without reading numbers: rows without a place, numbers that are not one for each row."""
+    if slots is None:
+        if batch > state.shape[0]:
+            raise ValueError(f"batch = {batch} rows, but the state has {state.shape[0]} slots")
+    elif slots.shape != (batch,):
+        raise ValueError(f"slots is {tuple(slots.shape)}; expected one number for each row, ({batch},)")
+    elif slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slots is {slots.dtype}; slot numbers are int32 or int64")
 
 
 def slot_numbers(slots: Tensor | None, state: Tensor, batch: int) -> list[int]:
@@ -13,13 +25,10 @@ def slot_numbers(slots: Tensor | None, state: Tensor, batch: int) -> list[int]:
         state: (slots, ...)
         batch: rows of the input
     """
-    if slots is None and batch > state.shape[0]:
-        raise ValueError(f"batch = {batch} rows, but the state has {state.shape[0]} slots")
+    check_slots(slots, state, batch)
     if slots is None:
         return list(range(batch))
     numbers: list[int] = slots.tolist()
-    if len(numbers) != batch:
-        raise ValueError(f"slots has {len(numbers)} entries for a batch of {batch}")
     taken = [slot for slot in numbers if slot >= 0]
     if len(set(taken)) != len(taken):
         raise ValueError(f"slots = {numbers}: a slot is used twice; each row needs a state of its own")

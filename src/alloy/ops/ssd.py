@@ -20,7 +20,8 @@ from alloy.ops.cpu import ssd as cpu
 from alloy.ops.cpu.ssd import NO_LIMIT
 from alloy.ops.documents import as_documents, segment_ids
 from alloy.ops.precision import wide
-from alloy.ops.slots import read_slots, used_rows, write_slots
+from alloy.ops.rounding import round_to_half
+from alloy.ops.slots import check_slots, read_slots, used_rows, write_slots
 
 
 def ssd_scan(
@@ -87,6 +88,7 @@ def ssd_step(
     dt_softplus: bool = True,
     dt_limit: tuple[float, float] = NO_LIMIT,
     slots: Tensor | None = None,
+    sr_seed: Tensor | None = None,
 ) -> Tensor:
     """One token for each row; the state is updated in place.
 
@@ -102,12 +104,14 @@ def ssd_step(
         dt_softplus: as in `ssd_scan`
         dt_limit: as in `ssd_scan`
         slots: int (batch,), the state row of each batch row, distinct; -1: no read, no write, output 0. None: in order
+        sr_seed: int64, one element, another one each step: a float16 state is rounded up or down by chance
+            (`alloy.ops.rounding`), so that it does not drift. None: to the nearest
 
     Returns:
         y (batch, heads, head_dim) in x's dtype
     """
-    _check_state("ssd_step", state, x, B)
-    return backend.run("ssd_step", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
+    _check_state("ssd_step", state, x, B, slots, sr_seed)
+    return backend.run("ssd_step", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots, sr_seed)
 
 
 def ssd_step_multi(
@@ -142,7 +146,7 @@ def ssd_step_multi(
     Returns:
         y (batch, tokens, heads, head_dim) in x's dtype
     """
-    _check_state("ssd_step_multi", state, x, B)
+    _check_state("ssd_step_multi", state, x, B, slots)
     return backend.run("ssd_step_multi", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
@@ -160,6 +164,7 @@ def ssd_replay(
     dt_softplus: bool = True,
     dt_limit: tuple[float, float] = NO_LIMIT,
     slots: Tensor | None = None,
+    sr_seed: Tensor | None = None,
 ) -> None:
     """Advance the state in place by the first counts[b] tokens of each row (drafts that were accepted).
 
@@ -175,18 +180,24 @@ def ssd_replay(
         dt_softplus: as in `ssd_scan`
         dt_limit: as in `ssd_scan`
         slots: as in `ssd_step`
+        sr_seed: as in `ssd_step`
     """
-    _check_state("ssd_replay", state, x, B)
-    backend.run("ssd_replay", state, x, dt, A, B, counts, dt_bias, dt_softplus, dt_limit, slots)
+    _check_state("ssd_replay", state, x, B, slots, sr_seed)
+    backend.run("ssd_replay", state, x, dt, A, B, counts, dt_bias, dt_softplus, dt_limit, slots, sr_seed)
 
 
-def _check_state(op: str, state: Tensor, x: Tensor, B: Tensor) -> None:
-    """Refuse a state of another model, or one that cannot hold decaying sums."""
+def _check_state(
+    op: str, state: Tensor, x: Tensor, B: Tensor, slots: Tensor | None, sr_seed: Tensor | None = None
+) -> None:
+    """Refuse a state of another model, one that cannot hold decaying sums, and slots that are not one for each row."""
     if state.shape[1:] != (*x.shape[-2:], B.shape[-1]):
         expected = ("slots", *x.shape[-2:], B.shape[-1])
         raise ValueError(f"{op}: state is {tuple(state.shape)}; expected {expected} for x {tuple(x.shape)}")
     if not state.is_floating_point():
         raise ValueError(f"{op}: state is {state.dtype}; a state is floating point")
+    if sr_seed is not None and state.dtype != torch.float16:
+        raise ValueError(f"{op}: sr_seed is for a float16 state, this one is {state.dtype}; leave sr_seed out")
+    check_slots(slots, state, x.shape[0])
 
 
 def _check_scan(
@@ -344,6 +355,7 @@ def _ssd_replay(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     slots: Tensor | None,
+    sr_seed: Tensor | None,
 ) -> None:
     """What a chunk adds to its state, with d = 0 for the tokens that are not kept."""
     rows, used = used_rows(slots, state, x.shape[0])
@@ -360,7 +372,10 @@ def _ssd_replay(
     after = before.to(kind).mul_(torch.exp(total)[..., None, None])
     for own, left, right in zip(after, _by_group(inputs, B.shape[2]).transpose(-1, -2), gates, strict=True):
         own.view(left.shape[0], -1, own.shape[-1]).baddbmm_(left, right)
-    if rows is not None or after.dtype != state.dtype:
+    if sr_seed is not None:
+        # what is not advanced is not rounded either: it is float16 already
+        after = round_to_half(after, sr_seed, _slot_numbers(rows, after))
+    if rows is not None or after.dtype != state.dtype or sr_seed is not None:
         write_slots(state, rows, after)
 
 
@@ -435,11 +450,12 @@ def _ssd_step(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     slots: Tensor | None,
+    sr_seed: Tensor | None,
 ) -> Tensor:
     """Reference: the recurrence as it is written."""
     rows, used = used_rows(slots, state, x.shape[0])
     if used is not None:
-        y = _ssd_step(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows)
+        y = _ssd_step(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows, sr_seed)
         return y.new_zeros(x.shape).index_copy_(0, used, y)
     before = read_slots(state, rows, x.shape[0])
     kind = wide(before)
@@ -451,13 +467,24 @@ def _ssd_step(
     y = (after * c).sum(-1)
     if D is not None:
         y = y + D.to(kind)[:, None] * x
+    if sr_seed is not None:
+        after = round_to_half(after, sr_seed, _slot_numbers(rows, after))
     write_slots(state, rows, after)
     return y.to(x.dtype)
 
 
+def _slot_numbers(rows: Tensor | None, after: Tensor) -> Tensor:
+    """The slot of each row of `after`, int (rows,)."""
+    return torch.arange(len(after), device=after.device) if rows is None else rows
+
+
 backend.add("ssd_scan", "torch", _ssd_scan)
 backend.add("ssd_scan", "cpu", cpu.ssd_scan)
+backend.add("ssd_scan", "triton", "alloy.ops.triton.ssd_scan:ssd_scan")
 backend.add("ssd_step", "torch", _ssd_step)
 backend.add("ssd_step", "cpu", cpu.ssd_step)
+backend.add("ssd_step", "triton", "alloy.ops.triton.ssd_step:ssd_step")
 backend.add("ssd_step_multi", "torch", _ssd_step_multi)
+backend.add("ssd_step_multi", "triton", "alloy.ops.triton.ssd_step:ssd_step_multi")
 backend.add("ssd_replay", "torch", _ssd_replay)
+backend.add("ssd_replay", "triton", "alloy.ops.triton.ssd_step:ssd_replay")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from alloy.ops.documents import segment_ids
 from alloy.ops.precision import wide
+from alloy.ops.rounding import round_to_half
 from alloy.ops.slots import slot_numbers
 
 # d * A times this is the log of a decay in base 2
@@ -71,6 +72,7 @@ def ssd_step(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     slots: Tensor | None,
+    sr_seed: Tensor | None,
 ) -> Tensor:
     """As `alloy.ops.ssd_step`: three passes over each state, in place where it lies; a slot's own state is contiguous."""
     batch, heads, head_dim = x.shape
@@ -91,7 +93,9 @@ def ssd_step(
         grouped = own.mul_(decay[row]).view(groups, -1, width)
         grouped.addcmul_(inputs[row], B[row])
         torch.bmm(C[row], grouped.transpose(1, 2), out=y[row])
-        if own.dtype != state.dtype:
+        if sr_seed is not None:
+            state[slot] = round_to_half(own[None], sr_seed, torch.tensor([slot]))[0]
+        elif own.dtype != state.dtype:
             state[slot] = own
     y = y.view(x.shape)
     if D is not None:

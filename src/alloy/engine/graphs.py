@@ -1,0 +1,187 @@
+"""Decode steps as CUDA graphs: one launch for embedding, all layers, head, greedy choice and the count of lengths.
+
+There is one graph per batch bucket; a batch is padded to the next bucket with rows whose slot is -1, which read and write
+nothing. A replay reads its tokens and slots from fixed buffers and writes the chosen tokens back into the first, so that a
+batch that stays as it is needs no copy to the device at all. All graphs share one memory pool: the largest is captured
+first, and the others fit into its memory.
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from alloy.engine.sampler import checked
+from alloy.errors import ResourceError
+from alloy.models import sizes
+from alloy.models.base import CausalLM
+from alloy.models.configs import MambaConfig, MoEConfig
+from alloy.models.paged import PagedCache, StaticView, blocks_of
+from alloy.ops import backend
+from alloy.ops.sampling import greedy
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# share of the device's free memory that keys, values and states may take
+CACHE_FRAC = 0.8
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves in fixed buffers, which the next step overwrites.
+
+    Attributes:
+        tokens: (rows, 1) int64 of the largest logits, -1 where they are not finite
+        logits: (rows, 1, vocab) fp32
+        hidden: (rows, 1, hidden) after the final norm
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    hidden: Tensor
+
+
+class DecodeGraphs:
+    """Captured decode steps of a model over a paged cache.
+
+    Args:
+        model: in evaluation mode, on a CUDA device
+        pool: the cache; its slots bound the batch
+        buckets: batch sizes to capture; default: those of `BUCKETS` up to the first that holds all slots
+
+    Attributes:
+        buckets: what was captured, rising
+        pool_bytes: device memory that the graphs keep for themselves
+        capture_s: seconds that capturing took
+        replays: how often each bucket ran
+    """
+
+    def __init__(self, model: CausalLM, pool: PagedCache, buckets: Sequence[int] | None = None) -> None:
+        self.model, self.pool = model, pool
+        self.buckets = tuple(sorted(buckets or buckets_for(pool.slots)))
+        self.replays = dict.fromkeys(self.buckets, 0)
+        most, config, weight = self.buckets[-1], model.config, model.embed.weight
+        self._tokens = torch.zeros(most, 1, dtype=torch.int64, device=weight.device)
+        self._chosen = torch.zeros(most, 1, dtype=torch.int64, device=weight.device)
+        self._slots = torch.full((most,), -1, dtype=torch.int32, device=weight.device)
+        self._logits = torch.zeros(most, 1, config.vocab, dtype=torch.float32, device=weight.device)
+        self._hidden = torch.zeros(most, 1, config.hidden, dtype=weight.dtype, device=weight.device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # the slots that the buffer names
+        self._rows: list[int] = []
+        self._capture()
+
+    def step(self, rows: Sequence[int], tokens: Sequence[int] | None = None) -> StepOutput:
+        """One token for each of `rows`, which are slots of the cache.
+
+        Args:
+            rows: as many as the largest bucket at most
+            tokens: the newest token of each row, which the cache does not hold yet; None: what the step before chose
+                for the same rows
+        """
+        count = len(rows)
+        size = next(bucket for bucket in self.buckets if bucket >= count)
+        self.pool.reserve(rows, 1)
+        rows = list(rows)
+        if rows != self._rows:
+            assert tokens is not None, "other rows need their tokens"
+            # rows that left must not be stepped on, in whatever bucket
+            _fill(self._slots, rows + [-1] * (len(self._slots) - count))
+            self._rows = rows
+        if tokens is not None:
+            _fill(self._tokens, tokens)
+        self._graphs[size].replay()
+        self.pool.count(rows, 1)
+        self.replays[size] += 1
+        return StepOutput(self._chosen[:count], self._logits[:count], self._hidden[:count])
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        start = perf_counter()
+        device = self._slots.device
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        views = {size: StaticView(self.pool, self._slots[:size]) for size in self.buckets}
+        # inputs are written on the current stream
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for size in reversed(self.buckets):
+                self._run(views[size])
+        torch.cuda.synchronize(device)
+        # what a collection frees must not be freed inside a capture
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        handle = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(side):
+            for size in reversed(self.buckets):
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=handle)
+                try:
+                    self._run(views[size])
+                finally:
+                    graph.capture_end()
+                self._graphs[size] = graph
+        current.wait_stream(side)
+        self.pool_bytes = torch.cuda.memory_reserved(device) - before
+        self.capture_s = perf_counter() - start
+
+    def _run(self, view: StaticView) -> None:
+        rows = view.batch
+        out = self.model(self._tokens[:rows], cache=view, logits=None)
+        self._hidden[:rows].copy_(out.last_hidden)
+        logits = self._logits[:rows].copy_(self.model.head(out.last_hidden))
+        chosen = self._chosen[:rows].copy_(checked(logits, greedy(logits)))
+        # a row that failed goes on with some token until it is taken out
+        self._tokens[:rows].copy_(chosen.clamp(min=0))
+
+
+def obstacle(model: CausalLM) -> str | None:
+    """Why decode steps of this model cannot be captured here, or None."""
+    if model.embed.weight.device.type != "cuda":
+        return "the model is not on a CUDA device"
+    if (missing := backend.missing_triton()) is not None:
+        return missing
+    mixers = [*sizes.backbone_mixers(model.config), *(m for m in model.cached_mixers()[1] if m is not None)]
+    needed = {"attn_decode", "kv_append"}
+    for mixer in mixers:
+        if isinstance(mixer, MambaConfig):
+            needed |= {"mamba_step"}
+        if isinstance(mixer, MoEConfig):
+            needed |= {"moe_route", "moe_experts"}
+    # the twins in plain PyTorch look at slots or experts on the host
+    lacking = sorted(op for op in needed if "triton" not in backend.TABLE[op])
+    return f"no kernel for {', '.join(lacking)}" if lacking else None
+
+
+def buckets_for(slots: int) -> tuple[int, ...]:
+    """The buckets that serve up to `slots` rows."""
+    return (*(b for b in BUCKETS if b < slots), next((b for b in BUCKETS if b >= slots), slots))
+
+
+def new_pool(model: CausalLM, slots: int, max_tokens: int, state_dtype: str = "float32") -> PagedCache:
+    """A cache for `slots` sequences with as many blocks as they could fill, or as the device's free memory holds."""
+    device = model.embed.weight.device
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    wanted = slots * blocks_of(max_tokens + 1)
+    block_bytes = sizes.kv_bytes(model.config, 1, 64, dtype, model.has_mtp)
+    if block_bytes:
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = int(CACHE_FRAC * (torch.cuda.mem_get_info(device)[0] + held))
+        free -= sizes.state_bytes(model.config, slots, state_dtype.removesuffix("-sr"), model.has_mtp)
+        room = max(0, free) // block_bytes
+        if room < blocks_of(max_tokens + 1):
+            raise ResourceError(
+                f"one sequence of {max_tokens:,} tokens needs {blocks_of(max_tokens + 1) * block_bytes / sizes.GIB:.2f} GiB "
+                f"of keys and values beside the states of {slots} sequences, and {max(0, free) / sizes.GIB:.2f} GiB may be "
+                "used; lower max_model_len or max_seqs"
+            )
+        wanted = min(wanted, room)
+    return model.new_paged_cache(slots, wanted, max_tokens, state_dtype=state_dtype)
+
+
+def _fill(buffer: Tensor, values: Sequence[int]) -> None:
+    """Write whole numbers into the first rows of `buffer`, without waiting for the device."""
+    host = torch.tensor(values, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+    buffer[: len(values)].copy_(host.view(-1, *buffer.shape[1:]), non_blocking=True)

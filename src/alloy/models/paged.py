@@ -1,0 +1,331 @@
+"""A cache for many sequences that come and go: keys and values in blocks of 64 tokens, one state slot a sequence.
+
+`PagedCache` owns the arenas and hands out slots and blocks; `PagedView` is the cache of one model call, which names the
+slots of its rows. Lengths and block tables live on the device, so that a captured step can read them; the host keeps a
+copy and never asks. serving.md section 3.
+
+Paper: PagedAttention (Kwon et al., 2023). arXiv:2309.06180
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from alloy.errors import RecipeError, RequestError, ResourceError
+from alloy.models.cache import Cache, Snapshot, States
+from alloy.models.configs import AttentionConfig, Mixer
+from alloy.ops.attention import BLOCK, MAX_QUERIES, attention, attn_decode, gather_kv, kv_append
+
+# names that every command uses; "float16-sr" rounds stochastically
+STATE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float16-sr": torch.float16,
+}
+
+
+class PagedCache:
+    """Arenas for `slots` sequences of at most `max_tokens` tokens, which share `blocks` blocks of 64 tokens.
+
+    Build one with `CausalLM.new_paged_cache`. Block 0 exists besides and belongs to no sequence.
+
+    Attributes:
+        arenas: per distinct shape of attention layers (layers, blocks + 1, 2, kv_heads, 64, head_dim)
+        kv: per attention layer its part of an arena (blocks + 1, 2, kv_heads, 64, head_dim)
+        table: int32 (slots + 1, blocks of the longest sequence), the block of each 64 tokens; 0: none
+        lengths: int32 (slots + 1,) tokens held; the last entry, like the table's last row, is that of padding rows
+        held: the same on the host, without the last
+        states: recurrent states of all slots
+        mtp: the same for the multi-token prediction blocks, with the same slots
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        mixers: Sequence[Mixer | None],
+        slots: int,
+        blocks: int,
+        max_tokens: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        state_dtype: str = "float32",
+        mtp: "PagedCache | None" = None,
+    ) -> None:
+        if state_dtype not in STATE_DTYPES:
+            raise RecipeError(f'state_dtype = "{state_dtype}" is not known; use one of {", ".join(STATE_DTYPES)}')
+        self.slots, self.blocks, self.max_tokens, self.mtp = slots, blocks, max_tokens, mtp
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for i, mixer in enumerate(mixers):
+            if isinstance(mixer, AttentionConfig):
+                shapes.setdefault((mixer.num_kv_heads, mixer.head_dim), []).append(i)
+        self.arenas: list[Tensor] = []
+        self.kv: dict[int, Tensor] = {}
+        for (heads, width), layers in shapes.items():
+            arena = torch.zeros(len(layers), blocks + 1, 2, heads, BLOCK, width, device=device, dtype=dtype)
+            self.arenas.append(arena)
+            self.kv.update(zip(layers, arena, strict=True))
+        # drafts may reach beyond the last token that a sequence will keep
+        self.table = torch.zeros(
+            slots + 1, blocks_of(max_tokens + MAX_QUERIES) if shapes else 1, device=device, dtype=torch.int32
+        )
+        self.lengths = torch.zeros(slots + 1, device=device, dtype=torch.int32)
+        self.held = [0] * slots
+        self.states = States(mixers, slots, device, dtype, STATE_DTYPES[state_dtype])
+        self.rounding = torch.zeros(1, device=device, dtype=torch.int64) if state_dtype == "float16-sr" else None
+        self._owned: list[list[int]] = [[] for _ in range(slots)]
+        self._free_slots = list(range(slots))[::-1]
+        self._free_blocks = list(range(1, blocks + 1))[::-1]
+
+    @property
+    def slots_free(self) -> int:
+        """Sequences that may still come."""
+        return len(self._free_slots)
+
+    @property
+    def blocks_free(self) -> int:
+        """Blocks that no sequence holds."""
+        return len(self._free_blocks)
+
+    def open(self, count: int) -> list[int]:
+        """Slots for `count` new sequences, empty."""
+        if count > len(self._free_slots):
+            raise ResourceError(
+                f"{count} more sequences, but {len(self._free_slots)} of {self.slots} slots are free; "
+                "wait until others end, or give the cache more slots"
+            )
+        slots = [self._free_slots.pop() for _ in range(count)]
+        self._clear(slots)
+        return slots
+
+    def close(self, slots: Sequence[int]) -> None:
+        """Give slots and their blocks back."""
+        self._free_slots += reversed(slots)
+        self._release(slots)
+
+    def view(self, slots: Sequence[int]) -> "PagedView":
+        """The cache of a call whose row b is the sequence in slots[b]; -1: a row that stands for nothing."""
+        return PagedView(self, slots)
+
+    def reserve(self, slots: Sequence[int], tokens: int) -> None:
+        """Room for `tokens` more tokens in each slot (-1 is passed over); all or none."""
+        if not self.kv:
+            return
+        wanted: list[tuple[int, int]] = []
+        for slot in slots:
+            if slot >= 0:
+                needed = blocks_of(self.held[slot] + tokens)
+                if needed > self.table.shape[1]:
+                    raise RequestError(
+                        f"a sequence of {self.held[slot]} tokens and {tokens} more is longer than max_tokens = "
+                        f"{self.max_tokens} of the cache"
+                    )
+                wanted += [(slot, i) for i in range(len(self._owned[slot]), needed)]
+        if not wanted:
+            return
+        if len(wanted) > len(self._free_blocks):
+            running = self.slots - len(self._free_slots)
+            raise ResourceError(
+                f"the cache is full: {len(wanted)} blocks of {BLOCK} tokens are needed, {len(self._free_blocks)} of "
+                f"{self.blocks} are free beside {running} sequences; run fewer at once, shorten them, or give the cache "
+                "more blocks"
+            )
+        given = [self._free_blocks.pop() for _ in wanted]
+        for (slot, _), block in zip(wanted, given, strict=True):
+            self._owned[slot].append(block)
+        places = upload([[s, i, b] for (s, i), b in zip(wanted, given, strict=True)], self.table.device)
+        self.table[places[:, 0], places[:, 1]] = places[:, 2].to(torch.int32)
+
+    def fork(self, slot: int, count: int) -> list[int]:
+        """`count` new slots that hold what `slot` holds."""
+        targets = self.open(count)
+        self._copy(slot, targets)
+        return targets
+
+    def advance(self, slots: Tensor, counts: Tensor | int) -> None:
+        """Add counts, one number or (batch,), to the lengths of slots (batch,) on the device; a padding row's stays 0."""
+        index = slots.long()
+        self.lengths[index] = (self.lengths[index] + counts * (slots >= 0)).to(self.lengths.dtype)
+        if self.rounding is not None:
+            self.rounding += 1
+
+    def count(self, slots: Sequence[int], tokens: int | Sequence[int]) -> None:
+        """Note on the host that the slots hold `tokens` more, the same number or one for each; the device counts itself."""
+        for i, slot in enumerate(slots):
+            if slot >= 0:
+                self.held[slot] += tokens if isinstance(tokens, int) else tokens[i]
+
+    def bytes(self) -> int:
+        """Bytes allocated, multi-token prediction included."""
+        own = [*self.arenas, self.table, self.lengths]
+        return sum(t.nbytes for t in own) + self.states.bytes() + (0 if self.mtp is None else self.mtp.bytes())
+
+    def trim(self, slots: Sequence[int]) -> None:
+        """Give back blocks beyond what the slots hold."""
+        for slot in slots:
+            kept = blocks_of(self.held[slot])
+            self._free_blocks += reversed(self._owned[slot][kept:])
+            del self._owned[slot][kept:]
+
+    def _clear(self, slots: Sequence[int]) -> None:
+        index = upload(slots, self.table.device)
+        for tensor in (self.lengths, self.states.ssm, self.states.conv):
+            tensor.index_fill_(0, index, 0)
+        if self.mtp is not None:
+            self.mtp._clear(slots)
+
+    def _release(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.held[slot] = 0
+        self.trim(slots)
+        if self.mtp is not None:
+            self.mtp._release(slots)
+
+    def _copy(self, source: int, targets: Sequence[int]) -> None:
+        for target in targets:
+            self.reserve([target], self.held[source])
+            self.held[target] = self.held[source]
+            kept = blocks_of(self.held[source])
+            pairs = upload([self._owned[source][:kept], self._owned[target][:kept]], self.table.device)
+            for arena in self.arenas:
+                arena[:, pairs[1]] = arena[:, pairs[0]]
+            for tensor in (self.lengths, self.states.ssm, self.states.conv):
+                tensor[target] = tensor[source]
+            if self.mtp is not None:
+                self.mtp._copy(source, [target])
+
+
+class PagedView(Cache):
+    """Rows of a `PagedCache` for model calls; see `PagedCache.view`.
+
+    Attributes:
+        pool: the cache
+        rows: the slot of each row, on the host
+    """
+
+    def __init__(self, pool: PagedCache, rows: Sequence[int]) -> None:
+        self.pool = pool
+        self.states, self.rounding = pool.states, pool.rounding
+        self.is_drafting, self.drafts = False, {}
+        self.mtp = None if pool.mtp is None else type(self)(pool.mtp, rows)
+        self._place(list(rows))
+
+    @property
+    def lengths(self) -> Tensor:
+        """(batch,) int64 tokens held per row."""
+        return self.pool.lengths[self.slots.long()].long()
+
+    def positions(self, seq: int) -> Tensor:
+        """(batch, seq) int64: where the next `seq` tokens of each row stand."""
+        return self.lengths[:, None] + torch.arange(seq, device=self.slots.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """See `Cache.attend`: q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim) -> like q."""
+        pool, seq = self.pool, q.shape[2]
+        self._reserve(seq)
+        kv, table, lengths = pool.kv[layer], pool.table, pool.lengths
+        kv_append(kv, k.transpose(1, 2), v.transpose(1, 2), table, lengths, self.slots)
+        if not self.longest:
+            # nothing is held: the call is an ordinary causal one
+            return attention(q, k, v, window=window)
+        if seq <= MAX_QUERIES:
+            return attn_decode(q.transpose(1, 2), kv, table, lengths, self.slots, window=window).transpose(1, 2)
+        total = self.longest + seq
+        blocks = table[self.slots.long(), : blocks_of(total)]
+        keys, values = (t[:, :, :total] for t in gather_kv(kv, blocks))
+        if self.uniform:
+            return attention(q, keys, values, lengths=self.longest, window=window)
+        # what others left in blocks need not be finite
+        held = self.lengths
+        own = torch.arange(total, device=q.device) < held[:, None] + seq
+        keys, values = (torch.where(own[:, None, :, None], t, 0) for t in (keys, values))
+        return attention(q, keys, values, lengths=held, window=window)
+
+    def mark(self) -> Snapshot:
+        """A cheap snapshot of all rows for `rollback` before anything but appending happens: keys stay in place."""
+        index = self.slots.long()
+        return Snapshot(self.lengths, self.states.ssm[index], self.states.conv[index], kv=None, mtp=None)
+
+    def rollback(self, mark: Snapshot) -> None:
+        """Return to `mark`."""
+        index = self.slots.long()
+        self.states.ssm[index], self.states.conv[index] = mark.ssm, mark.conv
+        self._count(mark.lengths - self.lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the given rows, in the given order, and close the others; a row named again becomes a sequence of its own."""
+        kept, seen = [], set[int]()
+        for row in rows:
+            slot = self.rows[row]
+            kept += self.pool.fork(slot, 1) if slot in seen else [slot]
+            seen.add(slot)
+        self.pool.close([slot for slot in self.rows if slot not in seen])
+        self._place(kept)
+
+    def join(self, other: Self) -> None:
+        """Append the rows of `other`, another view of the same cache."""
+        self._place(self.rows + other.rows)
+
+    def refresh(self) -> None:
+        """Look again at the lengths that the host knows."""
+        held = [self.pool.held[slot] for slot in self.rows if slot >= 0]
+        self.longest = max(held, default=0)
+        self.uniform = len(held) == len(self.rows) and all(n == self.longest for n in held)
+
+    def _place(self, rows: list[int]) -> None:
+        self.rows, self.batch = rows, len(rows)
+        self.slots: Tensor = upload(rows, self.pool.table.device, torch.int32)
+        self.refresh()
+        if self.mtp is not None:
+            self.mtp._place(rows)
+
+    def _reserve(self, tokens: int) -> None:
+        self.pool.reserve(self.rows, tokens)
+
+    def _count(self, counts: Tensor | int) -> None:
+        self.pool.advance(self.slots, counts)
+        self.pool.count(self.rows, counts if isinstance(counts, int) else counts.tolist())
+        if isinstance(counts, Tensor):
+            self.pool.trim([slot for slot in self.rows if slot >= 0])
+        self.refresh()
+
+
+class StaticView(PagedView):
+    """A view for capture: the slots are read from a buffer when the step runs, and the host counts by itself.
+
+    Room must be reserved before a replay, and `PagedCache.count` called after it.
+
+    Args:
+        pool: the cache
+        slots: int32 (batch,), the buffer
+    """
+
+    def __init__(self, pool: PagedCache, slots: Tensor) -> None:
+        super().__init__(pool, [-1] * len(slots))
+        self.slots = slots
+
+    def refresh(self) -> None:
+        """Rows are taken to hold something, and not all the same."""
+        self.longest, self.uniform = 1, False
+
+    def _reserve(self, tokens: int) -> None:
+        pass
+
+    def _count(self, counts: Tensor | int) -> None:
+        self.pool.advance(self.slots, counts)
+
+
+def blocks_of(tokens: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // BLOCK)
+
+
+def upload(
+    values: Sequence[int] | Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Whole numbers of any shape on the device, without waiting for it."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

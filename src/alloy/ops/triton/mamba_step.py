@@ -1,0 +1,324 @@
+# pyright: basic, reportMissingImports=false
+"""The Mamba-2 mixer between its projections for one token of each row, in two launches.
+
+1. One program takes TILES tiles of (BLOCK_P, state) of one head's state, as in `ssd_step`. It convolves the channels of x
+   that it needs, and those of B and C of its group, which the heads of the group do again, from the level-2 cache.
+2. One program a group and row multiplies with the gate and norms y where it lies, and moves the windows of the group's
+   channels, which are no longer read.
+The bound is bandwidth: the state is moved twice, everything else is small. Windows are read quickest where the channels of
+a tap lie next to each other.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alloy.ops.mamba_step import _mamba_step as reference
+from alloy.ops.precision import wide
+from alloy.ops.triton import tuning
+from alloy.ops.triton.ssd_step import round_to_half, step_size
+
+tuning.register(
+    "mamba_step",
+    {"BLOCK_P": 16, "TILES": 8, "num_warps": 4},
+    {"BLOCK_P": 16, "TILES": 2, "num_warps": 4},
+    {"BLOCK_P": 16, "TILES": 1, "num_warps": 1},
+)
+
+
+@triton.jit
+def _convolve(
+    x, state, weight, bias, channels, state_channel, state_tap, mask, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """silu of the convolution of `channels` (block,) after the input x, in fp32."""
+    new = tl.load(x + channels, mask=mask, other=0.0).to(tl.float32)
+    state += channels * state_channel
+    if TAPS == 3:
+        # the taps of a channel lie in 8 or 16 bytes
+        taps = tl.load(weight + channels[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0)
+        even, odd = taps.to(tl.float32).reshape(channels.shape[0], 2, 2).split()
+        first, third = even.split()
+        second, last = odd.split()
+        out = last * new
+        out += first * tl.load(state, mask=mask, other=0.0).to(tl.float32)
+        out += second * tl.load(state + state_tap, mask=mask, other=0.0).to(tl.float32)
+        out += third * tl.load(state + 2 * state_tap, mask=mask, other=0.0).to(tl.float32)
+    else:
+        weight += channels * (TAPS + 1)
+        out = tl.load(weight + TAPS, mask=mask, other=0.0).to(tl.float32) * new
+        for k in tl.static_range(TAPS):
+            old = tl.load(state + k * state_tap, mask=mask, other=0.0).to(tl.float32)
+            out += tl.load(weight + k, mask=mask, other=0.0).to(tl.float32) * old
+    if HAS_BIAS:
+        out += tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)
+    return out / (1.0 + tl.exp(-out))
+
+
+@triton.jit
+def _read_windows(x, state, channels, state_channel, state_tap, mask, TAPS: tl.constexpr):
+    """The windows of `channels` (block,) once they have moved: a tuple, oldest first."""
+    window = ()
+    for k in tl.static_range(TAPS - 1):
+        window += (tl.load(state + channels * state_channel + (k + 1) * state_tap, mask=mask, other=0.0),)
+    return window + (tl.load(x + channels, mask=mask, other=0.0).to(state.dtype.element_ty),)
+
+
+@triton.jit
+def _write_windows(window, state, channels, state_channel, state_tap, mask, TAPS: tl.constexpr):
+    for k in tl.static_range(TAPS):
+        tl.store(state + channels * state_channel + k * state_tap, window[k], mask=mask)
+
+
+@triton.jit
+def _heads_kernel(
+    projected,
+    conv_state,
+    state,
+    conv_weight,
+    conv_bias,
+    A,
+    D,
+    dt_bias,
+    slots,
+    seed,
+    y,
+    low,
+    high,
+    projected_row,
+    conv_slot,
+    conv_channel,
+    conv_tap,
+    state_slot,
+    state_head,
+    state_row,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    slot = row
+    if HAS_SLOTS:
+        slot = tl.load(slots + row).to(tl.int64)
+    used = slot >= 0
+    p = tl.program_id(0) * (TILES * BLOCK_P) + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    real = (n < WIDTH) & used
+    inner: tl.constexpr = HEADS * HEAD_DIM
+    channels: tl.constexpr = inner + 2 * GROUPS * WIDTH
+    state += slot * state_slot + head * state_head
+    conv_state += slot * conv_slot
+    # behind z
+    projected += row * projected_row + inner
+    # everything is read before anything is written: loads do not pass stores
+    tiles = ()
+    for i in tl.static_range(TILES):
+        rows = p + i * BLOCK_P
+        mask = (rows < HEAD_DIM)[:, None] & real[None, :]
+        tiles += (tl.load(state + rows[:, None] * state_row + n[None, :], mask=mask, other=0.0).to(tl.float32),)
+    inputs = ()
+    for i in tl.static_range(TILES):
+        rows = p + i * BLOCK_P
+        mask = (rows < HEAD_DIM) & used
+        own = head * HEAD_DIM + rows
+        inputs += (
+            _convolve(
+                projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS
+            ),
+        )
+    own = inner + (head // (HEADS // GROUPS)) * WIDTH + n
+    b = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
+    own += GROUPS * WIDTH
+    c = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
+    d = step_size(tl.load(projected + channels + head), tl.load(dt_bias + head), low, high, True, True)
+    d = tl.where(used, d, 0.0)
+    decay = tl.exp(d * tl.load(A + head).to(tl.float32))
+    skip = tl.load(D + head).to(tl.float32)
+    if STOCHASTIC:
+        chance = tl.load(seed)
+    y += row * inner + head * HEAD_DIM
+    for i in tl.static_range(TILES):
+        rows = p + i * BLOCK_P
+        u = tl.where((rows < HEAD_DIM) & used, inputs[i], 0.0)
+        new = tiles[i] * decay + (d * u)[:, None] * b[None, :]
+        out = tl.sum(new * c[None, :], 1) + skip * u
+        tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < HEAD_DIM)
+        if STOCHASTIC:
+            new = round_to_half(new, chance, slot.to(tl.int32), head * HEAD_DIM + rows, BLOCK_P, BLOCK_N, WIDTH)
+        mask = (rows < HEAD_DIM)[:, None] & real[None, :]
+        tl.store(state + rows[:, None] * state_row + n[None, :], new.to(state.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_kernel(
+    y,
+    projected,
+    conv_state,
+    norm_weight,
+    slots,
+    eps,
+    projected_row,
+    conv_slot,
+    conv_channel,
+    conv_tap,
+    INNER: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    group = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    slot = row
+    if HAS_SLOTS:
+        slot = tl.load(slots + row).to(tl.int64)
+    used = slot >= 0
+    size: tl.constexpr = INNER // GROUPS
+    i = tl.arange(0, BLOCK)
+    inside = i < size
+    real = inside & used
+    own = group * size + i
+    projected += row * projected_row
+    y += row * INNER
+    conv_state += slot * conv_slot
+    value = tl.load(y + own, mask=real, other=0.0).to(tl.float32)
+    gate = tl.load(projected + own, mask=real, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight + own, mask=inside, other=0.0).to(tl.float32)
+    projected += INNER
+    n = tl.arange(0, BLOCK_N)
+    real_n = (n < WIDTH) & used
+    b_own = INNER + group * WIDTH + n
+    c_own = b_own + GROUPS * WIDTH
+    x_window = _read_windows(projected, conv_state, own, conv_channel, conv_tap, real, TAPS)
+    b_window = _read_windows(projected, conv_state, b_own, conv_channel, conv_tap, real_n, TAPS)
+    c_window = _read_windows(projected, conv_state, c_own, conv_channel, conv_tap, real_n, TAPS)
+    value = value * gate / (1.0 + tl.exp(-gate))
+    scale = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    # what is written here may have been read by more threads than the one that writes it
+    tl.debug_barrier()
+    tl.store(y + own, (value * scale * weight).to(y.dtype.element_ty), mask=inside)
+    _write_windows(x_window, conv_state, own, conv_channel, conv_tap, real, TAPS)
+    _write_windows(b_window, conv_state, b_own, conv_channel, conv_tap, real_n, TAPS)
+    _write_windows(c_window, conv_state, c_own, conv_channel, conv_tap, real_n, TAPS)
+
+
+@torch.library.custom_op("alloy::mamba_step", mutates_args=("conv_state", "ssm_state"))
+def _mamba_step(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    groups: int,
+    low: float,
+    high: float,
+    slots: Tensor | None,
+    sr_seed: Tensor | None,
+) -> Tensor:
+    if ssm_state.stride(-1) != 1 or projected.stride(-1) != 1 or not conv_weight.is_contiguous():
+        raise ValueError(
+            f"strides of ssm_state {ssm_state.stride()}, projected {projected.stride()}, conv_weight "
+            f"{conv_weight.stride()}: the last must be 1, and conv_weight contiguous"
+        )
+    batch = projected.shape[0]
+    heads, head_dim, width = ssm_state.shape[1:]
+    inner, taps = heads * head_dim, conv_state.shape[2]
+    y = torch.empty(batch, inner, dtype=projected.dtype, device=projected.device)
+    config = tuning.pick("mamba_step", f"{head_dim}x{width}-{ssm_state.dtype}".replace("torch.", ""))
+    block_n = max(16, triton.next_power_of_2(width))
+    # at most 64 elements of a tile a thread
+    block_p = min(config["BLOCK_P"], 2048 * config["num_warps"] // block_n)
+    tiles = min(config["TILES"], triton.cdiv(head_dim, block_p))
+    _heads_kernel[(triton.cdiv(head_dim, block_p * tiles), heads, batch)](
+        projected,
+        conv_state,
+        ssm_state,
+        conv_weight,
+        conv_bias,
+        A,
+        D,
+        dt_bias,
+        slots,
+        sr_seed,
+        y,
+        low,
+        high,
+        projected.stride(0),
+        *conv_state.stride(),
+        *ssm_state.stride()[:3],
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        GROUPS=groups,
+        WIDTH=width,
+        TAPS=taps,
+        HAS_BIAS=conv_bias is not None,
+        HAS_SLOTS=slots is not None,
+        STOCHASTIC=sr_seed is not None,
+        BLOCK_P=block_p,
+        BLOCK_N=block_n,
+        TILES=tiles,
+        num_warps=config["num_warps"],
+    )
+    _norm_kernel[(groups, batch)](
+        y,
+        projected,
+        conv_state,
+        norm_weight,
+        slots,
+        eps,
+        projected.stride(0),
+        *conv_state.stride(),
+        INNER=inner,
+        GROUPS=groups,
+        WIDTH=width,
+        TAPS=taps,
+        HAS_SLOTS=slots is not None,
+        BLOCK=triton.next_power_of_2(inner // groups),
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return y
+
+
+@_mamba_step.register_fake
+def _(projected: Tensor, conv_state: Tensor, ssm_state: Tensor, *_: object) -> Tensor:
+    return projected.new_empty(projected.shape[0], ssm_state.shape[1] * ssm_state.shape[2])
+
+
+def mamba_step(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    sizes: tuple[int, int, int, int],
+    dt_limit: tuple[float, float],
+    slots: Tensor | None,
+    sr_seed: Tensor | None,
+) -> Tensor:
+    """As `alloy.ops.mamba_step`; float64 is the reference's."""
+    given = (projected, conv_state, ssm_state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps)
+    if wide(projected) is torch.float64 or wide(ssm_state) is torch.float64:
+        return reference(*given, sizes, dt_limit, slots, sr_seed)
+    return _mamba_step(*given, sizes[2], *dt_limit, slots, sr_seed)

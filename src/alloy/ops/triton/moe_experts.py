@@ -1,0 +1,190 @@
+# pyright: basic, reportMissingImports=false
+"""Routed experts on the GPU: few tokens stream the weights of their experts, many are sorted and multiplied in blocks.
+
+Reference, formulas and papers: `alloy.ops.moe`. The backward keeps what entered the activation, and never makes the
+unweighted outputs of pairs: a routing weight's gradient is dot(hidden, down^T dy), from a product that is needed anyway.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alloy.ops.activation import ACTIVATIONS
+from alloy.ops.triton.moe_gemm import ALIGN, block_rows, hidden_gradients, product, up_product, weight_gradient
+from alloy.ops.triton.moe_pairs import FEW_TOKENS, pairs_down, pairs_up
+from alloy.ops.triton.moe_plan import Plan, combine, empty_plan, gather, make_plan
+
+
+def moe_experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+) -> Tensor:
+    """As `alloy.ops.moe_experts`."""
+    _check(x, up, down, gate, activation)
+    if x.shape[0] == 0:
+        return x * weights.sum(1, keepdim=True).to(x.dtype)
+    given = (x, weights, up, down, gate)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return _experts_kept(x, chosen, weights, up, down, gate, activation)[0]
+    return _experts(x, chosen, weights, up, down, gate, activation)
+
+
+def _check(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str) -> None:
+    experts, ffn, width = up.shape
+    step = 16 // x.element_size()
+    for name, size in (("ffn", ffn), ("width", width)):
+        if size % step:
+            raise ValueError(
+                f"moe_experts: {name} = {size} is not a multiple of {step}, 16 bytes of {x.dtype}; "
+                'pad the experts with zeros, or use_backend("torch")'
+            )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f'moe_experts: x is {x.dtype}; kernels take fp32, bf16 and fp16: use_backend("torch")')
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'moe_experts: activation = "{activation}"; known: {", ".join(ACTIVATIONS)}')
+    if x.stride(-1) != 1:
+        raise ValueError(f"moe_experts: x has strides {x.stride()}; its last dimension must be contiguous")
+    shapes = {"up": (experts, ffn, width), "down": (experts, width, ffn), "gate": (experts, ffn, width)}
+    for name, t in (("up", up), ("down", down), ("gate", gate)):
+        if t is not None and (t.shape != shapes[name] or t.dtype != x.dtype or not t.is_contiguous()):
+            raise ValueError(
+                f"moe_experts: {name} is {tuple(t.shape)} {t.dtype}, strides {t.stride()}; "
+                f"needs {shapes[name]} {x.dtype}, contiguous"
+            )
+
+
+@torch.library.custom_op("alloy::moe_experts", mutates_args=())
+def _experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+) -> Tensor:
+    """Without gradients."""
+    if x.shape[0] <= FEW_TOKENS:
+        return pairs_down(pairs_up(x, chosen, up, gate, activation), chosen, weights, down)
+    return _forward(x, chosen, weights, up, down, gate, activation, keep=False)[0]
+
+
+@_experts.register_fake
+def _(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("alloy::moe_experts_kept", mutates_args=())
+def _experts_kept(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+) -> list[Tensor]:
+    """With what the backward needs: y, up x and gate x of the sorted pairs, and the plan."""
+    y, inner, opened, plan = _forward(x, chosen, weights, up, down, gate, activation, keep=True)
+    return [y, inner, opened, *plan]
+
+
+@_experts_kept.register_fake
+def _(
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+) -> list[Tensor]:
+    plan = empty_plan(chosen, up.shape[0], block_rows(chosen.numel(), up.shape[0], x.dtype), ALIGN)
+    kept = (plan.order.numel(), up.shape[1])
+    return [x.new_empty(x.shape), x.new_empty(kept), x.new_empty(0 if gate is None else kept), *plan]
+
+
+def _forward(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Plan]:
+    """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
+    tokens, top_k = chosen.shape
+    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
+    plan = make_plan(chosen.contiguous(), up.shape[0], block, ALIGN if keep else 1)
+    hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
+    rows = product(hidden, down, plan, block, transposed=True)
+    return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan
+
+
+@torch.library.custom_op("alloy::moe_experts_backward", mutates_args=())
+def _experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    kept: list[Tensor],
+    activation: str,
+    dx_needed: bool,
+    experts_needed: bool,
+) -> list[Tensor]:
+    """dx, dweights, dup, ddown, dgate; empty what is not needed."""
+    inner, opened, plan = kept[0], kept[1], Plan(*kept[2:])
+    tokens, top_k = weights.shape
+    block = block_rows(weights.numel(), up.shape[0], x.dtype)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dpairs = gather(dy, plan, top_k)
+    dhidden = product(dpairs, down, plan, block, transposed=False)
+    dinner, dopened, hidden, dweights = hidden_gradients(
+        dhidden, inner, opened, weights.contiguous(), plan, activation
+    )
+    dx, dup, ddown, dgate = (x.new_empty(0) for _ in range(4))
+    if experts_needed:
+        ddown = weight_gradient(dpairs, hidden, plan, down)
+        # the rows of x take the place of those of dy
+        rows = gather(x, plan, top_k)
+        dup = weight_gradient(dinner, rows, plan, up)
+        dgate = dgate if gate is None else weight_gradient(dopened, rows, plan, gate)
+    if dx_needed:
+        second = (None, None) if gate is None else (dopened, gate)
+        rows = product(dinner, up, plan, block, False, *second)
+        dx = combine(rows, plan, None, (tokens, top_k), x.dtype)
+    return [dx, dweights, dup, ddown, dgate]
+
+
+@_experts_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    kept: list[Tensor],
+    activation: str,
+    dx_needed: bool,
+    experts_needed: bool,
+) -> list[Tensor]:
+    def empty(like: Tensor | None, needed: bool) -> Tensor:
+        return x.new_empty(0 if like is None or not needed else like.shape)
+
+    return [
+        empty(x, dx_needed),
+        weights.new_empty(weights.shape),
+        empty(up, experts_needed),
+        empty(down, experts_needed),
+        empty(gate, experts_needed),
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, _, weights, up, down, gate, ctx.activation = inputs
+    ctx.save_for_backward(x, weights, up, down, gate, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 7
+    x, weights, up, down, gate, *kept = ctx.saved_tensors
+    need_x, _, _, *need_experts, _ = ctx.needs_input_grad
+    dx, dweights, dup, ddown, dgate = _experts_backward(
+        grads[0], x, weights, up, down, gate, kept, ctx.activation, need_x, any(need_experts)
+    )
+    experts = (dup, ddown, None if gate is None else dgate) if any(need_experts) else (None,) * 3
+    return dx if need_x else None, None, dweights, *experts, None
+
+
+_experts_kept.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,177 @@
+# pyright: basic, reportMissingImports=false
+"""Backward of the SSD scan: everything from the inputs alone, with scratch for one segment of the sequence at a time.
+
+The sequence is cut into segments of some 2048 tokens. A first pass finds the state at the start of each; then, last
+segment first, one kernel finds the states before its chunks and the gradients of the states behind them, and one kernel
+all gradients inside the chunks. Segments are as long as it takes to fill the machine, not longer: two states a chunk are
+kept, four times the bytes of x at head_dim 80, state 128 and chunks of 64 tokens.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from alloy.ops.triton import tuning
+from alloy.ops.triton.ssd_backward_carry import carries, starts
+from alloy.ops.triton.ssd_backward_chunk import gradients
+from alloy.ops.triton.ssd_prep import prepare
+
+# programs of the chunks' kernel in one segment: twice the multiprocessors of the largest machine, each of which runs one
+PROGRAMS = 256
+# heads that one program walks; more of them share a group's sums over heads, fewer fill the machine with less scratch
+HEADS = 16
+
+# chunk: tokens of a chunk; tile, warps, stages: of the kernels that carry states; block_*: of the kernel inside chunks
+tuning.register(
+    "ssd_scan_backward",
+    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "block_warps": 8, "block_stages": 1},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 2},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 1},
+    {"chunk": 64, "tile": 128, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 2},
+    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "block_warps": 8, "block_stages": 3},
+)
+
+
+def backward(
+    dy: Tensor,
+    dstate: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    h0: Tensor | None,
+    documents: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the scan, each in the dtype of its tensor.
+
+    Args:
+        dy: (batch, seq, heads, head_dim), gradient of y
+        dstate: (batch, heads, head_dim, state), gradient of the final state, or None
+
+    The other arguments are those of `alloy.ops.ssd_scan`; the kernels choose their own chunks.
+
+    Returns:
+        gradients of x, dt, A, B, C, D, dt_bias, h0; None for what was None
+    """
+    grads = torch.ops.alloy.ssd_scan_backward(
+        dy, dstate, x, dt, A, B, C, D, dt_bias, dt_softplus, *dt_limit, h0, documents
+    )
+    dx, ddt, dA, dB, dC, dD, dbias, dh0 = grads
+    return (
+        dx, ddt, dA, dB, dC,
+        dD if D is not None else None, dbias if dt_bias is not None else None, dh0 if h0 is not None else None,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("alloy::ssd_scan_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dstate: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+    h0: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`backward` with empty tensors for the gradients of what is None."""
+    batch, seq, heads, head_dim = x.shape
+    groups, state = B.shape[2:]
+    config = dict(tuning.pick("ssd_scan_backward", f"{head_dim}-{state}-{str(x.dtype).removeprefix('torch.')}"))
+    # an expanded gradient, as of a sum, has no rows to be read
+    dy = dy if dy.stride(3) == 1 else dy.contiguous()
+    h0 = None if h0 is None else h0.contiguous()
+    prep = prepare(dt, A, dt_bias, dt_softplus, (low, high), documents, config["chunk"])
+    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+    slope = x.new_zeros(batch, heads, head_dim, state, dtype=torch.float32)
+    if dstate is not None:
+        slope.copy_(dstate)
+
+    share = heads // groups
+    parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= HEADS)
+    chunks = triton.cdiv(seq, config["chunk"])
+    sums = x.new_empty(3, batch, chunks, heads, dtype=torch.float32)
+    # a segment's dx, less the last chunk, has room for a state in fp32
+    room = 1 + triton.cdiv(4 * state, config["chunk"] * x.element_size())
+    rest = min(chunks, max(triton.cdiv(PROGRAMS, batch * groups * parts), room))
+    first = chunks - (triton.cdiv(chunks, rest) - 1) * rest
+    begun = _states_in(dx, first * config["chunk"], rest * config["chunk"], (chunks - first) // rest, state)
+    if begun is not None:
+        starts(x, B, prep, h0, begun, first, rest, config)
+    scratch = x.new_empty(2, batch, rest, heads, head_dim, state)
+    for stop in range(chunks, 0, -rest):
+        length = min(stop, rest)
+        segment = (stop - first) // rest
+        start = h0 if segment == 0 or begun is None else begun[:, segment - 1]
+        before, after = scratch.flatten(1)[:, : batch * length * heads * head_dim * state].view(
+            2, batch, length, heads, head_dim, state
+        )
+        carries(x, dy, B, C, prep, start, slope, before, after, stop - length, config)
+        gradients(
+            dy, x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), prep, before, after, stop - length,
+            dx, ddt, dB, dC, sums, parts, config,
+        )  # fmt: skip
+    none = x.new_empty(0)
+    dA, dbias, dD = (
+        none if t is None else total.sum((0, 1)).to(t.dtype) for total, t in zip(sums, (A, dt_bias, D), strict=True)
+    )
+    return dx, ddt, dA, dB, dC, dD, dbias, none if h0 is None else slope.to(h0.dtype)
+
+
+def _states_in(dx: Tensor, first: int, rest: int, count: int, state: int) -> Tensor | None:
+    """A place for the states at the starts of the later segments: each in its segment's dx, which is written after it is read.
+
+    Args:
+        dx: (batch, seq, heads, head_dim), not yet written
+        first: tokens of the first segment
+        rest: tokens of each other one
+        count: their number
+        state: width of a state
+
+    Returns:
+        fp32 (batch, count, heads, head_dim, state), or None for no other segments
+    """
+    if count == 0:
+        return None
+    batch, seq, heads, head_dim = dx.shape
+    shape = (batch, count, heads, head_dim, state)
+    token = heads * head_dim * dx.element_size() // 4
+    if seq * heads * head_dim * dx.element_size() % 16:
+        # rows of a batch that fp32 cannot be laid over
+        return dx.new_empty(shape, dtype=torch.float32)
+    strides = (seq * token, rest * token, head_dim * state, state, 1)
+    return dx.view(-1).view(torch.float32).as_strided(shape, strides, first * token)
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    dstate: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+    h0: Tensor | None,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, ddt, dA, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C))
+    dD, dbias, dh0 = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (D, dt_bias, h0))
+    return dx, ddt, dA, dB, dC, dD, dbias, dh0
