@@ -119,7 +119,7 @@ def test_cases_are_right_where_they_are_small(name: str) -> None:
     for item in items(name, problems("tiny")):
         row = bench.measure(item)
         assert row.status in ("ok", "absent"), row
-        assert row.bytes > 0, row
+        assert row.status == "absent" or row.bytes > 0, row
         if item.name == "alloy":
             labels.append(item.problem.label)
     assert labels

@@ -43,7 +43,7 @@ def _time(bench: Bench, item: Item, op: str, config: tuning.Config) -> float:
         errors = bench.errors(item.problem, item.run)
         if any(not error <= item.problem.limit(output) for output, error in errors.items()):
             return math.inf
-        return bench.time(item)[0]
+        return bench.time(item)["ms"]
 
 
 def write_table(entries: Mapping[str, tuning.Config]) -> str:

@@ -31,13 +31,15 @@ class Problem:
         reference: computes the same outputs, or the `part` of them, in float64 or another trusted way.
         part: the part of the outputs that the reference computes, where all of it would not fit.
         peers: label -> the same computation by another package; the peer's name is what stands before "/".
-        bytes: fewest bytes that must move; each input read and each output written once.
+        bytes: fewest bytes that must move; each input read and each output written once. A function of the inputs where
+            it takes them to know.
         flops: fewest operations of the matrix products.
         compute: dtype of the products, which names the ceiling they are held against.
         tolerance: largest relative error of an output.
         gradient_tolerance: the same for outputs whose name begins with "d" (dx, dA, ...).
         in_graph: smaller than a launch: timed in a CUDA graph, with inputs rotated beyond the cache.
         holds_inputs: the inputs are part of the peak memory that is shown (a model's weights).
+        planned_bytes: the planner's count of that peak.
         tokens: a rate in tokens per second is shown where it is not 0.
     """
 
@@ -47,13 +49,14 @@ class Problem:
     reference: Run
     part: Callable[[Outputs], Outputs] = dict
     peers: Mapping[str, Run] = field(default_factory=dict)
-    bytes: float = 0.0
+    bytes: float | Callable[[Any], float] = 0.0
     flops: float = 0.0
     compute: str = "bfloat16"
     tolerance: float = FORWARD
     gradient_tolerance: float = GRADIENT
     in_graph: bool = False
     holds_inputs: bool = False
+    planned_bytes: int | None = None
     tokens: int = 0
 
     def limit(self, output: str) -> float:
@@ -79,6 +82,8 @@ CASES = {
     "norm": Case("alloy.bench.cases.norm:problems", "cuda", "RMSNorm and the gated norm, forward and backward"),
     "moe": Case("alloy.bench.cases.moe:problems", "cuda", "routed experts, 1 to 32768 tokens, and training"),
     "linear-ce": Case("alloy.bench.cases.loss:problems", "cuda", "output head and cross entropy, forward and backward"),
+    "decode": Case("alloy.bench.cases.model:decode", "cuda", "one token of every sequence, the whole model"),
+    "prefill": Case("alloy.bench.cases.model:prefill", "cuda", "a prompt through the whole model"),
     "train-1b": Case("alloy.bench.cases.model:training", "cuda", "a training step of a 1.05 B hybrid"),
     "cpu": Case("alloy.bench.cases.cpu:problems", "any", "the scan and small hybrids on CPU cores"),
 }

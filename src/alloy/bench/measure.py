@@ -23,8 +23,8 @@ from alloy.bench.timing import (
 # what rotates through a graph is at least this many times the L2 (60 MB on an H200)
 ROTATED_BYTES = 240e6
 MOST_ROTATED = 64
-# calls longer than this are timed ten times instead of twenty
-SLOW_MS = 50.0
+# calls longer than this are timed ten times instead of twenty, and three times
+SLOW_MS, VERY_SLOW_MS = 50.0, 2000.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Item:
     def row(self, **fields: Any) -> Row:
         """A row of this item."""
         p = self.problem
-        return Row(self.case, p.label, self.name, bytes=p.bytes, flops=p.flops, compute=p.compute, **fields)
+        return Row(self.case, p.label, self.name, flops=p.flops, compute=p.compute, **fields)
 
 
 def items(
@@ -77,9 +77,7 @@ class Bench:
         known: dict[str, Any] = {"error": error, "tolerance": tolerance, "output": output, "version": version}
         if not error <= tolerance:
             return item.row(status="failed", message=f"wrong numbers in {output}", **known)
-        ms, peak = self.time(item)
-        tokens = item.problem.tokens
-        return item.row(ms=ms, peak_bytes=peak, tokens_per_s=tokens / ms * 1e3 if tokens else None, **known)
+        return item.row(**known, **self.time(item))
 
     def errors(self, problem: Problem, run: Run) -> dict[str, float]:
         """Relative error of every output of `run`; infinite where something is not finite."""
@@ -93,27 +91,28 @@ class Bench:
             raise ValueError(f"{problem.label}: {sorted(missing)} are not computed by both sides")
         return {name: relative_error(outputs[name], expected) for name, expected in reference.items()}
 
-    def time(self, item: Item) -> tuple[float, int | None]:
-        """Milliseconds of one call, and the most extra memory that it held (None on a CPU)."""
+    def time(self, item: Item) -> dict[str, Any]:
+        """Milliseconds of one call, the bytes it has to move, and on a GPU the most memory that it held."""
         problem = item.problem
-        held = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         inputs = self.draw(problem)
-
-        def call() -> object:
-            return item.run(inputs)
-
-        peak = None
+        needed = problem.bytes(inputs) if callable(problem.bytes) else problem.bytes
+        call = bind(item.run, inputs)
+        found: dict[str, Any] = {"bytes": needed, "planned_bytes": problem.planned_bytes}
+        # the first call may leave something behind, such as the moments of an optimizer
+        call()
         if self.device == "cuda":
-            # the first call may leave something behind, such as the moments of an optimizer
-            call()
-            own = torch.cuda.memory_allocated() - held if problem.holds_inputs else 0
-            peak = own + peak_extra_bytes(call)
+            own = torch.cuda.memory_allocated() if problem.holds_inputs else 0
+            found["peak_bytes"] = own + peak_extra_bytes(call)
         if problem.in_graph and self.device == "cuda":
-            count = min(MOST_ROTATED, max(2, math.ceil(ROTATED_BYTES / problem.bytes)))
+            count = min(MOST_ROTATED, max(2, math.ceil(ROTATED_BYTES / needed)))
             calls = [bind(item.run, self.draw(problem, seed)) for seed in range(count)]
-            return time_graph_ms(calls, self.repeats), peak
-        first = time_ms(call, 1, 1, self.device)
-        return time_ms(call, 10 if first > SLOW_MS else self.repeats, 1, self.device), peak
+            ms = time_graph_ms(calls, self.repeats)
+        else:
+            ms = time_ms(call, 1, 0, self.device)
+            repeats = 3 if ms > VERY_SLOW_MS else 10 if ms > SLOW_MS else self.repeats
+            ms = time_ms(call, repeats, 0, self.device)
+        rate = problem.tokens / ms * 1e3 if problem.tokens else None
+        return {**found, "ms": ms, "tokens_per_s": rate}
 
     def draw(self, problem: Problem, seed: int = 0) -> Any:
         """Inputs of `problem`, the same for the same seed."""

@@ -44,6 +44,7 @@ class Row:
     fraction: float | None = None
     bound: str | None = None
     peak_bytes: int | None = None
+    planned_bytes: int | None = None
     # relative error of the worst output, and what it may be
     error: float | None = None
     tolerance: float | None = None

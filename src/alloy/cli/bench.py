@@ -150,6 +150,8 @@ def _cells(row: Row) -> list[str]:
     time = number(row.ms, ".4g") if row.status == "ok" else {"failed": "FAIL"}.get(row.status, row.status)
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
     note = (row.message or row.version or "")[:120]
+    if row.peak_bytes is not None and row.planned_bytes is not None:
+        note = f"planned {row.planned_bytes / 1e9:.3g} GB, measured {row.peak_bytes / row.planned_bytes - 1:+.1%}"
     cells = [row.case, row.label, row.name, time, ratio, floor, number(peak), number(row.error, ".1e")]
     return [*cells, number(row.tokens_per_s, ",.0f"), note]
 
