@@ -99,7 +99,7 @@ def _conv_backward(
             dx, None if init is None else dinit, shares, dy, dy.stride(0), dy.stride(1), *arguments, SILU=silu, **config
         )
         total = shares.sum(0)
-    return dx, total[:kernel].t().to(weight.dtype).contiguous(), total[kernel].to(weight.dtype), dinit
+    return dx, weight.new_empty(weight.shape).copy_(total[:kernel].t()), total[kernel].to(weight.dtype), dinit
 
 
 @_conv.register_fake

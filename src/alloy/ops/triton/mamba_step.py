@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """The Mamba-2 mixer between its projections for one token of each row, in two launches.
 
 1. One program takes TILES tiles of (BLOCK_P, state) of one head's state, as in `ssd_step`. It convolves the channels of x
@@ -61,7 +61,8 @@ def _read_windows(x, state, channels, state_channel, state_tap, mask, TAPS: tl.c
     window = ()
     for k in tl.static_range(TAPS - 1):
         window += (tl.load(state + channels * state_channel + (k + 1) * state_tap, mask=mask, other=0.0),)
-    return window + (tl.load(x + channels, mask=mask, other=0.0).to(state.dtype.element_ty),)
+    window += (tl.load(x + channels, mask=mask, other=0.0).to(state.dtype.element_ty),)
+    return window
 
 
 @triton.jit
@@ -131,9 +132,7 @@ def _heads_kernel(
         mask = (rows < HEAD_DIM) & used
         own = head * HEAD_DIM + rows
         inputs += (
-            _convolve(
-                projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS
-            ),
+            _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS),
         )
     own = inner + (head // (HEADS // GROUPS)) * WIDTH + n
     b = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
