@@ -1,6 +1,7 @@
 """Cases for the tests of the harness: one that is right, wrong ones, one that kills its process."""
 
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -58,3 +59,9 @@ def broken(size: Size) -> Iterator[Problem]:
     """The case itself cannot say what its second problem is."""
     yield problem("first")
     raise ValueError("no such shape")
+
+
+def endless(size: Size) -> Iterator[Problem]:
+    """The second problem does not end."""
+    yield problem("one")
+    yield problem("forever", ours=lambda x: time.sleep(600))
