@@ -46,7 +46,7 @@ def test_info_that_does_not_fit_exits_with_3(capsys: pytest.CaptureFixture[str])
     assert run("model", "info", "nemotron-nano-12b-v2", "--context", 131_072, "--gpu-mem", "22GiB") == 3
     output = capsys.readouterr()
     assert "does not fit 22.00 GiB" in output.out
-    assert "error: does not fit: needs 27.36 GiB" in output.err
+    assert "error: does not fit: needs 27.74 GiB" in output.err
 
 
 def test_info_as_json_of_a_file_and_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,8 @@ app = typer.Typer(
 
 AnyConfig = HybridConfig | DecoderConfig
 COUNTED = (
-    "counted: weights, KV cache, recurrent and convolution state exactly; activations (one prefill piece of at most 2048 "
-    "tokens, or one decoding step with fp32 logits) and 5% of the device for driver and allocator as estimates"
+    "counted: weights, KV cache, recurrent and convolution state exactly; activations of one piece of a prompt, captured "
+    "decoding steps, and what driver and allocator keep as estimates"
 )
 
 
@@ -39,18 +39,25 @@ def info(
     gpu_mem: Annotated[
         str | None, typer.Option(help="Device memory, such as 22GiB: exit code 3 if it does not fit.")
     ] = None,
+    prefill_chunk: Annotated[int, typer.Option(help="Tokens of a prompt that run at once.")] = 2048,
+    tp: Annotated[int, typer.Option(help="Ranks that share every layer; numbers are of one.")] = 1,
+    ep: Annotated[int, typer.Option(help="Ranks that share the routed experts.")] = 1,
+    graphs: Annotated[int, typer.Option(help="Pools of captured decoding steps on the GPU; 0: none.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Parameters, FLOPs and memory of a model, from its configuration alone."""
     config = find_config(model)
     tokens = _tokens(context) if context is not None else min(config.max_positions, 8192)
-    setting = sizes.Setting(dtype, kv_dtype or dtype, state_dtype)
+    setting = sizes.Setting(
+        dtype, kv_dtype or dtype, state_dtype, prefill_chunk=prefill_chunk, tp=tp, ep=ep, graphs=graphs
+    )
     device = sizes.parse_bytes(gpu_mem) if gpu_mem is not None else None
     facts = describe(model, config, batch, tokens, setting)
     fit = sizes.fits(config, device, batch, tokens, setting) if device is not None else None
     if fit:
         facts["memory"] = {**asdict(fit.memory), "total": fit.memory.total}
         facts["fit"] = {key: value for key, value in asdict(fit).items() if key != "memory"}
+        facts["fit"]["free"] = fit.available - fit.memory.total
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_table(facts, setting)))
     if fit:
         sizes.require_fit(fit)
@@ -156,6 +163,7 @@ def describe(name: str, config: AnyConfig, batch: int, context: int, setting: si
         "context": context,
         "batch": batch,
         "kv_bytes_per_token": sizes.kv_bytes(config, 1, 1, setting.kv_dtype),
+        "ranks": "" if setting.tp == setting.ep == 1 else f", one rank of tp {setting.tp} x ep {setting.ep}",
         "memory": {**asdict(memory), "total": memory.total},
     }
 
@@ -173,13 +181,14 @@ def _table(facts: dict[str, Any], setting: sizes.Setting) -> list[str]:
         f"{facts['active_parameters_without_input_embedding']:,} without",
         f"  FLOPs        {facts['flops_per_token'] / 1e9:.4g} G forward per token, mean over {facts['context']:,} tokens",
         f"  KV           {facts['kv_bytes_per_token']:,} bytes per token",
-        f"memory for {facts['batch']} x {facts['context']:,} tokens",
+        f"memory for {facts['batch']} x {facts['context']:,} tokens{facts['ranks']}",
     ]
     for part, size in memory.items():
         if size or part == "total":
             lines.append(f"  {part:12} {size / sizes.GIB:9.3f} GiB  {dtypes.get(part, '')}".rstrip())
     if fit:
         lines += [
+            f"  {'free':12} {fit['free'] / sizes.GIB:9.3f} GiB",
             f"  {'fits' if fit['fits'] else 'does not fit'} {fit['available'] / sizes.GIB:.2f} GiB; largest batch at "
             f"{facts['context']:,} tokens: {fit['largest_batch']:,}; largest context at batch {facts['batch']}: "
             f"{fit['largest_context']:,}",

@@ -37,11 +37,16 @@ DTYPE_BYTES = {
     "int4": 0.5,
 }
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
+# of recurrent states; "float16-sr" rounds stochastically
+STATE_DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float16-sr": 2.0}
 GIB = 2**30
-# prefill runs in pieces of this many tokens; only their activations are alive at once
-PREFILL_CHUNK = 2048
-# share of the device that the allocator, the CUDA context and kernels' workspaces keep (estimate)
-RESERVED_FRAC = 0.05
+# what a CUDA context and its libraries take, and the share of the device that the allocator cannot use (estimates)
+CONTEXT_BYTES = int(0.45 * GIB)
+UNUSABLE_FRAC = 0.025
+# what cuBLAS keeps for each stream on Hopper
+WORKSPACE_BYTES = 32 * 2**20
+# bytes of a logit while a token is chosen: as the head gives it, in fp32, and one copy
+LOGIT_BYTES = 10
 
 
 def dtype_bytes(name: str) -> float:
@@ -50,6 +55,14 @@ def dtype_bytes(name: str) -> float:
     if full not in DTYPE_BYTES:
         raise RecipeError(f'unknown dtype "{name}". Use one of {", ".join([*DTYPE_BYTES, *DTYPE_ALIASES])}')
     return DTYPE_BYTES[full]
+
+
+def state_dtype_bytes(name: str) -> float:
+    """Bytes of one element of a recurrent state: sums that decay, so never whole numbers."""
+    full = DTYPE_ALIASES.get(name, name)
+    if full not in STATE_DTYPE_BYTES:
+        raise RecipeError(f'a recurrent state cannot be "{name}". Use one of {", ".join(STATE_DTYPE_BYTES)}')
+    return STATE_DTYPE_BYTES[full]
 
 
 def parse_bytes(text: str) -> int:
@@ -62,6 +75,14 @@ def parse_bytes(text: str) -> int:
 
 
 # layers
+
+_NAMES = {
+    MambaConfig: "mamba",
+    AttentionConfig: "attention",
+    MLPConfig: "mlp",
+    MoEConfig: "moe",
+    LinearConfig: "linear",
+}
 
 
 def mixer_parameters(mixer: Mixer, active: bool = False) -> int:
@@ -179,65 +200,123 @@ def mtp_flops_per_token(config: AnyConfig, context: int, causal_mean: bool = Tru
 # bytes
 
 
-def weight_bytes(config: AnyConfig, dtype: str = "bfloat16", mtp: bool = True) -> int:
-    """Bytes of the weights; A_log, D, dt_bias and the router's correction bias are fp32 in any dtype."""
-    mixers = backbone_mixers(config) + (list(_mtp_mixers(config)) if mtp else [])
-    islands = sum(
-        3 * mixer.heads if isinstance(mixer, MambaConfig) else mixer.num_experts
-        for mixer in mixers
-        if isinstance(mixer, MambaConfig) or (isinstance(mixer, MoEConfig) and mixer.router == "sigmoid")
-    )
+def weight_bytes(config: AnyConfig, dtype: str = "bfloat16", mtp: bool = True, tp: int = 1, ep: int = 1) -> int:
+    """Bytes of the weights of one rank; A_log, D, dt_bias and the router's correction bias are fp32 in any dtype.
+
+    Tensor parallelism divides the inside of every layer and the vocabulary, expert parallelism the routed experts; norms,
+    routers and latent projections are on every rank.
+    """
+    blocks = [*backbone_mixers(config), *(_mtp_mixers(config) if mtp else ())]
+    mixers = [divide(mixer, tp, ep) for mixer in blocks]
+    islands = sum(3 * mixer.heads for mixer in mixers if isinstance(mixer, MambaConfig))
+    islands += sum(mixer.num_experts for mixer in blocks if isinstance(mixer, MoEConfig) and mixer.router == "sigmoid")
     total = parameters(config) + (mtp_parameters(config) if mtp else 0)
+    total -= sum(_rank_parameters(mixer, 1, 1) - _rank_parameters(mixer, tp, ep) for mixer in blocks)
+    tables = 1 if config.tie_embeddings else 2
+    total -= tables * (config.vocab - math.ceil(config.vocab / tp)) * config.hidden
     return math.ceil((total - islands) * dtype_bytes(dtype)) + islands * 4
 
 
-def kv_bytes(config: AnyConfig, batch: int, context: int, dtype: str = "bfloat16", mtp: bool = False) -> int:
+def divide(mixer: Mixer, tp: int, ep: int = 1) -> Mixer:
+    """The part of a mixer on one of `tp` x `ep` ranks: heads, groups and MLP widths over tp, routed experts over ep."""
+    if tp == ep == 1:
+        return mixer
+    if isinstance(mixer, MambaConfig):
+        parts = {"heads": mixer.heads, "groups": mixer.groups}
+    elif isinstance(mixer, AttentionConfig):
+        parts = {"num_heads": mixer.num_heads, "num_kv_heads": mixer.num_kv_heads}
+    elif isinstance(mixer, LinearConfig):
+        return mixer
+    else:
+        parts = {"ffn": mixer.ffn}
+    if isinstance(mixer, MoEConfig):
+        parts["shared_ffn"] = mixer.shared_ffn
+    for name, size in parts.items():
+        if size % tp:
+            usable = ", ".join(str(n) for n in range(1, size + 1) if all(part % n == 0 for part in parts.values()))
+            raise RecipeError(
+                f"tp = {tp} does not divide {name} = {size} of {_NAMES[type(mixer)]} layers; use one of {usable}"
+            )
+    update = {name: size // tp for name, size in parts.items()}
+    if isinstance(mixer, MoEConfig):
+        if mixer.num_experts % ep:
+            raise RecipeError(f"ep = {ep} does not divide num_experts = {mixer.num_experts}")
+        update["num_experts"] = mixer.num_experts // ep
+    return mixer.model_copy(update=update)
+
+
+def _rank_parameters(mixer: Mixer, tp: int, ep: int) -> int:
+    """Parameters of one rank's part of a mixer; the router scores all experts wherever they are."""
+    part = divide(mixer, tp, ep)
+    count = mixer_parameters(part)
+    if isinstance(mixer, MoEConfig) and isinstance(part, MoEConfig):
+        count += (mixer.num_experts - part.num_experts) * (mixer.hidden + (mixer.router == "sigmoid"))
+    return count
+
+
+def kv_bytes(
+    config: AnyConfig, batch: int, context: int, dtype: str = "bfloat16", mtp: bool = False, tp: int = 1
+) -> int:
     """Bytes of keys and values of `batch` sequences of `context` tokens; a window caps its layer's context."""
-    mixers = _cached_mixers(config, mtp)
     elements = sum(
         2 * mixer.num_kv_heads * mixer.head_dim * min(context, mixer.window or context)
-        for mixer in mixers
+        for mixer in _cached_mixers(config, mtp, tp)
         if isinstance(mixer, AttentionConfig)
     )
     return math.ceil(batch * elements * dtype_bytes(dtype))
 
 
-def state_bytes(config: AnyConfig, batch: int, dtype: str = "float32", mtp: bool = False) -> int:
+def state_bytes(config: AnyConfig, batch: int, dtype: str = "float32", mtp: bool = False, tp: int = 1) -> int:
     """Bytes of the recurrent states (heads x head_dim x state a Mamba layer)."""
-    elements = sum(m.inner * m.state for m in _cached_mixers(config, mtp) if isinstance(m, MambaConfig))
-    return math.ceil(batch * elements * dtype_bytes(dtype))
+    elements = sum(m.inner * m.state for m in _cached_mixers(config, mtp, tp) if isinstance(m, MambaConfig))
+    return math.ceil(batch * elements * state_dtype_bytes(dtype))
 
 
-def conv_bytes(config: AnyConfig, batch: int, dtype: str = "bfloat16", mtp: bool = False) -> int:
+def conv_bytes(config: AnyConfig, batch: int, dtype: str = "bfloat16", mtp: bool = False, tp: int = 1) -> int:
     """Bytes of the convolution states: the last conv_kernel - 1 inputs of every channel."""
-    mixers = _cached_mixers(config, mtp)
+    mixers = _cached_mixers(config, mtp, tp)
     elements = sum(m.channels * (m.conv_kernel - 1) for m in mixers if isinstance(m, MambaConfig))
     return math.ceil(batch * elements * dtype_bytes(dtype))
 
 
-def activation_bytes(config: AnyConfig, batch: int, context: int, dtype: str = "bfloat16") -> int:
-    """Estimate of the activations alive at once in inference, the larger of prefill and decode.
+def prefill_bytes(
+    config: AnyConfig, context: int, chunk: int, dtype: str = "bfloat16", kv_dtype: str = "bfloat16", tp: int = 1
+) -> int:
+    """Estimate of the activations of one chunk of one sequence's prompt: residual stream, its sum and its norm, the widest
+    layer's inner tensors, one row of logits, and one layer's keys and values in a row where earlier chunks left some."""
+    tokens = min(context, chunk)
+    gathered = max(
+        (
+            2 * mixer.num_kv_heads * mixer.head_dim * min(context, mixer.window or context)
+            for mixer in _cached_mixers(config, False, tp)
+            if isinstance(mixer, AttentionConfig) and context > chunk
+        ),
+        default=0,
+    )
+    behind = math.ceil(gathered * dtype_bytes(kv_dtype))
+    return _layer_bytes(config, tokens, dtype, tp, behind) + LOGIT_BYTES * config.vocab
 
-    Prefill handles one piece of at most 2048 tokens of one sequence: the residual stream twice, and the widest layer's
-    inner tensors. Decode handles one token of every sequence, with fp32 logits for each.
-    """
 
-    def widest(tokens: int) -> float:
-        return max(_inner_elements(mixer) for mixer in backbone_mixers(config)) * tokens * dtype_bytes(dtype)
+def decode_bytes(config: AnyConfig, batch: int, dtype: str = "bfloat16", tp: int = 1) -> int:
+    """Estimate of the activations of one step of `batch` sequences, logits of all of them included."""
+    return _layer_bytes(config, batch, dtype, tp, 0) + LOGIT_BYTES * config.vocab * batch
 
-    def stream(tokens: int) -> float:
-        return 2 * config.hidden * tokens * dtype_bytes(dtype)
 
-    piece = min(context, PREFILL_CHUNK)
-    prefill = widest(piece) + stream(piece) + 4 * config.vocab
-    decode = widest(batch) + stream(batch) + 4 * config.vocab * batch
-    return math.ceil(max(prefill, decode))
+def _layer_bytes(config: AnyConfig, tokens: int, dtype: str, tp: int, gathered: int) -> int:
+    """Bytes that are alive inside the layer that holds most; `gathered`: bytes that attention layers hold besides."""
+
+    def alive(mixer: Mixer) -> float:
+        elements = (3 * config.hidden + _inner_elements(divide(mixer, tp))) * tokens
+        return elements * dtype_bytes(dtype) + (gathered if isinstance(mixer, AttentionConfig) else 0)
+
+    return math.ceil(max(alive(mixer) for mixer in backbone_mixers(config)))
 
 
 def _inner_elements(mixer: Mixer) -> int:
     """Elements per token that one mixer holds at its widest point."""
     if isinstance(mixer, MambaConfig):
-        return 2 * mixer.inner + 2 * mixer.groups * mixer.state + mixer.heads + mixer.channels
+        # projection, convolution, output of the scan and of the gated norm
+        return 4 * mixer.inner + 2 * mixer.groups * mixer.state + mixer.heads + mixer.channels
     if isinstance(mixer, AttentionConfig):
         return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
     if isinstance(mixer, MLPConfig):
@@ -247,9 +326,10 @@ def _inner_elements(mixer: Mixer) -> int:
     return mixer.top_k * ((2 + mixer.gated) * mixer.ffn + 2 * (mixer.latent or mixer.hidden)) + 2 * mixer.shared_ffn
 
 
-def _cached_mixers(config: AnyConfig, mtp: bool) -> list[Mixer]:
-    """Mixers that keep something per sequence; MTP's depths share one cache, as they run one after another."""
-    return backbone_mixers(config) + (list(config.mtp_mixers) if mtp and isinstance(config, HybridConfig) else [])
+def _cached_mixers(config: AnyConfig, mtp: bool, tp: int) -> list[Mixer]:
+    """One rank's part of all mixers; MTP's depths share one cache, as they run one after another."""
+    ahead = list(config.mtp_mixers) if mtp and isinstance(config, HybridConfig) else []
+    return [divide(mixer, tp) for mixer in backbone_mixers(config) + ahead]
 
 
 def _mtp_mixers(config: AnyConfig) -> tuple[Mixer, ...]:
@@ -261,29 +341,47 @@ def _mtp_mixers(config: AnyConfig) -> tuple[Mixer, ...]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that serving a model takes; `reserved` and `activations` are estimates, the rest is exact."""
+    """Bytes that serving a model takes on one device.
+
+    Attributes:
+        activations: estimate of the larger of one chunk of a prompt and one eager step
+        graphs: estimate of the memory of captured steps
+        reserved: estimate of what the driver and the allocator keep
+    """
 
     weights: int
     kv: int
     state: int
     conv: int
     activations: int
+    graphs: int
     reserved: int
 
     @property
     def total(self) -> int:
         """Bytes of all parts."""
-        return self.weights + self.kv + self.state + self.conv + self.activations + self.reserved
+        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
 class Setting:
-    """In which dtypes a model is held, and whether its MTP weights are loaded."""
+    """How a model is held and run.
+
+    Attributes:
+        mtp: its multi-token-prediction weights are loaded too
+        prefill_chunk: prompts run in pieces of so many tokens; only one piece's activations are alive at once
+        tp, ep: ranks that share layers, and routed experts
+        graphs: memory pools of captured decode steps (0: decode runs eagerly); counted on a device only
+    """
 
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     state_dtype: str = "float32"
     mtp: bool = True
+    prefill_chunk: int = 2048
+    tp: int = 1
+    ep: int = 1
+    graphs: int = 1
 
 
 @dataclass(frozen=True)
@@ -302,16 +400,20 @@ class Fit:
 def memory(
     config: AnyConfig, batch: int, context: int, setting: Setting | None = None, device_bytes: int = 0
 ) -> Memory:
-    """Bytes to serve `batch` sequences of `context` tokens; 5% of `device_bytes` stay with the driver and allocator."""
+    """Bytes to serve `batch` sequences of `context` tokens; with `device_bytes` also what a GPU of that size keeps."""
     s = setting or Setting()
     mtp = s.mtp and bool(_mtp_mixers(config))
+    step = decode_bytes(config, batch, s.dtype, s.tp)
+    pools = s.graphs if device_bytes else 0
+    prefill = prefill_bytes(config, context, s.prefill_chunk, s.dtype, s.kv_dtype, s.tp)
     return Memory(
-        weights=weight_bytes(config, s.dtype, mtp),
-        kv=kv_bytes(config, batch, context, s.kv_dtype, mtp),
-        state=state_bytes(config, batch, s.state_dtype, mtp),
-        conv=conv_bytes(config, batch, s.dtype, mtp),
-        activations=activation_bytes(config, batch, context, s.dtype),
-        reserved=int(device_bytes * RESERVED_FRAC),
+        weights=weight_bytes(config, s.dtype, mtp, s.tp, s.ep),
+        kv=kv_bytes(config, batch, context, s.kv_dtype, mtp, s.tp),
+        state=state_bytes(config, batch, s.state_dtype, mtp, s.tp),
+        conv=conv_bytes(config, batch, s.dtype, mtp, s.tp),
+        activations=(prefill if pools else max(prefill, step)) + (WORKSPACE_BYTES if device_bytes else 0),
+        graphs=pools * (step + WORKSPACE_BYTES),
+        reserved=CONTEXT_BYTES + int(device_bytes * UNUSABLE_FRAC) if device_bytes else 0,
     )
 
 
@@ -322,13 +424,17 @@ def fits(
 
     The largest context stops at the model's own max_positions or the asked context, whichever is longer.
     """
-    if batch < 1 or context < 1:
-        raise RecipeError(f"batch = {batch} and context = {context} must be at least 1")
+    s = setting or Setting()
+    for name, value in (("batch", batch), ("context", context), ("prefill_chunk", s.prefill_chunk)):
+        if value < 1:
+            raise RecipeError(f"{name} = {value} must be at least 1")
+    if s.tp < 1 or s.ep < 1 or s.graphs < 0:
+        raise RecipeError(f"tp = {s.tp}, ep = {s.ep}, graphs = {s.graphs}: ranks are at least 1, graphs at least 0")
 
     def inside(sequences: int, tokens: int) -> bool:
-        return memory(config, sequences, tokens, setting, device_bytes).total <= device_bytes
+        return memory(config, sequences, tokens, s, device_bytes).total <= device_bytes
 
-    needed = memory(config, batch, context, setting, device_bytes)
+    needed = memory(config, batch, context, s, device_bytes)
     return Fit(
         memory=needed,
         available=device_bytes,
@@ -361,14 +467,7 @@ def require_fit(fit: Fit) -> None:
 
 def layer_counts(config: AnyConfig) -> dict[str, int]:
     """Number of mixers of each kind in the backbone."""
-    names = {
-        MambaConfig: "mamba",
-        AttentionConfig: "attention",
-        MLPConfig: "mlp",
-        MoEConfig: "moe",
-        LinearConfig: "linear",
-    }
-    return dict(Counter(names[type(mixer)] for mixer in backbone_mixers(config)))
+    return dict(Counter(_NAMES[type(mixer)] for mixer in backbone_mixers(config)))
 
 
 def training_bytes(

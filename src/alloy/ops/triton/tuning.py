@@ -17,6 +17,8 @@ Config = Mapping[str, int]
 
 TABLES = Path(__file__).parent / "tables"
 CANDIDATES: dict[str, tuple[Config, ...]] = {}
+# (op, key) of every `pick` so far: what `--autotune` has to time
+PICKED: set[tuple[str, str]] = set()
 _overrides: dict[str, Config] = {}
 
 
@@ -29,6 +31,7 @@ def register(op: str, *candidates: Config) -> None:
 
 def pick(op: str, key: str) -> Config:
     """The configuration of `op` for shapes described by `key`, on this machine."""
+    PICKED.add((op, key))
     return _overrides.get(op) or _pick(op, key, arch())
 
 

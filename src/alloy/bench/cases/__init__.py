@@ -1,0 +1,1 @@
+"""The cases: each module yields the problems of one family of operations."""

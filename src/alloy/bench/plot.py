@@ -1,0 +1,63 @@
+"""The roofline of a run as SVG: what was reached against what bandwidth and the matrix units allow."""
+
+from pathlib import Path
+from typing import Any
+
+from alloy.bench.result import OURS, Row, Run
+
+_COLOURS = ("#1f6fb2", "#d1495b", "#3a7d44", "#8f5bb3", "#c98a1b", "#3b9c9c", "#7a7a7a")
+
+
+def draw(run: Run, path: Path) -> None:
+    """Write the plot: rate over arithmetic intensity for every case; beside it, where `decode` ran, tokens over batch."""
+    from matplotlib.figure import Figure
+
+    ours = [row for row in run.rows if row.name == OURS and row.ms is not None]
+    decode = [row for row in ours if row.case == "decode"]
+    figure: Any = Figure(figsize=(11 if decode else 6.5, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2 if decode else 1, squeeze=False)[0]
+    _roofline(panels[0], run, [row for row in ours if row.flops and row.bytes])
+    if decode:
+        _throughput(panels[1], run, decode)
+    figure.suptitle(f"{run.machine.get('device', '')}, {run.machine.get('date', '')[:10]}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _roofline(axes: Any, run: Run, rows: list[Row]) -> None:
+    """Achieved operations per second over operations per byte, under the two roofs."""
+    bandwidth = run.ceilings.bytes_per_s
+    top = max(run.ceilings.flops_per_s.values())
+    intensities = [row.flops / row.bytes for row in rows] or [1.0]
+    ends = [min(intensities) / 4, max(*intensities, top / bandwidth) * 4]
+    knee = top / bandwidth
+    roof = sorted({ends[0], knee, ends[1]})
+    axes.plot(roof, [min(top, bandwidth * x) for x in roof], color="black", linewidth=1.2)
+    for index, case in enumerate(dict.fromkeys(row.case for row in rows)):
+        mine = [row for row in rows if row.case == case]
+        xs = [row.flops / row.bytes for row in mine]
+        ys = [row.flops / (row.ms or 1.0) * 1e3 for row in mine]
+        axes.scatter(xs, ys, s=18, color=_COLOURS[index % len(_COLOURS)], label=case)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
+    axes.set_title(f"{bandwidth / 1e12:.2f} TB/s, {top / 1e12:.0f} TFLOP/s measured", fontsize=9)
+    axes.grid(which="major", linewidth=0.4)
+    if rows:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _throughput(axes: Any, run: Run, rows: list[Row]) -> None:
+    """Decoded tokens per second over batch, and the dashed line that the bytes of a step allow."""
+    series: dict[str, list[tuple[int, Row]]] = {}
+    for row in rows:
+        model, _, batch = row.label.rpartition(" batch ")
+        series.setdefault(model, []).append((int(batch), row))
+    for index, (model, points) in enumerate(series.items()):
+        points.sort(key=lambda point: point[0])
+        xs, colour = [batch for batch, _ in points], _COLOURS[index % len(_COLOURS)]
+        axes.plot(xs, [row.tokens_per_s for _, row in points], "o-", markersize=4, color=colour, label=model)
+        limits = [batch / run.ceilings.floor(row)[0] * 1e3 for batch, row in points]
+        axes.plot(xs, limits, "--", linewidth=1, color=colour)
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens per second")
+    axes.set_title("decode; dashed: the bytes of a step at the measured bandwidth", fontsize=9)
+    axes.grid(which="major", linewidth=0.4)
+    axes.legend(fontsize=7, frameon=False)

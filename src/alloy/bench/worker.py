@@ -1,0 +1,114 @@
+"""The process that measures one case: `python -m alloy.bench.worker SPEC`, with SPEC the JSON of a `Task`.
+
+It writes JSON lines to its standard output: {"begin": [label, name]} before an implementation is tried, its row after.
+What stops it (a crash, a poisoned device) thus loses one implementation, and another process goes on with the next.
+"""
+
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import TextIO
+
+import torch
+
+from alloy.bench.autotune import tune
+from alloy.bench.case import Problems, Size
+from alloy.bench.measure import Bench, ceilings, items
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker does.
+
+    Attributes:
+        case: name of the case; "ceilings" measures the machine.
+        target: "module:function" that yields the problems.
+        start: items to leave out, which earlier workers have done.
+        peers: peers to measure; None: all.
+        only: parts of labels: other problems are left out.
+        autotune: time the candidates of the kernels instead.
+    """
+
+    case: str
+    target: str
+    device: str
+    size: Size
+    start: int = 0
+    peers: list[str] | None = None
+    only: list[str] = field(default_factory=list[str])
+    autotune: bool = False
+
+
+def work(task: Task, out: TextIO) -> None:
+    """Measure and write."""
+
+    def say(**line: object) -> None:
+        out.write(json.dumps(line) + "\n")
+        out.flush()
+
+    quick = task.size != "full"
+    if task.case == "ceilings":
+        say(ceilings=asdict(ceilings(task.device, quick)), machine=machine(task.device))
+        return
+    module, _, name = task.target.partition(":")
+    problems: Problems = getattr(importlib.import_module(module), name)
+    bench = Bench(task.device, quick)
+    if task.autotune:
+        for found in tune(bench, problems(task.size)):
+            say(tuned=found)
+        return
+    for i, item in enumerate(items(task.case, problems(task.size), task.peers, task.only)):
+        if i >= task.start:
+            say(begin=[item.problem.label, item.name])
+            say(row=asdict(bench.measure(item)))
+
+
+def machine(device: str) -> dict[str, object]:
+    """Names and versions of what was measured."""
+    import platform
+    from datetime import UTC, datetime
+
+    import alloy
+
+    found: dict[str, object] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "alloy": alloy.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": processor(),
+        "threads": torch.get_num_threads(),
+    }
+    if device == "cuda":
+        import triton  # pyright: ignore[reportMissingImports]  comes with torch where there is a GPU
+
+        found |= {
+            "device": torch.cuda.get_device_name(),
+            "memory_bytes": torch.cuda.mem_get_info()[1],
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+        }
+    return found
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    import platform
+    from pathlib import Path
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({torch.backends.cpu.get_cpu_capability()})" if names else platform.processor()
+
+
+def main() -> None:
+    """Keep standard output for the protocol: what libraries print goes to standard error."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    work(Task(**json.loads(sys.argv[1])), out)
+
+
+if __name__ == "__main__":
+    main()

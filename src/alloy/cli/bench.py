@@ -1,0 +1,168 @@
+"""`alloy bench`: how fast the operations and models are, beside other packages and against this machine's limits."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alloy.bench.autotune import write_table
+from alloy.bench.case import CASES, Case, Size
+from alloy.bench.peers import PEERS, version
+from alloy.bench.result import OURS, Row, Run, read_run, slower
+from alloy.bench.runner import Plan, run_cases, tune_cases
+from alloy.errors import AlloyError, InterruptedRun, RecipeError, ResourceError
+
+
+def bench(
+    cases: Annotated[list[str] | None, typer.Argument(help="Names of cases; default: all that run here.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only problems whose label holds this text; repeatable.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few problems, 60 s in all; peers only if named.")] = False,
+    peer: Annotated[list[str] | None, typer.Option(help="Measure this peer alone; repeatable.")] = None,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Measure no other package.")] = False,
+    json_path: Annotated[
+        str | None, typer.Option("--json", help="Write JSON lines to this file; - for stdout.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the roofline as SVG.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Earlier JSON lines: exit code 1 if a row is more than 5% slower.")
+    ] = None,
+    autotune: Annotated[
+        bool, typer.Option("--autotune", help="Time the candidates of the kernels and write this GPU's table.")
+    ] = False,
+    list_cases: Annotated[bool, typer.Option("--list", help="Show cases and peers and stop.")] = False,
+) -> None:
+    """Speed against other packages and against the machine's own limits.
+
+    Every time stands beside its error against a reference; what computes wrong numbers gets no time.
+    """
+    if list_cases:
+        _list()
+        return
+    size: Size = "quick" if quick else "full"
+    plan = Plan(_chosen(cases or []), _device(), size, _peers(peer or [], no_peers, quick), only or [])
+    if autotune:
+        _autotune(plan)
+        return
+    earlier = read_run(compare) if compare else None
+    found: list[Run] = []
+    interrupted: BaseException | None = None
+    try:
+        run_cases(plan, _progress, found.append)
+    except (KeyboardInterrupt, InterruptedRun) as error:
+        interrupted = error
+    for run in found:
+        _show(run, json_path)
+        if plot is not None:
+            from alloy.bench.plot import draw
+
+            draw(run, plot)
+            _progress(f"plot in {plot}")
+    if interrupted is not None:
+        raise interrupted
+    _judge(found[0], earlier)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _chosen(names: list[str]) -> dict[str, Case]:
+    """The named cases, or all that this machine can run."""
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise RecipeError(f'unknown case "{unknown[0]}". Cases: {", ".join(CASES)}.')
+    here = {name: case for name, case in CASES.items() if case.device in ("any", _device())}
+    missing = [name for name in names if name not in here]
+    if missing:
+        raise ResourceError(
+            f"{missing[0]} needs a CUDA device, and there is none. Cases for this machine: {', '.join(here)}."
+        )
+    return {name: here[name] for name in names} if names else here
+
+
+def _peers(names: list[str], none: bool, quick: bool) -> list[str] | None:
+    """Peers to measure; None: all. A quick run has no time for what peers tune when they are first called."""
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise RecipeError(f'unknown peer "{unknown[0]}". Peers: {", ".join(PEERS)}.')
+    if none or (quick and not names):
+        return []
+    return names or None
+
+
+def _autotune(plan: Plan) -> None:
+    found = tune_cases(plan, _progress)
+    if not found:
+        raise ResourceError("no kernel of these cases has candidates on this machine")
+    typer.echo(f"{len(found)} entries in {write_table(found)}")
+
+
+def _list() -> None:
+    for name, case in CASES.items():
+        typer.echo(f"{name:<11}{case.help}{' (CUDA)' if case.device == 'cuda' else ''}")
+    typer.echo("\npeers")
+    for name, peer in PEERS.items():
+        typer.echo(f"{name:<15}{version(name) or 'absent':<14}{peer.help}")
+
+
+def _progress(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _show(run: Run, json_path: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if json_path == "-":
+        typer.echo("\n".join(run.lines()))
+    elif json_path is not None:
+        run.write(Path(json_path))
+    rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s {dtype}" for dtype, rate in run.ceilings.flops_per_s.items())
+    title = f"{run.machine['device']}: {run.ceilings.bytes_per_s / 1e9:,.4g} GB/s, {rates}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("case", no_wrap=True)
+    table.add_column("problem")
+    table.add_column("by")
+    for name in ("ms", "ratio", "of floor", "peak GB", "error", "tok/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("note")
+    for row in run.rows:
+        table.add_row(*_cells(row))
+    # nothing is folded away where the output is not a terminal
+    console = Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 180)
+    console.print(table)
+
+
+def _cells(row: Row) -> list[str]:
+    """One row: a failure shows its word where the time would be."""
+
+    def number(value: float | None, form: str = ".3g") -> str:
+        return "" if value is None else format(value, form)
+
+    peak = None if row.peak_bytes is None else row.peak_bytes / 1e9
+    floor = "" if row.fraction is None else f"{row.fraction:.3f} {'B' if row.bound == 'bytes' else 'F'}"
+    time = number(row.ms, ".4g") if row.status == "ok" else {"failed": "FAIL"}.get(row.status, row.status)
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+    note = (row.message or row.version or "")[:120]
+    if row.peak_bytes is not None and row.planned_bytes is not None:
+        note = f"planned {row.planned_bytes / 1e9:.3g} GB, measured {row.peak_bytes / row.planned_bytes - 1:+.1%}"
+    cells = [row.case, row.label, row.name, time, ratio, floor, number(peak), number(row.error, ".1e")]
+    return [*cells, number(row.tokens_per_s, ",.0f"), note]
+
+
+def _judge(run: Run, earlier: Run | None) -> None:
+    """Exit code 1 for wrong numbers of ours, and for rows that became slower."""
+    wrong = [f"{row.case} {row.label}: {row.status}, {row.message}" for row in run.rows if _is_broken(row)]
+    late = slower(run.rows, earlier.rows) if earlier else []
+    if wrong or late:
+        raise AlloyError("\n".join([*wrong, *late]))
+
+
+def _is_broken(row: Row) -> bool:
+    return row.name == OURS and row.status in ("failed", "error")

@@ -1,0 +1,123 @@
+"""`alloy bench`, as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alloy.bench.case import CASES, Case
+from alloy.cli import main
+
+ROOT = Path(__file__).parents[2]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs every case")
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake cases stand in the table, and workers find them."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT}")
+    for name in ("good", "bad", "endless"):
+        monkeypatch.setitem(CASES, name, Case(f"tests.bench.fake:{name}", "any", "a fake"))
+
+
+def run(*arguments: object) -> int:
+    """Exit code of `alloy bench` with these arguments."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", *map(str, arguments)])
+    return int(exit_.value.code or 0)
+
+
+def test_list_names_cases_and_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    """What there is, and what is installed."""
+    assert run("--list") == 0
+    text = capsys.readouterr().out
+    assert "ssd-fwd    the chunked scan" in text
+    assert f"torch          {torch.__version__}" in text
+
+
+def test_a_run_is_shown_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Table on standard output, progress on standard error, JSON lines and a plot in files."""
+    path, plot = tmp_path / "run.jsonl", tmp_path / "run.svg"
+    assert run("good", "--quick", "--peer", "torch", "--json", path, "--plot", plot) == 0
+    output = capsys.readouterr()
+    assert "good one torch/wrong" in output.err
+    for part in ("of floor", "FAIL", "wrong numbers in y", "GB/s"):
+        assert part in output.out
+    head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert head["kind"] == "run"
+    assert [(row["label"], row["name"]) for row in rows] == [
+        ("one", "alloy"),
+        ("one", "torch"),
+        ("one", "torch/wrong"),
+        ("two", "alloy"),
+    ]
+    assert plot.read_text().startswith("<?xml")
+
+    def compare_with(fraction: float) -> int:
+        """Against the same run, in which the row two had reached `fraction` of its floor."""
+        old = [head, *({**row, "fraction": fraction if row["label"] == "two" else 1e-12} for row in rows)]
+        (tmp_path / "old.jsonl").write_text("\n".join(map(json.dumps, old)))
+        return run("good", "--only", "two", "--no-peers", "--quick", "--compare", tmp_path / "old.jsonl")
+
+    assert compare_with(1e-12) == 0
+    capsys.readouterr()
+    assert compare_with(1e12) == 1
+    assert "error: good two: " in capsys.readouterr().err
+
+
+def test_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else is printed there; wrong numbers of ours end with 1."""
+    assert run("bad", "--quick", "--only", "wrong", "--json", "-") == 1
+    output = capsys.readouterr()
+    head, row = [json.loads(line) for line in output.out.splitlines()]
+    assert head["kind"] == "run"
+    assert (row["label"], row["status"], row["ms"]) == ("wrong", "failed", None)
+    assert "error: bad wrong: failed, wrong numbers in y" in output.err
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ssd-forward"], 2, 'unknown case "ssd-forward". Cases: ssd-fwd, '),
+        (["good", "--peer", "fast"], 2, 'unknown peer "fast". Peers: torch, mamba-ssm'),
+        (["conv"], 3, "conv needs a CUDA device, and there is none. Cases for this machine: cpu"),
+        (["good", "--autotune"], 3, "no kernel of these cases has candidates"),
+        (["good", "--compare", "/nowhere/old.jsonl"], 2, "/nowhere/old.jsonl"),
+    ],
+)
+def test_what_cannot_be_run(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message says what there is."""
+    assert run(*arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_interrupted_runs_keep_what_is_done(tmp_path: Path) -> None:
+    """Ctrl-C in the second problem: exit code 130, the first one's row is shown and written, no worker stays."""
+    path = tmp_path / "run.jsonl"
+    code = (
+        "from alloy.bench.case import CASES, Case\n"
+        "from alloy.cli import main\n"
+        "CASES['endless'] = Case('tests.bench.fake:endless', 'any', '')\n"
+        f"main(['bench', 'endless', '--json', {str(path)!r}])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "forever" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "one" in out
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert [row["label"] for row in rows] == ["one"]
