@@ -210,7 +210,7 @@ class PagedView(Cache):
         self.pool = pool
         self.states, self.rounding = pool.states, pool.rounding
         self.is_drafting, self.drafts = False, {}
-        self.mtp = None if pool.mtp is None else type(self)(pool.mtp, rows)
+        self.mtp = None if pool.mtp is None else PagedView(pool.mtp, rows)
         self._place(list(rows))
 
     @property
