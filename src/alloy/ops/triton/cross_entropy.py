@@ -133,8 +133,8 @@ def _kernel(
         total *= exp2(before - peak)
         for i in tl.static_range(UNROLL):
             total += exp2(values[i] - peak)
-    # read before the reduction's barrier, written after it
-    picked = tl.load(logits + tl.maximum(label, 0)).to(WIDE)
+    # read before the reduction's barrier, written after it; an id outside the vocabulary makes the loss NaN
+    picked = tl.load(logits + tl.maximum(label, 0), mask=label < vocab, other=float("nan")).to(WIDE)
     top = tl.max(peak, 0)
     norm = tl.sum(total * exp2(peak - top), 0)
     real = label >= 0
