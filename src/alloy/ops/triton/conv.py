@@ -24,24 +24,24 @@ from alloy.ops.precision import wide
 from alloy.ops.triton import tuning
 from alloy.ops.triton.elementary import accumulator, sigmoid
 
-# tokens: how far a program walks
+# tokens: how far a program walks, a multiple of UNROLL
 tuning.register(
     "causal_conv1d",
-    {"BLOCK": 256, "UNROLL": 4, "tokens": 64, "num_warps": 1},
-    {"BLOCK": 256, "UNROLL": 4, "tokens": 128, "num_warps": 1},
-    {"BLOCK": 256, "UNROLL": 8, "tokens": 128, "num_warps": 1},
     {"BLOCK": 128, "UNROLL": 8, "tokens": 128, "num_warps": 1},
+    {"BLOCK": 128, "UNROLL": 8, "tokens": 256, "num_warps": 1},
+    {"BLOCK": 128, "UNROLL": 16, "tokens": 128, "num_warps": 1},
+    {"BLOCK": 256, "UNROLL": 8, "tokens": 128, "num_warps": 1},
+    {"BLOCK": 256, "UNROLL": 4, "tokens": 128, "num_warps": 1},
     {"BLOCK": 512, "UNROLL": 4, "tokens": 64, "num_warps": 2},
-    {"BLOCK": 1024, "UNROLL": 4, "tokens": 64, "num_warps": 4},
 )
 tuning.register(
     "causal_conv1d_backward",
-    {"BLOCK": 256, "UNROLL": 2, "tokens": 256, "num_warps": 1},
-    {"BLOCK": 256, "UNROLL": 4, "tokens": 256, "num_warps": 1},
-    {"BLOCK": 128, "UNROLL": 4, "tokens": 256, "num_warps": 1},
     {"BLOCK": 128, "UNROLL": 8, "tokens": 256, "num_warps": 1},
-    {"BLOCK": 256, "UNROLL": 4, "tokens": 256, "num_warps": 2},
-    {"BLOCK": 512, "UNROLL": 4, "tokens": 256, "num_warps": 4},
+    {"BLOCK": 128, "UNROLL": 8, "tokens": 512, "num_warps": 1},
+    {"BLOCK": 128, "UNROLL": 4, "tokens": 256, "num_warps": 1},
+    {"BLOCK": 256, "UNROLL": 4, "tokens": 256, "num_warps": 1},
+    {"BLOCK": 256, "UNROLL": 8, "tokens": 256, "num_warps": 2},
+    {"BLOCK": 256, "UNROLL": 2, "tokens": 256, "num_warps": 1},
 )
 # programs that keep a GPU busy: where there are fewer, each walks fewer tokens
 _PROGRAMS = 4096

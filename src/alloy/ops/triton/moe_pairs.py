@@ -16,8 +16,22 @@ from alloy.ops.triton.moe_gemm import act
 # beyond these, tokens share so many experts that sorting them and reading each expert once wins
 FEW_TOKENS = 4
 
-tuning.register("moe_pairs_up", {"BN": 16, "BK": 128, "num_warps": 4}, {"BN": 8, "BK": 512, "num_warps": 4})
-tuning.register("moe_pairs_down", {"BN": 4, "BK": 256, "num_warps": 4}, {"BN": 8, "BK": 128, "num_warps": 4})
+tuning.register(
+    "moe_pairs_up",
+    {"BN": 8, "BK": 512, "num_warps": 4},
+    {"BN": 4, "BK": 512, "num_warps": 4},
+    {"BN": 8, "BK": 256, "num_warps": 4},
+    {"BN": 4, "BK": 1024, "num_warps": 4},
+)
+tuning.register(
+    "moe_pairs_down",
+    {"BN": 4, "BK": 256, "UNROLL": 1, "num_warps": 4},
+    {"BN": 4, "BK": 256, "UNROLL": 2, "num_warps": 4},
+    {"BN": 4, "BK": 512, "UNROLL": 1, "num_warps": 4},
+    {"BN": 2, "BK": 512, "UNROLL": 2, "num_warps": 4},
+    {"BN": 4, "BK": 512, "UNROLL": 2, "num_warps": 8},
+    {"BN": 8, "BK": 256, "UNROLL": 1, "num_warps": 4},
+)
 
 
 def pairs_experts(
@@ -201,12 +215,13 @@ def pairs_down_kernel(
     PARTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """BN outputs of one token; the loads of a step are of all its experts, the shared one cut in `PARTS`."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, F, BK):
+    for k in tl.range(0, F, BK, loop_unroll_factor=UNROLL):
         at = k + tl.arange(0, BK)
         inside = (n < D)[:, None] & (at < F)[None, :]
         for j in tl.static_range(TOP_K):
