@@ -63,9 +63,18 @@ def parse_weights(name: str) -> Weights:
     return cast(Weights, name)
 
 
+def check_place(kind: Weights, device: torch.device) -> None:
+    """Refuse a device without kernels for them."""
+    if device.type != "cpu":
+        raise RequestError(
+            f'weights = "{kind}" are for CPUs and this is {device.type}; leave it out and use dtype = "bfloat16"'
+        )
+
+
 @torch.no_grad()
 def quantize_weights(model: CausalLM, kind: Weights) -> None:
     """Replace the matrices of `model` in place, one after another; each is freed before the next is made."""
+    check_place(kind, model.embed.weight.device)
     if model.weights is not None:
         raise RequestError(f'the model has weights of low precision already ("{model.weights}"); load it again')
     model.weights = kind
@@ -76,6 +85,17 @@ def quantize_weights(model: CausalLM, kind: Weights) -> None:
                 setattr(parent, name, LowLinear(child, kind))
             elif isinstance(child, Experts):
                 setattr(parent, name, LowExperts(child, kind))
+
+
+def full_bytes(model: CausalLM) -> int:
+    """Bytes that the model would take with all matrices in the dtype of its embedding."""
+    size = model.embed.weight.element_size()
+    low = [m for m in model.modules() if isinstance(m, LowModule)]
+    codes = sum(matrix.codes.numel() for m in low for matrix in m.matrices)
+    low_bytes = sum(matrix.nbytes for m in low for matrix in m.matrices)
+    # a tied head was the embedding itself
+    tied = model.embed.weight.nbytes if model.config.tie_embeddings and model.weights is not None else 0
+    return weight_bytes(model) - low_bytes + codes * size - tied
 
 
 def weight_bytes(model: nn.Module) -> int:
