@@ -9,34 +9,18 @@ docs/performance.md says how to get them.
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alloy import ops
+from alloy.bench.case import PEERS
 from alloy.models.base import CausalLM
 from alloy.models.hf.config import write_config
 from alloy.models.hf.folder import model_tensors
 from alloy.models.hf.names import bare_name, hub_name
-
-
-class Peer(NamedTuple):
-    """The module whose presence says that a peer is installed, and what it is."""
-
-    module: str
-    help: str
-
-
-PEERS = {
-    "torch": Peer("torch", "the readable reference of alloy.ops, or PyTorch's own function"),
-    "mamba-ssm": Peer("mamba_ssm", "Triton kernels of state-spaces/mamba"),
-    "causal-conv1d": Peer("causal_conv1d", "CUDA kernels of Dao-AILab/causal-conv1d"),
-    "fla": Peer("fla", "flash-linear-attention (package fla-core)"),
-    "transformers": Peer("transformers", "Hugging Face transformers"),
-    "liger": Peer("liger_kernel", "Liger kernels (package liger-kernel)"),
-}
 
 
 def peer_of(label: str) -> str:
