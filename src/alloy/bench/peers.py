@@ -173,20 +173,26 @@ def mamba_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_
 
 
 def transformers_model(model: CausalLM) -> Any:
-    """transformers' model of the same configuration on the same device, with copies of the same weights."""
+    """transformers' model of the same configuration on the same device, with the same tensors as weights."""
     import transformers
 
     data = write_config(model.config)
     config = transformers.CONFIG_MAPPING[data.pop("model_type")](**data)
-    with torch.device(model.embed.weight.device):
+    with torch.device("meta"):
         peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.embed.weight.dtype)
     # transformers keeps the experts of a layer in one tensor, without ".weight"
     ours = {
         bare_name(hub_name(key, model.config)).replace(".{expert}", ""): tensor.detach()
         for key, tensor in model_tensors(model, model.config).items()
     }
-    with torch.no_grad():
-        for name, tensor in peer.state_dict().items():
-            bare = bare_name(name)
-            tensor.copy_((ours[bare] if bare in ours else ours[f"{bare}.weight"]).view(tensor.shape))
+    found: dict[str, Tensor] = {}
+    for name, wanted in peer.state_dict().items():
+        bare = bare_name(name)
+        found[name] = (ours[bare] if bare in ours else ours[f"{bare}.weight"]).view(wanted.shape)
+    peer.load_state_dict(found, assign=True)
+    for module in list(peer.modules()):
+        # tables of angles are no part of a checkpoint
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            with torch.device(model.embed.weight.device):
+                module.__init__(config)
     return peer

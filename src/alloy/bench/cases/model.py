@@ -5,7 +5,7 @@ values of the context, states and convolution inputs read and written); of a pro
 `models.sizes`, in training three times. Keys, values and states are random: their size counts, not what they say.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -87,6 +87,8 @@ class Serving:
     tokens: Tensor
     graphs: DecodeGraphs | None = None
     started: bool = False
+    # a step of transformers' model
+    peer: Callable[[], object] | None = None
 
 
 @dataclass
@@ -113,6 +115,7 @@ def decode(size: Size) -> Iterator[Problem]:
             _decode,
             _decode_plainly,
             bytes=partial(_step_bytes, context),
+            peers={"transformers": _decode_transformers},
             flops=batch * sizes.flops_per_token(config, context, causal_mean=False),
             tolerance=DEEP,
             tokens=batch,
@@ -238,6 +241,43 @@ def _call(i: Serving, tokens: Tensor) -> Outputs:
     logits = i.model(tokens, cache=i.pool.view(i.rows), logits="last").logits
     assert logits is not None, "the call asked for logits"
     return {"logits": logits}
+
+
+def _decode_transformers(i: Serving) -> Outputs:
+    """One step of transformers' model with its static cache, captured where there is a GPU.
+
+    That cache attends to every place it has, so that a short prompt costs what a full context does. The states are not
+    ours, hence no outputs.
+    """
+    if i.peer is None:
+        i.peer = _transformers_step(i)
+    i.peer()
+    return {}
+
+
+@torch.inference_mode()
+def _transformers_step(i: Serving) -> Callable[[], object]:
+    from transformers import StaticCache
+
+    peer, tokens = peers.transformers_model(i.model).eval(), i.tokens.clone()
+    held = StaticCache(config=peer.config, max_cache_len=i.pool.max_tokens)
+    peer(input_ids=tokens.expand(-1, 4), past_key_values=held, use_cache=True)
+
+    def step() -> object:
+        with torch.inference_mode():
+            return peer(input_ids=tokens, past_key_values=held, use_cache=True).logits
+
+    if tokens.device.type == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _step_bytes(context: int, i: Serving) -> float:
