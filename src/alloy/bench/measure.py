@@ -132,7 +132,7 @@ def bind(run: Run, inputs: Any) -> Callable[[], Outputs]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|, in float64."""
+    """|found - expected| / |expected| in float64, both (...) of one shape."""
     if found.shape != expected.shape:
         raise ValueError(f"an output is {tuple(found.shape)}; the reference is {tuple(expected.shape)}")
     found, expected = found.detach().double(), expected.detach().double()

@@ -48,7 +48,7 @@ def plain(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mamba_scan(chunk: int) -> Callable[..., Tensor]:
-    """mamba-ssm's `ssd_scan` with chunks of `chunk` tokens."""
+    """As `alloy.ops.ssd_scan`, by mamba-ssm with chunks of `chunk` tokens."""
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **options: Any) -> Tensor:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -61,7 +61,7 @@ def mamba_scan(chunk: int) -> Callable[..., Tensor]:
 
 
 def fla_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, dt_bias: Tensor, **_: Any) -> Tensor:
-    """fla's gated linear attention as `ssd_scan`: it has neither groups nor dt nor D, so these are computed around it."""
+    """As `alloy.ops.ssd_scan`, by fla's gated linear attention: groups, dt and D, which it lacks, are computed around it."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     step = F.softplus(dt.float() + dt_bias)
@@ -74,7 +74,7 @@ def fla_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
 def mamba_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, dt_bias: Tensor
 ) -> Tensor:
-    """mamba-ssm's `ssd_step`."""
+    """As `alloy.ops.ssd_step`, by mamba-ssm."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     _, heads, head_dim, width = state.shape
@@ -92,35 +92,35 @@ def mamba_step(
 
 
 def cuda_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """causal-conv1d's `causal_conv1d`; channels last, as ours."""
+    """As `alloy.ops.causal_conv1d`, by causal-conv1d; channels last."""
     from causal_conv1d import causal_conv1d_fn
 
     return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
 
 
 def cuda_conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """causal-conv1d's `causal_conv1d_step`, whose state may be as short as ours."""
+    """As `alloy.ops.causal_conv1d_step`, by causal-conv1d, whose state may be as short as ours."""
     from causal_conv1d import causal_conv1d_update
 
     return causal_conv1d_update(x, state, weight, bias, activation="silu")
 
 
 def fla_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """fla's `causal_conv1d`."""
+    """As `alloy.ops.causal_conv1d`, by fla."""
     from fla.modules.causal_conv1d import causal_conv1d
 
     return causal_conv1d(x, weight, bias, activation="silu")[0]
 
 
 def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's grouped convolution as `causal_conv1d`."""
+    """As `alloy.ops.causal_conv1d`, by PyTorch's grouped convolution."""
     channels, kernel = weight.shape
     padded = F.pad(x.transpose(1, 2), (kernel - 1, 0))
     return F.silu(F.conv1d(padded, weight[:, None], bias, groups=channels)).transpose(1, 2)
 
 
 def transformers_experts(implementation: str) -> Callable[..., Tensor]:
-    """transformers' NemotronH experts: "eager", "batched_mm" or "grouped_mm"."""
+    """As `alloy.ops.moe_experts`, by transformers' NemotronH experts: "eager", "batched_mm" or "grouped_mm"."""
 
     def run(x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
         from transformers import NemotronHConfig
@@ -143,7 +143,7 @@ def transformers_experts(implementation: str) -> Callable[..., Tensor]:
 
 
 def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Liger's `linear_cross_entropy`."""
+    """As `linear_cross_entropy`, by Liger: hidden (tokens, hidden), weight (vocab, hidden), labels (tokens,)."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     function: Any = LigerFusedLinearCrossEntropyFunction
@@ -152,13 +152,13 @@ def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -
 
 
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`linear_cross_entropy` with all logits in fp32."""
+    """As `linear_cross_entropy` with all logits in fp32: hidden (tokens, hidden), weight (vocab, hidden), labels (tokens,)."""
     logits = hidden @ weight.T
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
 
 def liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Liger's `rms_norm`."""
+    """As `alloy.ops.rms_norm`, by Liger."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     function: Any = LigerRMSNormFunction
@@ -166,7 +166,7 @@ def liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def mamba_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    """mamba-ssm's `gated_rms_norm`."""
+    """As `alloy.ops.gated_rms_norm`, by mamba-ssm."""
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
     return rmsnorm_fn(x, weight, None, gate, eps, group_size, norm_before_gate=False)

@@ -330,6 +330,7 @@ def _plain_prompt(chunk: int, i: Serving) -> Outputs:
 
 
 def draw_training(config: Any, dtype: torch.dtype, precision: Precision, rows: int, seq: int) -> Training:
+    """A new model, its optimizer, and random tokens."""
     model = build(config, torch.get_default_device(), dtype).train()
     tokens = torch.randint(0, config.vocab, (rows, seq + 1))
     return Training(model, Optimizers(model, "adamw", lr=1e-4), tokens, precision)
