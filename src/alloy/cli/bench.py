@@ -1,6 +1,7 @@
 """`alloy bench`: how fast the operations and models are, beside other packages and against this machine's limits."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ from alloy.bench.case import CASES, PEERS, Case, Size
 from alloy.bench.result import OURS, Row, Run, read_run, slower
 from alloy.bench.runner import Plan, run_cases, tune_cases
 from alloy.errors import AlloyError, InterruptedRun, RecipeError, ResourceError
+
+_STARTED = time.monotonic()
 
 
 def bench(
@@ -113,7 +116,7 @@ def _list() -> None:
 
 
 def _progress(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"[{time.monotonic() - _STARTED:6.1f}] {line}\n")
     sys.stderr.flush()
 
 
