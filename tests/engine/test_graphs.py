@@ -8,7 +8,7 @@ import torch
 from alloy.engine.core import LLM
 from alloy.engine.graphs import DecodeGraphs, buckets_for, new_pool, obstacle
 from alloy.engine.request import Output, SamplingParams
-from alloy.errors import ResourceError
+from alloy.errors import RequestError, ResourceError
 from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.paged import StaticView
@@ -118,9 +118,15 @@ def test_buckets_and_obstacles() -> None:
     assert buckets_for(700)[-2:] == (512, 700)
     model = build("hybrid")
     assert obstacle(model) == "the model is not on a CUDA device"
-    llm = LLM(model)
+    llm = LLM(model, state_dtype="bfloat16")
     llm.generate([1, 2], GREEDY)
     assert llm.graphs is None
+    with pytest.raises(
+        RequestError, match='"float16-sr" works in captured steps alone: the model is not on a CUDA device'
+    ):
+        LLM(model, state_dtype="float16-sr")
+    with pytest.raises(RequestError, match='state_dtype = "int8"'):
+        LLM(model, state_dtype="int8")
 
 
 def captured(model: CausalLM) -> CausalLM:

@@ -267,9 +267,11 @@ class RunLayer(Protocol):
 
 
 class Adds(Protocol):
-    """A norm of a sum: delta and residual (..., width) -> (normed, sum)."""
+    """A norm of a sum."""
 
-    def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """delta and residual (..., width) -> (norm of their sum, the sum)."""
+        ...
 
 
 def keep_fp32(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:

@@ -8,7 +8,7 @@ Paper: PagedAttention (Kwon et al., 2023). arXiv:2309.06180
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ class PagedView(Cache):
         self.pool = pool
         self.states, self.rounding = pool.states, pool.rounding
         self.is_drafting, self.drafts = False, {}
-        self.mtp = None if pool.mtp is None else type(self)(pool.mtp, rows)
+        self.mtp = None if pool.mtp is None else cast(Self, PagedView(pool.mtp, rows))
         self._place(list(rows))
 
     @property

@@ -6,7 +6,15 @@ from alloy.ops.backend import choices, explain, use_backend
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step, conv_replay
 from alloy.ops.linear import linear
 from alloy.ops.mamba_step import mamba_step
-from alloy.ops.moe import expert_counts, moe_experts, route, sequence_balance, update_router_bias
+from alloy.ops.moe import (
+    expert_counts,
+    moe_experts,
+    moe_step,
+    route,
+    router_logits,
+    sequence_balance,
+    update_router_bias,
+)
 from alloy.ops.norm import add_rms_norm, gated_rms_norm, layer_norm_1p, rms_norm
 from alloy.ops.ssd import ssd_replay, ssd_scan, ssd_step, ssd_step_multi
 
@@ -28,8 +36,10 @@ __all__ = [
     "linear",
     "mamba_step",
     "moe_experts",
+    "moe_step",
     "rms_norm",
     "route",
+    "router_logits",
     "sequence_balance",
     "ssd_replay",
     "ssd_scan",

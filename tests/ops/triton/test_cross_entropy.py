@@ -64,7 +64,8 @@ def test_large(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_extreme_and_ignored(device: torch.device) -> None:
-    """Logits of -inf and far apart; rows that are all ignored have loss and gradients 0."""
+    """Logits of -inf and far apart; rows that are all ignored have loss and gradients 0; an id that does not
+    exist is not passed over in silence."""
     x = torch.ones(2, 1, device=device)
     weight = torch.tensor([[1e4], [-1e4], [0.0]], device=device).requires_grad_()
     labels = torch.tensor([0, 2], device=device)
@@ -75,8 +76,10 @@ def test_extreme_and_ignored(device: torch.device) -> None:
         assert grad.flatten().tolist() == [1, 0, -1]
         loss = linear_cross_entropy(x, weight, torch.full_like(labels, -100))
         (grad,) = torch.autograd.grad(loss, weight)
+        outside = linear_cross_entropy(x, weight, torch.full_like(labels, 3))
     assert loss.item() == 0
     assert not grad.any()
+    assert outside.isnan()
 
 
 def test_autocast_and_a_frozen_head(device: torch.device) -> None:

@@ -13,9 +13,8 @@ from twins import check, check_captured, check_compiled, draw, error, gpu, run
 
 from alloy.ops.triton import norm, tuning
 
-CANDIDATES = tuning.CANDIDATES["rms_norm"]
+CONFIGURATIONS = [*zip(tuning.CANDIDATES["rms_norm"], tuning.CANDIDATES["rms_norm_backward"], strict=True)]
 DTYPES = [torch.float32, gpu(torch.bfloat16), gpu(torch.float16)]
-OPS = ("rms_norm", "add_rms_norm", "gated_rms_norm")
 
 
 def plain(x: Tensor, weight: Tensor) -> Tensor:
@@ -91,15 +90,15 @@ def test_add_rms_norm_keeps_a_wide_residual(device: torch.device) -> None:
     assert total[1].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("config", CANDIDATES)
+@pytest.mark.parametrize("configs", CONFIGURATIONS)
 @pytest.mark.parametrize("size", [300, gpu(1280), gpu(4480)])
-def test_every_configuration(size: int, config: tuning.Config, device: torch.device) -> None:
+def test_every_configuration(size: int, configs: tuple[tuning.Config, ...], device: torch.device) -> None:
     """Several rows a program, chunks that end within the group."""
-    for op in OPS:
-        assert tuning.CANDIDATES[op] == tuning.CANDIDATES[f"{op}_backward"] == CANDIDATES
+    for op in ("rms_norm", "add_rms_norm", "gated_rms_norm"):
+        assert [*zip(tuning.CANDIDATES[op], tuning.CANDIDATES[f"{op}_backward"], strict=True)] == CONFIGURATIONS
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = 5000 if device.type == "cuda" else 11
-    with tuning.override("gated_rms_norm", config), tuning.override("gated_rms_norm_backward", config):
+    with tuning.override("gated_rms_norm", configs[0]), tuning.override("gated_rms_norm_backward", configs[1]):
         op = partial(gated, size=size)
         check(op, [draw(rows, 2 * size), draw(rows, 2 * size, seed=1), draw(2 * size, seed=2)], dtype, device)
 

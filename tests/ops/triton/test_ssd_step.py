@@ -259,7 +259,7 @@ def test_compiles_whole(device: torch.device) -> None:
 
 
 def test_step_sizes_are_exact(device: torch.device) -> None:
-    """softplus of large, small and very negative inputs to a few units in the last place."""
+    """softplus of large, small and very negative inputs as far as the exponential is: its argument is rounded."""
     dt = torch.cat([torch.linspace(-80, 80, 61), torch.tensor([-1e4, 1e4])]).to(device)
     heads = len(dt)
     ones = torch.ones(1, heads, 1, device=device)
@@ -267,4 +267,4 @@ def test_step_sizes_are_exact(device: torch.device) -> None:
         state = torch.zeros(1, heads, 1, 1, device=device)
         ssd_step(state, ones, dt[None], -torch.ones(heads, device=device), ones, ones)
     want = torch.nn.functional.softplus(dt.double())
-    torch.testing.assert_close(state.double().flatten(), want, rtol=2e-6, atol=1e-37)
+    torch.testing.assert_close(state.double().flatten(), want, rtol=1e-5, atol=1e-37)

@@ -39,7 +39,9 @@ def run(op: Op, inputs: Sequence[Tensor], poison: Tensor | None = None) -> list[
     return [*(y.detach() for y in out), *torch.autograd.grad(out, inputs, outer)]
 
 
-def check(op: Op, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device, poison: Tensor | None = None) -> None:
+def check(
+    op: Op, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device, poison: Tensor | None = None
+) -> None:
     """The kernels agree with the reference in values and gradients, twice with the same bits."""
     given = [t.to(device, dtype) for t in inputs]
     poison = None if poison is None else poison.to(device)

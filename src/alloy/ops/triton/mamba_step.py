@@ -22,36 +22,45 @@ from alloy.ops.triton.ssd_step import round_to_half, step_size
 tuning.register(
     "mamba_step",
     {"BLOCK_P": 16, "TILES": 8, "num_warps": 4},
+    {"BLOCK_P": 16, "TILES": 3, "num_warps": 4},
     {"BLOCK_P": 16, "TILES": 2, "num_warps": 4},
-    {"BLOCK_P": 16, "TILES": 1, "num_warps": 1},
+    {"BLOCK_P": 16, "TILES": 8, "num_warps": 8},
 )
 
 
 @triton.jit
-def _convolve(
+def _load_channels(
     x, state, weight, bias, channels, state_channel, state_tap, mask, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """silu of the convolution of `channels` (block,) after the input x, in fp32."""
-    new = tl.load(x + channels, mask=mask, other=0.0).to(tl.float32)
-    state += channels * state_channel
+    """What the convolution of `channels` (block,) reads: a tuple of the input x, the bias, the window and the taps."""
+    new = tl.load(x + channels, mask=mask, other=0.0)
+    shift = tl.load(bias + channels, mask=mask, other=0.0) if HAS_BIAS else 0.0
+    read = (new, shift)
+    for k in tl.static_range(TAPS):
+        read += (tl.load(state + channels * state_channel + k * state_tap, mask=mask, other=0.0),)
     if TAPS == 3:
         # the taps of a channel lie in 8 or 16 bytes
-        taps = tl.load(weight + channels[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0)
-        even, odd = taps.to(tl.float32).reshape(channels.shape[0], 2, 2).split()
+        read += (tl.load(weight + channels[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0),)
+    else:
+        for k in tl.static_range(TAPS + 1):
+            read += (tl.load(weight + channels * (TAPS + 1) + k, mask=mask, other=0.0),)
+    return read
+
+
+@triton.jit
+def _convolve(read, TAPS: tl.constexpr):
+    """silu of the convolution of what `_load_channels` has read, in fp32 (block,)."""
+    out = tl.zeros_like(read[0].to(tl.float32)) + read[1]
+    if TAPS == 3:
+        even, odd = read[5].to(tl.float32).reshape(read[0].shape[0], 2, 2).split()
         first, third = even.split()
         second, last = odd.split()
-        out = last * new
-        out += first * tl.load(state, mask=mask, other=0.0).to(tl.float32)
-        out += second * tl.load(state + state_tap, mask=mask, other=0.0).to(tl.float32)
-        out += third * tl.load(state + 2 * state_tap, mask=mask, other=0.0).to(tl.float32)
+        taps = (first, second, third, last)
     else:
-        weight += channels * (TAPS + 1)
-        out = tl.load(weight + TAPS, mask=mask, other=0.0).to(tl.float32) * new
-        for k in tl.static_range(TAPS):
-            old = tl.load(state + k * state_tap, mask=mask, other=0.0).to(tl.float32)
-            out += tl.load(weight + k, mask=mask, other=0.0).to(tl.float32) * old
-    if HAS_BIAS:
-        out += tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)
+        taps = read[2 + TAPS :]
+    out += taps[TAPS].to(tl.float32) * read[0].to(tl.float32)
+    for k in tl.static_range(TAPS):
+        out += taps[k].to(tl.float32) * read[2 + k].to(tl.float32)
     return out / (1.0 + tl.exp(-out))
 
 
@@ -103,6 +112,7 @@ def _heads_kernel(
     STOCHASTIC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
     TILES: tl.constexpr,
 ):
     head = tl.program_id(1)
@@ -126,28 +136,29 @@ def _heads_kernel(
         rows = p + i * BLOCK_P
         mask = (rows < HEAD_DIM)[:, None] & real[None, :]
         tiles += (tl.load(state + rows[:, None] * state_row + n[None, :], mask=mask, other=0.0).to(tl.float32),)
-    inputs = ()
-    for i in tl.static_range(TILES):
-        rows = p + i * BLOCK_P
-        mask = (rows < HEAD_DIM) & used
-        own = head * HEAD_DIM + rows
-        inputs += (
-            _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS),
-        )
+    q = tl.program_id(0) * (TILES * BLOCK_P) + tl.arange(0, BLOCK_U)
+    mask = (q < HEAD_DIM) & used
+    own = head * HEAD_DIM + q
+    x = _load_channels(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS)
     own = inner + (head // (HEADS // GROUPS)) * WIDTH + n
-    b = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
+    b = _load_channels(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
     own += GROUPS * WIDTH
-    c = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
-    d = step_size(tl.load(projected + channels + head), tl.load(dt_bias + head), low, high, True, True)
-    d = tl.where(used, d, 0.0)
-    decay = tl.exp(d * tl.load(A + head).to(tl.float32))
+    c = _load_channels(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
+    raw = tl.load(projected + channels + head)
+    bias = tl.load(dt_bias + head)
+    rate = tl.load(A + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)
     if STOCHASTIC:
         chance = tl.load(seed)
+    b = _convolve(b, TAPS)
+    c = _convolve(c, TAPS)
+    x = tl.where(mask, _convolve(x, TAPS), 0.0)
+    d = tl.where(used, step_size(raw, bias, low, high, True, True), 0.0)
+    decay = tl.exp(d * rate)
     y += row * inner + head * HEAD_DIM
     for i in tl.static_range(TILES):
         rows = p + i * BLOCK_P
-        u = tl.where((rows < HEAD_DIM) & used, inputs[i], 0.0)
+        u = tl.gather(x, i * BLOCK_P + tl.arange(0, BLOCK_P), 0) if TILES > 1 else x
         new = tiles[i] * decay + (d * u)[:, None] * b[None, :]
         out = tl.sum(new * c[None, :], 1) + skip * u
         tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < HEAD_DIM)
@@ -271,6 +282,7 @@ def _mamba_step(
         STOCHASTIC=sr_seed is not None,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
+        BLOCK_U=triton.next_power_of_2(block_p * tiles),
         TILES=tiles,
         num_warps=config["num_warps"],
     )

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Token-expert pairs in the order of their experts: a counting sort, the rows it moves, and the sum back over tokens.
 
 A pair is (token, its j-th expert), numbered token * top_k + j. Sorted stably by expert, the pairs of expert e are the rows
@@ -17,6 +17,8 @@ from torch import Tensor
 # most programs that share a sort, pairs below which one program does it alone
 _PROGRAMS = 128
 _ALONE = 512
+# rows that a program of `gather` moves
+_ROWS = 4
 
 
 class Plan(NamedTuple):
@@ -57,7 +59,17 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
     if programs > 1:
         count_kernel[(programs,)](chosen, counts, pairs, share, **sizes)
     place_kernel[(programs,)](
-        chosen, counts, *plan, pairs, share, programs, num_experts, plan.blocks.numel(), BLOCK=block, ALIGN=align, **sizes
+        chosen,
+        counts,
+        *plan,
+        pairs,
+        share,
+        programs,
+        num_experts,
+        plan.blocks.numel(),
+        BLOCK=block,
+        ALIGN=align,
+        **sizes,
     )
     return plan
 
@@ -66,8 +78,8 @@ def gather(x: Tensor, plan: Plan, top_k: int) -> Tensor:
     """x (tokens, width) as the rows of a plan: (rows, width), zero where a row has no pair."""
     out = x.new_empty(plan.order.numel(), x.shape[1])
     width = min(1024, triton.next_power_of_2(x.shape[1]))
-    grid = (out.shape[0], triton.cdiv(out.shape[1], width))
-    gather_kernel[grid](x, plan.order, out, x.shape[1], x.stride(0), top_k, WIDTH=width)
+    grid = (triton.cdiv(out.shape[0], _ROWS), triton.cdiv(out.shape[1], width))
+    gather_kernel[grid](x, plan.order, out, *out.shape, x.stride(0), top_k, ROWS=_ROWS, WIDTH=width)
     return out
 
 
@@ -156,20 +168,20 @@ def place_kernel(
 
 
 @triton.jit
-def gather_kernel(x, order, out, width, stride_x, top_k, WIDTH: tl.constexpr):
-    """One stretch of one row."""
-    row = tl.program_id(0)
-    pair = tl.load(order + row)
-    token = (pair // top_k).to(tl.int64)
+def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """One stretch of a few rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    value = tl.load(x + token * stride_x + at, mask=(at < width) & (pair >= 0), other=0)
-    tl.store(out + row.to(tl.int64) * width + at, value, mask=at < width)
+    pair = tl.load(order + row, mask=row < rows, other=-1)
+    token = (pair // top_k).to(tl.int64)
+    inside = (at < width)[None, :]
+    value = tl.load(x + token[:, None] * stride_x + at[None, :], mask=inside & (pair >= 0)[:, None], other=0)
+    inside = inside & (row < rows)[:, None]
+    tl.store(out + row.to(tl.int64)[:, None] * width + at[None, :], value, mask=inside)
 
 
 @triton.jit
-def combine_kernel(
-    rows, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr
-):
+def combine_kernel(rows, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr):
     """One stretch of one token: its rows are read at once and summed in fp32."""
     token = tl.program_id(0)
     j = tl.arange(0, DEEP)
