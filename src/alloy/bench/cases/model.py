@@ -22,7 +22,6 @@ from alloy.losses.lm import linear_cross_entropy
 from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.configs import HybridConfig, MoEConfig
-from alloy.models.moe import Experts
 from alloy.models.paged import PagedCache, blocks_of
 from alloy.models.presets import preset
 from alloy.models.registry import build
@@ -282,22 +281,17 @@ def _transformers_step(i: Serving) -> Callable[[], object]:
 
 def _step_bytes(context: int, i: Serving) -> float:
     """Bytes that a step must move: weights once, of routed experts those that were chosen; caches read, states written."""
-    config, batch, hit = i.model.config, len(i.rows), list[int]()
-    mixers = sizes.backbone_mixers(config)
-    hooks = [
-        module.register_forward_pre_hook(lambda _, given: hit.append(given[1].unique().numel()))
-        for module in i.model.layers.modules()
-        if isinstance(module, Experts)
-    ]
+    config, batch = i.model.config, len(i.rows)
     mark = i.pool.view(i.rows).mark()
-    _call(i, i.tokens)
+    # a model in training mode tells which experts were chosen
+    with torch.inference_mode():
+        routers = i.model.train()(i.tokens, cache=i.pool.view(i.rows), logits=None).routers
+    i.model.eval()
     i.pool.view(i.rows).rollback(mark)
-    for hook in hooks:
-        hook.remove()
-    routed = [mixer for mixer in mixers if isinstance(mixer, MoEConfig)]
+    routed = [mixer for mixer in sizes.backbone_mixers(config) if isinstance(mixer, MoEConfig)]
     unused = sum(
-        (mixer.num_experts - n) * (2 + mixer.gated) * (mixer.latent or mixer.hidden) * mixer.ffn
-        for mixer, n in zip(routed, hit, strict=True)
+        int((router.counts == 0).sum()) * (2 + mixer.gated) * (mixer.latent or mixer.hidden) * mixer.ffn
+        for mixer, router in zip(routed, routers, strict=True)
     )
     # of the input embedding only a row each
     table = 0 if config.tie_embeddings else sizes.embedding_parameters(config)
