@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from alloy.bench import peers
-from alloy.bench.case import CASES, Case
+from alloy.bench.case import CASES, Case, Task
 from alloy.bench.measure import Bench, items, relative_error
 from alloy.bench.plot import draw
 from alloy.bench.result import Ceilings, Row, Run, read_run, slower
-from alloy.bench.runner import Plan, run_cases
+from alloy.bench.runner import Plan, Workers, run_cases
 from alloy.errors import DataError, ResourceError
 from tests.bench import fake
 
@@ -75,6 +75,18 @@ def test_a_case_that_cannot_go_on_says_so(imports: None) -> None:
     found, _ = run("broken", peer_names=[])
     assert [(row.label, row.status) for row in found.rows] == [("first", "ok"), ("", "error")]
     assert found.rows[1].message == "ValueError: no such shape"
+
+
+def test_a_spare_process_does_the_next_task(imports: None) -> None:
+    """With a spare the same rows come, and no process is left."""
+    with Workers(spare=True) as workers:
+        for start, expected in ((0, 2), (1, 1)):
+            lines = list(workers.lines(Task("good", "tests.bench.fake:good", "cpu", "tiny", start, peers=[])))
+            assert [key for line in lines for key in line] == ["begin", "row"] * expected
+        last = workers._spare
+        assert last is not None
+        assert last.process.poll() is None
+    assert last.process.poll() is not None
 
 
 def test_ceilings_that_fail_are_an_error(imports: None) -> None:

@@ -91,9 +91,7 @@ def test_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str]) -> No
         (["good", "--compare", "/nowhere/old.jsonl"], 2, "/nowhere/old.jsonl"),
     ],
 )
-def test_what_cannot_be_run(
-    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_run(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The message says what there is."""
     assert run(*arguments) == code
     assert message in capsys.readouterr().err

@@ -6,12 +6,14 @@ each) and "tiny" (any machine; tests of the cases themselves). Problems are plai
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    # the process that starts the others goes without torch, which takes seconds to load
+    from torch import Tensor
 
 Size = Literal["full", "quick", "tiny"]
-Outputs = Mapping[str, Tensor]
+Outputs = Mapping[str, "Tensor"]
 Run = Callable[[Any], Outputs]
 
 # |out - reference| / |reference| of 16-bit operands with fp32 accumulation (performance.md, section 4)
@@ -64,6 +66,30 @@ class Problem:
         return self.gradient_tolerance if output.startswith("d") else self.tolerance
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a worker process does.
+
+    Attributes:
+        case: name of the case; "ceilings" measures the machine.
+        target: "module:function" that yields the problems.
+        device: "cuda" or "cpu".
+        start: items to leave out, which earlier workers have done.
+        peers: peers to measure; None: all.
+        only: parts of labels: other problems are left out.
+        autotune: time the candidates of the kernels instead.
+    """
+
+    case: str
+    target: str
+    device: str
+    size: Size
+    start: int = 0
+    peers: list[str] | None = None
+    only: list[str] = field(default_factory=list[str])
+    autotune: bool = False
+
+
 class Case(NamedTuple):
     """A row of the table of cases: where its problems come from ("module:function"), the device it needs, its help line."""
 
@@ -86,4 +112,21 @@ CASES = {
     "prefill": Case("alloy.bench.cases.model:prefill", "cuda", "a prompt through the whole model"),
     "train-1b": Case("alloy.bench.cases.model:training", "cuda", "a training step of a 1.05 B hybrid"),
     "cpu": Case("alloy.bench.cases.cpu:problems", "any", "the scan and small hybrids on CPU cores"),
+}
+
+
+class Peer(NamedTuple):
+    """The module whose presence says that a peer is installed, and what it is."""
+
+    module: str
+    help: str
+
+
+PEERS = {
+    "torch": Peer("torch", "the readable reference of alloy.ops, or PyTorch's own function"),
+    "mamba-ssm": Peer("mamba_ssm", "Triton kernels of state-spaces/mamba"),
+    "causal-conv1d": Peer("causal_conv1d", "CUDA kernels of Dao-AILab/causal-conv1d"),
+    "fla": Peer("fla", "flash-linear-attention (package fla-core)"),
+    "transformers": Peer("transformers", "Hugging Face transformers"),
+    "liger": Peer("liger_kernel", "Liger kernels (package liger-kernel)"),
 }

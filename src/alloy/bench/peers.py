@@ -9,34 +9,18 @@ docs/performance.md says how to get them.
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alloy import ops
+from alloy.bench.case import PEERS
 from alloy.models.base import CausalLM
 from alloy.models.hf.config import write_config
 from alloy.models.hf.folder import model_tensors
 from alloy.models.hf.names import bare_name, hub_name
-
-
-class Peer(NamedTuple):
-    """The module whose presence says that a peer is installed, and what it is."""
-
-    module: str
-    help: str
-
-
-PEERS = {
-    "torch": Peer("torch", "the readable reference of alloy.ops, or PyTorch's own function"),
-    "mamba-ssm": Peer("mamba_ssm", "Triton kernels of state-spaces/mamba"),
-    "causal-conv1d": Peer("causal_conv1d", "CUDA kernels of Dao-AILab/causal-conv1d"),
-    "fla": Peer("fla", "flash-linear-attention (package fla-core)"),
-    "transformers": Peer("transformers", "Hugging Face transformers"),
-    "liger": Peer("liger_kernel", "Liger kernels (package liger-kernel)"),
-}
 
 
 def peer_of(label: str) -> str:
@@ -64,7 +48,7 @@ def plain(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mamba_scan(chunk: int) -> Callable[..., Tensor]:
-    """mamba-ssm's `ssd_scan` with chunks of `chunk` tokens."""
+    """As `alloy.ops.ssd_scan`, by mamba-ssm with chunks of `chunk` tokens."""
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **options: Any) -> Tensor:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -77,7 +61,7 @@ def mamba_scan(chunk: int) -> Callable[..., Tensor]:
 
 
 def fla_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, dt_bias: Tensor, **_: Any) -> Tensor:
-    """fla's gated linear attention as `ssd_scan`: it has neither groups nor dt nor D, so these are computed around it."""
+    """As `alloy.ops.ssd_scan`, by fla's gated linear attention: groups, dt and D, which it lacks, are computed around it."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     step = F.softplus(dt.float() + dt_bias)
@@ -90,7 +74,7 @@ def fla_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
 def mamba_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, dt_bias: Tensor
 ) -> Tensor:
-    """mamba-ssm's `ssd_step`."""
+    """As `alloy.ops.ssd_step`, by mamba-ssm."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     _, heads, head_dim, width = state.shape
@@ -108,35 +92,35 @@ def mamba_step(
 
 
 def cuda_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """causal-conv1d's `causal_conv1d`; channels last, as ours."""
+    """As `alloy.ops.causal_conv1d`, by causal-conv1d; channels last."""
     from causal_conv1d import causal_conv1d_fn
 
     return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
 
 
 def cuda_conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """causal-conv1d's `causal_conv1d_step`, whose state may be as short as ours."""
+    """As `alloy.ops.causal_conv1d_step`, by causal-conv1d, whose state may be as short as ours."""
     from causal_conv1d import causal_conv1d_update
 
     return causal_conv1d_update(x, state, weight, bias, activation="silu")
 
 
 def fla_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """fla's `causal_conv1d`."""
+    """As `alloy.ops.causal_conv1d`, by fla."""
     from fla.modules.causal_conv1d import causal_conv1d
 
     return causal_conv1d(x, weight, bias, activation="silu")[0]
 
 
 def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's grouped convolution as `causal_conv1d`."""
+    """As `alloy.ops.causal_conv1d`, by PyTorch's grouped convolution."""
     channels, kernel = weight.shape
     padded = F.pad(x.transpose(1, 2), (kernel - 1, 0))
     return F.silu(F.conv1d(padded, weight[:, None], bias, groups=channels)).transpose(1, 2)
 
 
 def transformers_experts(implementation: str) -> Callable[..., Tensor]:
-    """transformers' NemotronH experts: "eager", "batched_mm" or "grouped_mm"."""
+    """As `alloy.ops.moe_experts`, by transformers' NemotronH experts: "eager", "batched_mm" or "grouped_mm"."""
 
     def run(x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
         from transformers import NemotronHConfig
@@ -159,7 +143,7 @@ def transformers_experts(implementation: str) -> Callable[..., Tensor]:
 
 
 def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Liger's `linear_cross_entropy`."""
+    """As `linear_cross_entropy`, by Liger: hidden (tokens, hidden), weight (vocab, hidden), labels (tokens,)."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     function: Any = LigerFusedLinearCrossEntropyFunction
@@ -168,13 +152,13 @@ def liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -
 
 
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """`linear_cross_entropy` with all logits in fp32."""
+    """As `linear_cross_entropy` with all logits in fp32: hidden (tokens, hidden), weight (vocab, hidden), labels (tokens,)."""
     logits = hidden @ weight.T
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
 
 def liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Liger's `rms_norm`."""
+    """As `alloy.ops.rms_norm`, by Liger."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     function: Any = LigerRMSNormFunction
@@ -182,27 +166,33 @@ def liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def mamba_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    """mamba-ssm's `gated_rms_norm`."""
+    """As `alloy.ops.gated_rms_norm`, by mamba-ssm."""
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
     return rmsnorm_fn(x, weight, None, gate, eps, group_size, norm_before_gate=False)
 
 
 def transformers_model(model: CausalLM) -> Any:
-    """transformers' model of the same configuration on the same device, with copies of the same weights."""
+    """transformers' model of the same configuration on the same device, with the same tensors as weights."""
     import transformers
 
     data = write_config(model.config)
     config = transformers.CONFIG_MAPPING[data.pop("model_type")](**data)
-    with torch.device(model.embed.weight.device):
+    with torch.device("meta"):
         peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.embed.weight.dtype)
     # transformers keeps the experts of a layer in one tensor, without ".weight"
     ours = {
         bare_name(hub_name(key, model.config)).replace(".{expert}", ""): tensor.detach()
         for key, tensor in model_tensors(model, model.config).items()
     }
-    with torch.no_grad():
-        for name, tensor in peer.state_dict().items():
-            bare = bare_name(name)
-            tensor.copy_((ours[bare] if bare in ours else ours[f"{bare}.weight"]).view(tensor.shape))
+    found: dict[str, Tensor] = {}
+    for name, wanted in peer.state_dict().items():
+        bare = bare_name(name)
+        found[name] = (ours[bare] if bare in ours else ours[f"{bare}.weight"]).view(wanted.shape)
+    peer.load_state_dict(found, assign=True)
+    for module in list(peer.modules()):
+        # tables of angles are no part of a checkpoint
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            with torch.device(model.embed.weight.device):
+                module.__init__(config)
     return peer

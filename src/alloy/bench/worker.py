@@ -1,4 +1,4 @@
-"""The process that measures one case: `python -m alloy.bench.worker SPEC`, with SPEC the JSON of a `Task`.
+"""The process that measures one case: `python -m alloy.bench.worker`, which reads the JSON of a `Task` from standard input.
 
 It writes JSON lines to its standard output: {"begin": [label, name]} before an implementation is tried, its row after.
 What stops it (a crash, a poisoned device) thus loses one implementation, and another process goes on with the next.
@@ -8,37 +8,14 @@ import importlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TextIO
 
 import torch
 
 from alloy.bench.autotune import tune
-from alloy.bench.case import Problems, Size
+from alloy.bench.case import Problems, Task
 from alloy.bench.measure import Bench, ceilings, items
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker does.
-
-    Attributes:
-        case: name of the case; "ceilings" measures the machine.
-        target: "module:function" that yields the problems.
-        start: items to leave out, which earlier workers have done.
-        peers: peers to measure; None: all.
-        only: parts of labels: other problems are left out.
-        autotune: time the candidates of the kernels instead.
-    """
-
-    case: str
-    target: str
-    device: str
-    size: Size
-    start: int = 0
-    peers: list[str] | None = None
-    only: list[str] = field(default_factory=list[str])
-    autotune: bool = False
 
 
 def work(task: Task, out: TextIO) -> None:
@@ -104,10 +81,12 @@ def processor() -> str:
 
 
 def main() -> None:
-    """Keep standard output for the protocol: what libraries print goes to standard error."""
+    """Keep standard output for the protocol: what libraries print goes to standard error. No task: nothing to do."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    work(Task(**json.loads(sys.argv[1])), out)
+    line = sys.stdin.readline()
+    if line:
+        work(Task(**json.loads(line)), out)
 
 
 if __name__ == "__main__":

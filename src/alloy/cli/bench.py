@@ -1,17 +1,18 @@
 """`alloy bench`: how fast the operations and models are, beside other packages and against this machine's limits."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from alloy.bench.autotune import write_table
-from alloy.bench.case import CASES, Case, Size
-from alloy.bench.peers import PEERS, version
+from alloy.bench.case import CASES, PEERS, Case, Size
 from alloy.bench.result import OURS, Row, Run, read_run, slower
 from alloy.bench.runner import Plan, run_cases, tune_cases
 from alloy.errors import AlloyError, InterruptedRun, RecipeError, ResourceError
+
+_STARTED = time.monotonic()
 
 
 def bench(
@@ -96,6 +97,8 @@ def _peers(names: list[str], none: bool, quick: bool) -> list[str] | None:
 
 
 def _autotune(plan: Plan) -> None:
+    from alloy.bench.autotune import write_table
+
     found = tune_cases(plan, _progress)
     if not found:
         raise ResourceError("no kernel of these cases has candidates on this machine")
@@ -103,6 +106,8 @@ def _autotune(plan: Plan) -> None:
 
 
 def _list() -> None:
+    from alloy.bench.peers import version
+
     for name, case in CASES.items():
         typer.echo(f"{name:<11}{case.help}{' (CUDA)' if case.device == 'cuda' else ''}")
     typer.echo("\npeers")
@@ -111,7 +116,7 @@ def _list() -> None:
 
 
 def _progress(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"[{time.monotonic() - _STARTED:6.1f}] {line}\n")
     sys.stderr.flush()
 
 

@@ -5,7 +5,7 @@ values of the context, states and convolution inputs read and written); of a pro
 `models.sizes`, in training three times. Keys, values and states are random: their size counts, not what they say.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,6 @@ from alloy.losses.lm import linear_cross_entropy
 from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.configs import HybridConfig, MoEConfig
-from alloy.models.moe import Experts
 from alloy.models.paged import PagedCache, blocks_of
 from alloy.models.presets import preset
 from alloy.models.registry import build
@@ -87,6 +86,8 @@ class Serving:
     tokens: Tensor
     graphs: DecodeGraphs | None = None
     started: bool = False
+    # a step of transformers' model
+    peer: Callable[[], object] | None = None
 
 
 @dataclass
@@ -113,6 +114,7 @@ def decode(size: Size) -> Iterator[Problem]:
             _decode,
             _decode_plainly,
             bytes=partial(_step_bytes, context),
+            peers={"transformers": _decode_transformers},
             flops=batch * sizes.flops_per_token(config, context, causal_mean=False),
             tolerance=DEEP,
             tokens=batch,
@@ -240,24 +242,56 @@ def _call(i: Serving, tokens: Tensor) -> Outputs:
     return {"logits": logits}
 
 
+def _decode_transformers(i: Serving) -> Outputs:
+    """One step of transformers' model with its static cache, captured where there is a GPU.
+
+    That cache attends to every place it has, so that a short prompt costs what a full context does. The states are not
+    ours, hence no outputs.
+    """
+    if i.peer is None:
+        i.peer = _transformers_step(i)
+    i.peer()
+    return {}
+
+
+@torch.inference_mode()
+def _transformers_step(i: Serving) -> Callable[[], object]:
+    from transformers import StaticCache
+
+    peer, tokens = peers.transformers_model(i.model).eval(), i.tokens.clone()
+    held = StaticCache(config=peer.config, max_cache_len=i.pool.max_tokens)
+    peer(input_ids=tokens.expand(-1, 4), past_key_values=held, use_cache=True)
+
+    def step() -> object:
+        with torch.inference_mode():
+            return peer(input_ids=tokens, past_key_values=held, use_cache=True).logits
+
+    if tokens.device.type == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def _step_bytes(context: int, i: Serving) -> float:
     """Bytes that a step must move: weights once, of routed experts those that were chosen; caches read, states written."""
-    config, batch, hit = i.model.config, len(i.rows), list[int]()
-    mixers = sizes.backbone_mixers(config)
-    hooks = [
-        module.register_forward_pre_hook(lambda _, given: hit.append(given[1].unique().numel()))
-        for module in i.model.layers.modules()
-        if isinstance(module, Experts)
-    ]
+    config, batch = i.model.config, len(i.rows)
     mark = i.pool.view(i.rows).mark()
-    _call(i, i.tokens)
+    # a model in training mode tells which experts were chosen
+    with torch.inference_mode():
+        routers = i.model.train()(i.tokens, cache=i.pool.view(i.rows), logits=None).routers
+    i.model.eval()
     i.pool.view(i.rows).rollback(mark)
-    for hook in hooks:
-        hook.remove()
-    routed = [mixer for mixer in mixers if isinstance(mixer, MoEConfig)]
+    routed = [mixer for mixer in sizes.backbone_mixers(config) if isinstance(mixer, MoEConfig)]
     unused = sum(
-        (mixer.num_experts - n) * (2 + mixer.gated) * (mixer.latent or mixer.hidden) * mixer.ffn
-        for mixer, n in zip(routed, hit, strict=True)
+        int((router.counts == 0).sum()) * (2 + mixer.gated) * (mixer.latent or mixer.hidden) * mixer.ffn
+        for mixer, router in zip(routed, routers, strict=True)
     )
     # of the input embedding only a row each
     table = 0 if config.tie_embeddings else sizes.embedding_parameters(config)
@@ -290,6 +324,7 @@ def _plain_prompt(chunk: int, i: Serving) -> Outputs:
 
 
 def draw_training(config: Any, dtype: torch.dtype, precision: Precision, rows: int, seq: int) -> Training:
+    """A new model, its optimizer, and random tokens."""
     model = build(config, torch.get_default_device(), dtype).train()
     tokens = torch.randint(0, config.vocab, (rows, seq + 1))
     return Training(model, Optimizers(model, "adamw", lr=1e-4), tokens, precision)
