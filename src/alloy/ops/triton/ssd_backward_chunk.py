@@ -128,6 +128,7 @@ def _tokens(
     written = begin + own < seq
     real = begin + own < length
     visible = own[:, None] <= own[None, :]
+    same = own[:, None] == own[None, :]
     if HAS_DOCUMENTS:
         segments_ptr += batch * padded + begin
         segment = tl.load(segments_ptr + own)
@@ -163,41 +164,33 @@ def _tokens(
         inner = tl.dot(x0, tl.trans(y0), input_precision=PRECISION)
         if P1 > 0:
             inner = tl.dot(x1, tl.trans(y1), inner, input_precision=PRECISION)
-        inner *= d[:, None]
+        if HAS_D:
+            tl.store(vectors_at + 4 * vector, tl.sum(tl.where(same, inner, 0.0), 1))
         # never positive; what is not visible is masked in `product` and, after the loop, in `crossed`
         decay = tl.exp2(tl.minimum(logs[None, :] - logs[:, None], 0.0))
-        crossed += inner * decay
-        mixed = (product * decay).to(kind)
-        # of the rounded numbers, as in x . g: the gradient of l is a difference of the two, in which most of them cancel
-        tl.store(vectors_at + vector, tl.sum(inner * mixed, 0))
-
-        # the two dots are not added before they are scaled: dots in a row get other layouts, which cost conversions
-        scale = d * onto
-        far0 = tl.dot(b, tl.trans(g0), input_precision=PRECISION)
-        near0 = tl.dot(mixed, y0, input_precision=PRECISION)
-        given = tl.sum(far0 * x0, 1)
-        kept = tl.sum(near0 * x0, 1)
-        grad0 = far0 * scale[:, None] + near0 * d[:, None]
+        inner *= decay
+        crossed += inner * d[:, None]
+        decay *= product
+        # the gradient of l is a difference of these two sums, in which most terms cancel: they must be of the same numbers
+        inner *= product
+        tl.store(vectors_at + 3 * vector, tl.sum(inner, 1))
+        tl.store(vectors_at + vector, tl.sum(inner * d[:, None], 0))
+        mixed = decay * d[:, None]
         if HAS_D:
-            skip = tl.load(D_ptr + head).to(tl.float32)
-            grad0 += skip * y0
-            skipped = tl.sum(x0.to(tl.float32) * y0, 1)
+            mixed = tl.where(same, mixed + tl.load(D_ptr + head).to(tl.float32), mixed)
+        mixed = mixed.to(kind)
+
         at = dx_ptr + head * HEAD_DIM + own[:, None] * (heads * HEAD_DIM)
+        grad0 = tl.dot(b, tl.trans(g0), input_precision=PRECISION) * onto[:, None]
+        given = tl.sum(grad0 * x0, 1)
+        grad0 = tl.dot(mixed, y0, grad0 * d[:, None], input_precision=PRECISION)
         tl.store(at + q0[None, :], grad0.to(kind), mask=written[:, None] & (q0 < HEAD_DIM)[None, :])
         if P1 > 0:
-            far1 = tl.dot(b, tl.trans(g1), input_precision=PRECISION)
-            near1 = tl.dot(mixed, y1, input_precision=PRECISION)
-            given += tl.sum(far1 * x1, 1)
-            kept += tl.sum(near1 * x1, 1)
-            grad1 = far1 * scale[:, None] + near1 * d[:, None]
-            if HAS_D:
-                grad1 += skip * y1
-                skipped += tl.sum(x1.to(tl.float32) * y1, 1)
+            grad1 = tl.dot(b, tl.trans(g1), input_precision=PRECISION) * onto[:, None]
+            given += tl.sum(grad1 * x1, 1)
+            grad1 = tl.dot(mixed, y1, grad1 * d[:, None], input_precision=PRECISION)
             tl.store(at + q1[None, :], grad1.to(kind), mask=written[:, None] & (q1 < HEAD_DIM)[None, :])
-        tl.store(vectors_at + 2 * vector, given * onto)
-        tl.store(vectors_at + 3 * vector, kept)
-        if HAS_D:
-            tl.store(vectors_at + 4 * vector, skipped)
+        tl.store(vectors_at + 2 * vector, given)
     out = crossed_ptr + ((batch * tl.num_programs(1) + place) * tl.num_programs(0) + tl.program_id(0)) * CHUNK * CHUNK
     tl.store(out + own[:, None] * CHUNK + own[None, :], tl.where(visible, crossed, 0.0).to(kind))
 
@@ -265,7 +258,9 @@ def _sums(
         read = tl.sum(tl.dot(c, tl.trans(s0), input_precision=PRECISION) * y0, 1)
         db = tl.dot((x0 * onto[:, None]).to(kind), g0, db, input_precision=PRECISION)
         flow_at = flow_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * (P0 + P1)
-        tl.store(flow_at + q0, tl.sum(s0.to(tl.float32) * g0.to(tl.float32), 1))
+        # the diagonal of S G^T: a product of matrices that stay in shared memory
+        across = tl.dot(s0, tl.trans(g0), input_precision=PRECISION)
+        tl.store(flow_at + q0, tl.sum(tl.where(q0[:, None] == q0[None, :], across, 0.0), 1))
         if P1 > 0:
             dc = tl.dot((y1 * into[:, None]).to(kind), s1, dc, input_precision=PRECISION)
             read += tl.sum(tl.dot(c, tl.trans(s1), input_precision=PRECISION) * y1, 1)
