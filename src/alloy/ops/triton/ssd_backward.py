@@ -22,15 +22,15 @@ PROGRAMS = 256
 # heads that one program walks; more of them share a group's sums over heads, fewer fill the machine with less scratch
 HEADS = 16
 
-# chunk: tokens of a chunk; tile, warps, stages: of the kernels that carry states; block_*: of the kernel inside chunks
+# chunk: tokens of a chunk; tile, warps, stages: of the kernels that carry states; token_*, sum_*: of those inside chunks
 tuning.register(
     "ssd_scan_backward",
-    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "block_warps": 8, "block_stages": 1},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 2},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 1},
-    {"chunk": 64, "tile": 128, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 2},
-    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "block_warps": 8, "block_stages": 3},
-)
+    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "token_warps": 4, "token_stages": 3, "sum_warps": 4, "sum_stages": 1},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 4, "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+    {"chunk": 128, "tile": 64, "warps": 4, "stages": 3, "token_warps": 8, "token_stages": 2, "sum_warps": 8, "sum_stages": 2},
+    {"chunk": 128, "tile": 128, "warps": 8, "stages": 3, "token_warps": 8, "token_stages": 3, "sum_warps": 8, "sum_stages": 3},
+)  # fmt: skip
 
 
 def backward(

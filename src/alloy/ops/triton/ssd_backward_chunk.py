@@ -8,9 +8,10 @@ Legend as in `alloy.ops.ssd`, and for tokens i >= j of one chunk of one head (pe
     dx_j = d_j g_j + D dy_j
     dB_j = sum_heads F_j d_j G^T x_j + sum_i Z_ji C_i       Z_ji = sum_heads K_ji L_ji d_j
     dC_i = sum_heads E_i S^T dy_i + sum_j Z_ji B_j
-One program walks heads of a group over one chunk: P stays on chip, and so do dB, dC and Z until their sums are complete.
-For the gradients of d and l it leaves `Shares` to `ssd_backward_step`.
-Matrices over two tokens are kept as [j, i] alone, so that no accumulator is transposed for a second product.
+A program walks heads of a group over one chunk, so that sums over heads stay on chip until they are complete: `_tokens` keeps P
+and Z and writes dx and Z, `_sums` keeps dB and dC and adds Z's part at the end. Together they would not fit the registers.
+Matrices over two tokens are kept as [j, i] alone: no accumulator is transposed for a second product.
+For the gradients of d and l both leave `Shares` to `ssd_backward_step`.
 """
 
 from typing import NamedTuple
@@ -58,27 +59,35 @@ def gradients(
         dB: like B, contiguous
         dC: like C, contiguous
         parts: programs that share a group's heads
-        config: `chunk`, `block_warps`, `block_stages`
+        config: `chunk`, `token_warps`, `token_stages`, `sum_warps`, `sum_stages`
     """
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
     chunk, chunks = config["chunk"], before.shape[1]
     begin, end = first * chunk, min((first + chunks) * chunk, seq)
-    p0, p1 = tiles(head_dim)
     outs = (dB[:, begin:end], dC[:, begin:end])
     if parts > 1:
         parted = [x.new_empty(parts, *t.shape, dtype=torch.float32) for t in outs]
     else:
         parted = [t[None] for t in outs]
+    p0, p1 = tiles(head_dim)
     vectors = x.new_empty(5, batch, heads, chunks * chunk, dtype=torch.float32)
     flow = x.new_empty(batch, heads, chunks, p0 + p1, dtype=torch.float32)
-    _gradients[(groups * parts, chunks, batch)](
-        dy, x, B, C, D, prep.d, prep.logs, prep.segments, prep.lengths, before, after, dx, *parted, vectors, flow,
-        seq, prep.d.shape[2], heads, groups, first, heads // (groups * parts),
-        *dy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *parted[0].stride()[:2], vectors.stride(0),
-        HEAD_DIM=head_dim, STATE=state, HAS_D=D is not None, HAS_DOCUMENTS=prep.segments is not None,
-        CHUNK=chunk, P0=p0, P1=p1, N=max(16, triton.next_power_of_2(state)), PARTS=parts, PRECISION=precision(x),
-        STAGES=config["block_stages"], num_warps=config["block_warps"],
+    crossed = x.new_empty(batch, chunks, groups * parts, chunk, chunk)
+    grid = (groups * parts, chunks, batch)
+    sizes = (seq, prep.d.shape[2], heads, groups, first, heads // (groups * parts))
+    strides = (*dy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3])
+    settings = {
+        "HEAD_DIM": head_dim, "STATE": state, "HAS_DOCUMENTS": prep.segments is not None, "CHUNK": chunk, "P0": p0, "P1": p1,
+        "N": max(16, triton.next_power_of_2(state)), "PARTS": parts, "PRECISION": precision(x),
+    }  # fmt: skip
+    _tokens[grid](
+        dy, x, B, C, D, *prep, after, dx, crossed, vectors, *sizes, *strides, vectors.stride(0),
+        **settings, HAS_D=D is not None, STAGES=config["token_stages"], num_warps=config["token_warps"],
+    )  # fmt: skip
+    _sums[grid](
+        dy, x, B, C, *prep, before, after, crossed, *parted, vectors, flow, *sizes, *strides, *parted[0].stride()[:2],
+        **settings, STAGES=config["sum_stages"], num_warps=config["sum_warps"],
     )  # fmt: skip
     if parts > 1:
         for out, shares in zip(outs, parted, strict=True):
@@ -96,19 +105,17 @@ def _state(ptr, p, n, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, EXACT_P: tl.c
 
 
 @triton.jit
-def _gradients(
-    dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, before_ptr, after_ptr,
-    dx_ptr, dB_ptr, dC_ptr, vectors_ptr, flow_ptr, seq, padded, heads, groups, first, share,
-    dy_batch, dy_token, dy_head, x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group,
-    out_part, out_batch, vector,
+def _tokens(
+    dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, after_ptr,
+    dx_ptr, crossed_ptr, vectors_ptr, seq, padded, heads, groups, first, share,
+    dy_batch, dy_token, dy_head, x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, vector,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, `share` heads of a group; grid (groups * parts, chunks of the segment, batch)."""
-    group, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    """dx and Z of one chunk, `share` heads of a group; grid (groups * parts, chunks of the segment, batch)."""
+    group = tl.program_id(0) // PARTS
     place, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    chunk = first + place
-    begin = (chunk * CHUNK).to(tl.int64)
+    begin = ((first + place) * CHUNK).to(tl.int64)
     own, n = tl.arange(0, CHUNK), tl.arange(0, N)
     q0, q1 = tl.arange(0, P0), P0 + tl.arange(0, P1 if P1 > 0 else 16)
     exact: tl.constexpr = P0 + P1 == HEAD_DIM
@@ -121,17 +128,104 @@ def _gradients(
     written = begin + own < seq
     real = begin + own < length
     visible = own[:, None] <= own[None, :]
+    same = own[:, None] == own[None, :]
     if HAS_DOCUMENTS:
         segments_ptr += batch * padded + begin
         segment = tl.load(segments_ptr + own)
         final = tl.load(segments_ptr + CHUNK - 1)
         visible = visible & (segment[:, None] == segment[None, :])
-    B_ptr += batch * B_batch + begin * B_token + group * B_group
-    C_ptr += batch * C_batch + begin * C_token + group * C_group
-    b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
-    c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
+    b = rows(B_ptr + batch * B_batch + begin * B_token + group * B_group, own, B_token, real, n, STATE, exact_n).to(kind)
+    c = rows(C_ptr + batch * C_batch + begin * C_token + group * C_group, own, C_token, real, n, STATE, exact_n).to(kind)
     product = tl.where(visible, tl.dot(b, tl.trans(c), input_precision=PRECISION), 0.0)
     crossed = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
+    dy_ptr += batch * dy_batch + begin * dy_token
+    x_ptr += batch * x_batch + begin * x_token
+    d_ptr += batch * heads * padded + begin
+    logs_ptr += batch * heads * padded + begin
+    after_ptr += (batch * tl.num_programs(1) + place) * heads * (HEAD_DIM * STATE)
+    dx_ptr += (batch * seq + begin) * heads * HEAD_DIM
+    for step in tl.range(0, share, num_stages=STAGES):
+        head = tl.program_id(0) * share + step
+        x_at, dy_at = x_ptr + head.to(tl.int64) * x_head, dy_ptr + head.to(tl.int64) * dy_head
+        x0 = rows(x_at, own, x_token, real, q0, HEAD_DIM, exact0)
+        y0 = rows(dy_at, own, dy_token, real, q0, HEAD_DIM, exact0).to(kind)
+        g0 = _state(after_ptr + head * (HEAD_DIM * STATE), q0, n, HEAD_DIM, STATE, exact0, exact_n)
+        if P1 > 0:
+            x1 = rows(x_at, own, x_token, real, q1, HEAD_DIM, exact)
+            y1 = rows(dy_at, own, dy_token, real, q1, HEAD_DIM, exact).to(kind)
+            g1 = _state(after_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
+        d = tl.load(d_ptr + head.to(tl.int64) * padded + own)
+        logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own) * LOG2_E
+        onto = tl.exp2(tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1) * LOG2_E - logs)
+        if HAS_DOCUMENTS:
+            onto = tl.where(segment == final, onto, 0.0)
+        vectors_at = vectors_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * CHUNK + own
+
+        inner = tl.dot(x0, tl.trans(y0), input_precision=PRECISION)
+        if P1 > 0:
+            inner = tl.dot(x1, tl.trans(y1), inner, input_precision=PRECISION)
+        if HAS_D:
+            tl.store(vectors_at + 4 * vector, tl.sum(tl.where(same, inner, 0.0), 1))
+        # never positive; what is not visible is masked in `product` and, after the loop, in `crossed`
+        decay = tl.exp2(tl.minimum(logs[None, :] - logs[:, None], 0.0))
+        inner *= decay
+        crossed += inner * d[:, None]
+        decay *= product
+        # the gradient of l is a difference of these two sums, in which most terms cancel: they must be of the same numbers
+        inner *= product
+        tl.store(vectors_at + 3 * vector, tl.sum(inner, 1))
+        tl.store(vectors_at + vector, tl.sum(inner * d[:, None], 0))
+        mixed = decay * d[:, None]
+        if HAS_D:
+            mixed = tl.where(same, mixed + tl.load(D_ptr + head).to(tl.float32), mixed)
+        mixed = mixed.to(kind)
+
+        at = dx_ptr + head * HEAD_DIM + own[:, None] * (heads * HEAD_DIM)
+        grad0 = tl.dot(b, tl.trans(g0), input_precision=PRECISION) * onto[:, None]
+        given = tl.sum(grad0 * x0, 1)
+        grad0 = tl.dot(mixed, y0, grad0 * d[:, None], input_precision=PRECISION)
+        tl.store(at + q0[None, :], grad0.to(kind), mask=written[:, None] & (q0 < HEAD_DIM)[None, :])
+        if P1 > 0:
+            grad1 = tl.dot(b, tl.trans(g1), input_precision=PRECISION) * onto[:, None]
+            given += tl.sum(grad1 * x1, 1)
+            grad1 = tl.dot(mixed, y1, grad1 * d[:, None], input_precision=PRECISION)
+            tl.store(at + q1[None, :], grad1.to(kind), mask=written[:, None] & (q1 < HEAD_DIM)[None, :])
+        tl.store(vectors_at + 2 * vector, given)
+    out = crossed_ptr + ((batch * tl.num_programs(1) + place) * tl.num_programs(0) + tl.program_id(0)) * CHUNK * CHUNK
+    tl.store(out + own[:, None] * CHUNK + own[None, :], tl.where(visible, crossed, 0.0).to(kind))
+
+
+@triton.jit
+def _sums(
+    dy_ptr, x_ptr, B_ptr, C_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, before_ptr, after_ptr, crossed_ptr,
+    dB_ptr, dC_ptr, vectors_ptr, flow_ptr, seq, padded, heads, groups, first, share,
+    dy_batch, dy_token, dy_head, x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group,
+    out_part, out_batch,
+    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB and dC of one chunk, summed over `share` heads of a group; grid (groups * parts, chunks of the segment, batch)."""
+    group, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    place, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = ((first + place) * CHUNK).to(tl.int64)
+    own, n = tl.arange(0, CHUNK), tl.arange(0, N)
+    q0, q1 = tl.arange(0, P0), P0 + tl.arange(0, P1 if P1 > 0 else 16)
+    exact: tl.constexpr = P0 + P1 == HEAD_DIM
+    exact0: tl.constexpr = exact or P1 > 0
+    exact_n: tl.constexpr = N == STATE
+    kind = x_ptr.dtype.element_ty
+    length = seq
+    if HAS_DOCUMENTS:
+        length = tl.load(lengths_ptr + batch)
+    written = begin + own < seq
+    real = begin + own < length
+    if HAS_DOCUMENTS:
+        segments_ptr += batch * padded + begin
+        segment = tl.load(segments_ptr + own)
+        final = tl.load(segments_ptr + CHUNK - 1)
+    B_ptr += batch * B_batch + begin * B_token + group * B_group
+    C_ptr += batch * C_batch + begin * C_token + group * C_group
+    c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
     db = tl.zeros((CHUNK, N), dtype=tl.float32)
     dc = tl.zeros((CHUNK, N), dtype=tl.float32)
     dy_ptr += batch * dy_batch + begin * dy_token
@@ -139,88 +233,45 @@ def _gradients(
     d_ptr += batch * heads * padded + begin
     logs_ptr += batch * heads * padded + begin
     states = (batch * tl.num_programs(1) + place) * heads * (HEAD_DIM * STATE)
-    dx_ptr += (batch * seq + begin) * heads * HEAD_DIM
     for step in tl.range(0, share, num_stages=STAGES):
-        head = (group * PARTS + part) * share + step
+        head = tl.program_id(0) * share + step
         x_at, dy_at = x_ptr + head.to(tl.int64) * x_head, dy_ptr + head.to(tl.int64) * dy_head
         before_at = before_ptr + states + head * (HEAD_DIM * STATE)
         after_at = after_ptr + states + head * (HEAD_DIM * STATE)
-        x0 = rows(x_at, own, x_token, real, q0, HEAD_DIM, exact0)
-        y0 = rows(dy_at, own, dy_token, real, q0, HEAD_DIM, exact0).to(kind)
+        y0 = rows(dy_at, own, dy_token, real, q0, HEAD_DIM, exact0)
         s0 = _state(before_at, q0, n, HEAD_DIM, STATE, exact0, exact_n)
+        x0 = rows(x_at, own, x_token, real, q0, HEAD_DIM, exact0)
         g0 = _state(after_at, q0, n, HEAD_DIM, STATE, exact0, exact_n)
         if P1 > 0:
-            x1 = rows(x_at, own, x_token, real, q1, HEAD_DIM, exact)
-            y1 = rows(dy_at, own, dy_token, real, q1, HEAD_DIM, exact).to(kind)
+            y1 = rows(dy_at, own, dy_token, real, q1, HEAD_DIM, exact)
             s1 = _state(before_at, q1, n, HEAD_DIM, STATE, exact, exact_n)
+            x1 = rows(x_at, own, x_token, real, q1, HEAD_DIM, exact)
             g1 = _state(after_at, q1, n, HEAD_DIM, STATE, exact, exact_n)
-        d = tl.load(d_ptr + head.to(tl.int64) * padded + own)
         logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own) * LOG2_E
         total = tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1) * LOG2_E
-        into, onto = tl.exp2(logs), tl.exp2(total - logs)
+        into = tl.exp2(logs)
+        onto = tl.exp2(total - logs) * tl.load(d_ptr + head.to(tl.int64) * padded + own)
         if HAS_DOCUMENTS:
             into = tl.where(segment == 0, into, 0.0)
             onto = tl.where(segment == final, onto, 0.0)
-        # never positive; what is not visible is masked in `product` and, after the loop, in `crossed`
-        decay = tl.exp2(tl.minimum(logs[None, :] - logs[:, None], 0.0))
-        vectors_at = vectors_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * CHUNK + own
-        flow_at = flow_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * (P0 + P1)
-
-        # what the state before the chunk gave
         dc = tl.dot((y0 * into[:, None]).to(kind), s0, dc, input_precision=PRECISION)
         read = tl.sum(tl.dot(c, tl.trans(s0), input_precision=PRECISION) * y0, 1)
-        tl.store(flow_at + q0, tl.sum(s0.to(tl.float32) * g0.to(tl.float32), 1))
+        db = tl.dot((x0 * onto[:, None]).to(kind), g0, db, input_precision=PRECISION)
+        flow_at = flow_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * (P0 + P1)
+        # the diagonal of S G^T: a product of matrices that stay in shared memory
+        across = tl.dot(s0, tl.trans(g0), input_precision=PRECISION)
+        tl.store(flow_at + q0, tl.sum(tl.where(q0[:, None] == q0[None, :], across, 0.0), 1))
         if P1 > 0:
             dc = tl.dot((y1 * into[:, None]).to(kind), s1, dc, input_precision=PRECISION)
             read += tl.sum(tl.dot(c, tl.trans(s1), input_precision=PRECISION) * y1, 1)
+            db = tl.dot((x1 * onto[:, None]).to(kind), g1, db, input_precision=PRECISION)
             tl.store(flow_at + q1, tl.sum(s1.to(tl.float32) * g1.to(tl.float32), 1))
-        tl.store(vectors_at, read * into)
-
-        # what tokens of the chunk gave each other
-        inner = tl.dot(x0, tl.trans(y0), input_precision=PRECISION)
-        if P1 > 0:
-            inner = tl.dot(x1, tl.trans(y1), inner, input_precision=PRECISION)
-        inner *= d[:, None]
-        crossed += inner * decay
-        mixed = (product * decay).to(kind)
-        # of the rounded numbers, as in x . g: the gradient of l is a difference of the two, in which most of them cancel
-        tl.store(vectors_at + vector, tl.sum(inner * mixed, 0))
-
-        # what the chunk gives to the state behind it, and g
-        scale = d * onto
-        db = tl.dot((x0 * scale[:, None]).to(kind), g0, db, input_precision=PRECISION)
-        # the two dots are not added before they are scaled: Triton gives dots in a row to half of the warps each
-        far0 = tl.dot(b, tl.trans(g0), input_precision=PRECISION)
-        near0 = tl.dot(mixed, y0, input_precision=PRECISION)
-        given = tl.sum(far0 * x0, 1)
-        kept = tl.sum(near0 * x0, 1)
-        grad0 = far0 * scale[:, None] + near0 * d[:, None]
-        if HAS_D:
-            skip = tl.load(D_ptr + head).to(tl.float32)
-            grad0 += skip * y0
-            skipped = tl.sum(x0.to(tl.float32) * y0, 1)
-        at = dx_ptr + head * HEAD_DIM + own[:, None] * (heads * HEAD_DIM)
-        tl.store(at + q0[None, :], grad0.to(kind), mask=written[:, None] & (q0 < HEAD_DIM)[None, :])
-        if P1 > 0:
-            db = tl.dot((x1 * scale[:, None]).to(kind), g1, db, input_precision=PRECISION)
-            far1 = tl.dot(b, tl.trans(g1), input_precision=PRECISION)
-            near1 = tl.dot(mixed, y1, input_precision=PRECISION)
-            given += tl.sum(far1 * x1, 1)
-            kept += tl.sum(near1 * x1, 1)
-            grad1 = far1 * scale[:, None] + near1 * d[:, None]
-            if HAS_D:
-                grad1 += skip * y1
-                skipped += tl.sum(x1.to(tl.float32) * y1, 1)
-            tl.store(at + q1[None, :], grad1.to(kind), mask=written[:, None] & (q1 < HEAD_DIM)[None, :])
-        tl.store(vectors_at + 2 * vector, given * onto)
-        tl.store(vectors_at + 3 * vector, kept)
-        if HAS_D:
-            tl.store(vectors_at + 4 * vector, skipped)
-
-    # what the group's heads share
-    crossed = tl.where(visible, crossed, 0.0).to(kind)
+        tl.store(vectors_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * CHUNK + own, read * into)
+    crossed_ptr += ((batch * tl.num_programs(1) + place) * tl.num_programs(0) + tl.program_id(0)) * CHUNK * CHUNK
+    crossed = tl.load(crossed_ptr + own[:, None] * CHUNK + own[None, :])
+    b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
     db = tl.dot(crossed, c, db, input_precision=PRECISION)
-    dc += tl.trans(tl.dot(tl.trans(b), crossed, input_precision=PRECISION))
+    dc = tl.dot(tl.trans(crossed), b, dc, input_precision=PRECISION)
     out = part * out_part + batch * out_batch + place.to(tl.int64) * CHUNK * groups * STATE + group * STATE
     out += own[:, None] * (groups * STATE) + n[None, :]
     mask = written[:, None] & (n < STATE)[None, :]
