@@ -18,19 +18,19 @@ FEW_TOKENS = 4
 
 tuning.register(
     "moe_pairs_up",
+    {"BN": 8, "BK": 256, "num_warps": 4},
     {"BN": 8, "BK": 512, "num_warps": 4},
     {"BN": 4, "BK": 512, "num_warps": 4},
-    {"BN": 8, "BK": 256, "num_warps": 4},
-    {"BN": 4, "BK": 1024, "num_warps": 4},
+    {"BN": 8, "BK": 512, "num_warps": 8},
+    {"BN": 16, "BK": 128, "num_warps": 4},
 )
 tuning.register(
     "moe_pairs_down",
-    {"BN": 4, "BK": 256, "UNROLL": 1, "num_warps": 4},
-    {"BN": 4, "BK": 256, "UNROLL": 2, "num_warps": 4},
-    {"BN": 4, "BK": 512, "UNROLL": 1, "num_warps": 4},
-    {"BN": 2, "BK": 512, "UNROLL": 2, "num_warps": 4},
-    {"BN": 4, "BK": 512, "UNROLL": 2, "num_warps": 8},
-    {"BN": 8, "BK": 256, "UNROLL": 1, "num_warps": 4},
+    {"BN": 4, "BK": 512, "num_warps": 4},
+    {"BN": 4, "BK": 256, "num_warps": 4},
+    {"BN": 4, "BK": 1024, "num_warps": 4},
+    {"BN": 8, "BK": 512, "num_warps": 4},
+    {"BN": 2, "BK": 1024, "num_warps": 4},
 )
 
 
@@ -124,16 +124,6 @@ def pairs_down(
     return out
 
 
-def few_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x (tokens, width) weight^T (experts, width) in fp32, for few tokens: (tokens, experts)."""
-    experts, width = weight.shape
-    out = torch.empty(x.shape[0], experts, dtype=torch.float32, device=x.device)
-    few_logits_kernel[(experts, x.shape[0])](
-        x, weight, out, x.stride(0), weight.stride(0), experts, D=width, BK=min(1024, triton.next_power_of_2(width))
-    )
-    return out
-
-
 @triton.jit
 def pairs_up_kernel(
     x,
@@ -215,13 +205,12 @@ def pairs_down_kernel(
     PARTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """BN outputs of one token; the loads of a step are of all its experts, the shared one cut in `PARTS`."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN, BK), tl.float32)
-    for k in tl.range(0, F, BK, loop_unroll_factor=UNROLL):
+    for k in range(0, F, BK):
         at = k + tl.arange(0, BK)
         inside = (n < D)[:, None] & (at < F)[None, :]
         for j in tl.static_range(TOP_K):
@@ -239,16 +228,3 @@ def pairs_down_kernel(
             loaded = tl.load(matrix, mask=inside_shared, other=0, eviction_policy="evict_first")
             acc += loaded.to(tl.float32) * value[None, :]
     tl.store(out + token * D + n, tl.sum(acc, 1).to(out.dtype.element_ty), mask=n < D)
-
-
-@triton.jit
-def few_logits_kernel(x, weight, out, stride_x, stride_weight, experts, D: tl.constexpr, BK: tl.constexpr):
-    """One expert's logit of one token."""
-    expert = tl.program_id(0)
-    token = tl.program_id(1)
-    acc = tl.zeros((BK,), tl.float32)
-    for k in tl.static_range(0, D, BK):
-        at = k + tl.arange(0, BK)
-        value = tl.load(x + token * stride_x + at, mask=at < D, other=0).to(tl.float32)
-        acc += value * tl.load(weight + expert * stride_weight + at, mask=at < D, other=0).to(tl.float32)
-    tl.store(out + token * experts + expert, tl.sum(acc, 0))
