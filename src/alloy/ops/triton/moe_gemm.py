@@ -55,20 +55,20 @@ def block_rows(pairs: int, num_experts: int, dtype: torch.dtype) -> int:
 
 
 def uses_library(pairs: int, num_experts: int, x: Tensor) -> bool:
-    """Whether products other than `up_product` are PyTorch's own."""
+    """Whether products other than `up_product` of x (tokens, width) are PyTorch's own."""
     enough = pairs >= _LIBRARY_ROWS * num_experts
     return enough and x.dtype == torch.bfloat16 and x.is_cuda and tuning.arch() == "sm_90"
 
 
 def align_rows(pairs: int, num_experts: int, x: Tensor) -> int:
-    """What an expert's share of the rows is a multiple of where there will be a backward: a step of `weight_gradient`."""
+    """What an expert's share of the rows of x (tokens, width) is a multiple of, for `weight_gradient`: its step."""
     if uses_library(pairs, num_experts, x):
         return 1
     return 16 if x.dtype == torch.float32 else 64
 
 
 def gemm_config(plan_block: int, x: Tensor, shape: tuple[int, int], use: str) -> dict[str, int]:
-    """The configuration of a product with matrices of `shape` (outputs, inputs) in blocks of `plan_block`."""
+    """The configuration of a product of x's kind (any shape) with matrices of `shape` (outputs, inputs)."""
     op = "moe_gemm_fp32" if x.dtype == torch.float32 else f"moe_gemm_{plan_block}"
     config = dict(tuning.pick(op, f"{use}_{shape[0]}x{shape[1]}"))
     if use != "up" and use != "gated":
