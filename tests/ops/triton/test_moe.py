@@ -109,17 +109,24 @@ def gemm_cases() -> list[tuple[str, dict[str, int], int]]:
     tuning = pytest.importorskip("alloy.ops.triton.tuning")
     pytest.importorskip("triton")
     __import__("alloy.ops.triton.moe_experts")
-    tokens = {"moe_gemm_16": 14, "moe_gemm_64": 100, "moe_gemm_128": 300, "moe_wgrad": 300}
+    tokens = {
+        "moe_gemm_16": 14,
+        "moe_gemm_64": 100,
+        "moe_gemm_128": 300,
+        "moe_wgrad": 300,
+        "moe_pairs_up": 3,
+        "moe_pairs_down": 3,
+    }
     return [(op, config, n) for op, n in tokens.items() for config in tuning.CANDIDATES[op]]
 
 
-@pytest.mark.parametrize("case", range(12))
+@pytest.mark.parametrize("case", range(24))
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_configuration(device: torch.device, case: int, gated: bool) -> None:
     """Gradients of every configuration; the interpreter multiplies fp16 but not bf16."""
     tuning = pytest.importorskip("alloy.ops.triton.tuning")
     cases = gemm_cases()
-    assert len(cases) <= 12
+    assert len(cases) <= 24
     if case >= len(cases):
         pytest.skip("no such configuration")
     op, config, tokens = cases[case]
