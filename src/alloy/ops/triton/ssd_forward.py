@@ -17,16 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.ssd_prep import Prep
+from alloy.ops.triton.ssd_prep import Prep, narrowest
 
 # heads: of one group, in one program; resident: programs that a multiprocessor holds at a time
 tuning.register(
     "ssd_scan",
-    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 1, "weigh": 0, "vector": 0},
 )
 tuning.register(
     "ssd_carries",
-    {"heads": 1, "num_warps": 4, "num_stages": 2, "resident": 2, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
 )
 
 PIECES = 2  # stretches of the first pass in one walk
@@ -121,16 +121,10 @@ class Tiling(tuple):
 
 
 def tiling(head_dim: int, width: int, dtype: torch.dtype) -> Tiling:
-    """Powers of two that cover head_dim, one or two where that fills less (80 = 64 + 16, not 128), of one program or several:
-    a state of `width` rows and these columns must fit the registers of four warps."""
-    most = min(128, (4096 if dtype == torch.float32 else 10240) // max(16, triton.next_power_of_2(width)))
-    whole = max(16, triton.next_power_of_2(head_dim))
-    half = whole // 2
-    rest = max(16, triton.next_power_of_2(head_dim - half))
-    if half >= 16 and half + rest < whole and half + rest <= most:
-        return Tiling((half, rest, 1))
-    whole = min(whole, 1 << most.bit_length() - 1)
-    return Tiling((whole, 0, triton.cdiv(head_dim, whole)))
+    """One tile or two of 128 bytes a row, so many as the registers hold beside a state of `width` rows."""
+    columns = narrowest(dtype)
+    two = head_dim > columns and width <= 128 and dtype != torch.float32
+    return Tiling((columns, columns if two else 0, triton.cdiv(head_dim, columns * (1 + two))))
 
 
 def cut(chunks: int, programs: int, slots: int) -> tuple[int, int]:
@@ -170,7 +164,7 @@ def _common(x: Tensor, B: Tensor, C: Tensor, tile: Tiling, prep: Prep, chunk: in
         "FIRST": tile.first,
         "SECOND": tile.second,
         "WIDTH": width,
-        "N": max(16, triton.next_power_of_2(width)),
+        "N": max(narrowest(x.dtype), triton.next_power_of_2(width)),
         "CHUNK": chunk,
         "DOCUMENTS": prep.segments is not None,
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
