@@ -17,6 +17,7 @@ from alloy.errors import RecipeError, RequestError, ResourceError
 from alloy.models.cache import Cache, Snapshot, States
 from alloy.models.configs import AttentionConfig, Mixer
 from alloy.ops.attention import BLOCK, MAX_QUERIES, attention, attn_decode, gather_kv, kv_append
+from alloy.ops.decode import count_tokens
 
 # names that every command uses; "float16-sr" rounds stochastically
 STATE_DTYPES = {
@@ -147,8 +148,11 @@ class PagedCache:
 
     def advance(self, slots: Tensor, counts: Tensor | int) -> None:
         """Add counts, one number or (batch,), to the lengths of slots (batch,) on the device; a padding row's stays 0."""
-        index = slots.long()
-        self.lengths[index] = (self.lengths[index] + counts * (slots >= 0)).to(self.lengths.dtype)
+        if isinstance(counts, int):
+            count_tokens(self.lengths, slots, counts)
+        else:
+            index = slots.long()
+            self.lengths[index] = (self.lengths[index] + counts * (slots >= 0)).to(self.lengths.dtype)
         if self.rounding is not None:
             self.rounding += 1
 

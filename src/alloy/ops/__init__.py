@@ -4,6 +4,7 @@ from alloy.ops.activation import ACTIVATIONS
 from alloy.ops.attention import attention, attn_decode, kv_append
 from alloy.ops.backend import choices, explain, use_backend
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step, conv_replay
+from alloy.ops.decode import count_tokens, take_largest
 from alloy.ops.linear import linear
 from alloy.ops.mamba_step import mamba_step
 from alloy.ops.moe import (
@@ -28,6 +29,7 @@ __all__ = [
     "causal_conv1d_step",
     "choices",
     "conv_replay",
+    "count_tokens",
     "expert_counts",
     "explain",
     "gated_rms_norm",
@@ -45,6 +47,7 @@ __all__ = [
     "ssd_scan",
     "ssd_step",
     "ssd_step_multi",
+    "take_largest",
     "update_router_bias",
     "use_backend",
 ]

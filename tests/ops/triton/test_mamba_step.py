@@ -116,21 +116,6 @@ def test_stochastic_states(config: tuning.Config, device: torch.device) -> None:
     assert (case.ssm[used] != ssm[used]).float().mean() < 5e-3
 
 
-def test_refusals(device: torch.device) -> None:
-    """Sizes that do not belong together, with their values."""
-    case = Case(SHAPES[0], device, torch.float32, torch.float32, True)
-    case.sizes["heads"] = 3
-    with pytest.raises(ValueError, match=r"projected is \(3, 260\); expected \(batch, 219\) for 3 heads"):
-        case.run(case.conv, case.ssm)
-    case.sizes["heads"] = 4
-    with pytest.raises(ValueError, match=r"ssm_state is \(5, 3, 20, 24\); expected \('slots', 4, 20, 24\)"):
-        case.run(case.conv, case.ssm[:, :3])
-    with pytest.raises(ValueError, match=r"conv_state is \(5, 176, 2\); expected \(5, 176, 3\)"):
-        case.run(case.conv[..., :2], case.ssm)
-    with pytest.raises(ValueError, match="sr_seed is for a float16 state"):
-        case.run(case.conv, case.ssm, sr_seed=torch.tensor([1], device=device))
-
-
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CANDIDATES, ids=str)

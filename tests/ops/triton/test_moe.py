@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alloy.ops import moe_experts, moe_step, route, router_logits, use_backend
+from alloy.ops import expert_counts, moe_experts, moe_step, route, router_logits, sequence_balance, use_backend
 
 gpu = pytest.mark.gpu
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -83,8 +83,10 @@ def check_experts(
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 18])
-@pytest.mark.parametrize(("gated", "activation"), [(False, "relu2"), (True, "silu"), (False, "gelu"), (True, "relu")])
+@pytest.mark.parametrize(
+    ("tokens", "gated", "activation"),
+    [(1, True, "silu"), (5, False, "relu2"), (5, True, "relu"), (18, False, "gelu"), (18, True, "silu")],
+)
 def test_experts_in_fp32(device: torch.device, tokens: int, gated: bool, activation: str) -> None:
     """Few tokens stream, more are sorted; widths that fill no block; an expert without tokens."""
     check_experts(device, tokens, 6, 2, 40, 72, torch.float32, gated, activation)
@@ -264,6 +266,27 @@ def test_compiles_without_a_break(device: torch.device) -> None:
             torch.testing.assert_close(a, b)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), layer(x))
+
+
+@gpu
+@on_gpu
+def test_balancing_asks_nothing_of_the_device(device: torch.device) -> None:
+    """Counts and balance loss of packed rows, without synchronisation."""
+    scores = draw(2, 50, 16, device=device).sigmoid().requires_grad_()
+    chosen = scores.detach().topk(3, dim=-1).indices
+    documents = torch.arange(50, device=device).expand(2, 50).div(13, rounding_mode="floor").clone()
+    documents[:, 45:] = -1
+    want = sequence_balance(scores.cpu(), chosen.cpu(), documents.cpu())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counts = expert_counts(chosen.flatten(0, 1), 16, (documents >= 0).flatten())
+        loss = sequence_balance(scores, chosen, documents)
+        (gradient,) = torch.autograd.grad(loss, scores)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.cpu(), want)
+    assert counts.sum() == 2 * 45 * 3
+    assert not gradient[:, 45:].any()
 
 
 @gpu

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from alloy.ops.triton import tuning
+from alloy.ops.triton import chain, tuning
 
 # rows of the padded operand
 MOST_ROWS = 16
@@ -143,24 +143,27 @@ def _add_kernel(
     tl.store(y + i, total.to(y.dtype.element_ty), mask=mask)
 
 
-def _chains(x: Tensor) -> bool:
-    """Whether a kernel may be brought onto the device while the one before it still runs (Hopper and newer)."""
-    return x.is_cuda and tuning.arch() != "sm_80"
-
-
 @torch.library.custom_op("alloy::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.shape
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     x = x.view(-1, inputs)
     rows = x.shape[0]
-    chain = {"CHAINED": True, "launch_pdl": True} if _chains(x) else {"CHAINED": False}
     size = "narrow" if outputs < 4096 else "wide"
     if rows == 1:
         config = tuning.pick("linear_one", size)
         grid = (triton.cdiv(outputs, config["BLOCK_N"]),)
         _one_kernel[grid](
-            x, weight, bias, y, outputs, inputs, weight.stride(0), HAS_BIAS=bias is not None, **chain, **config
+            x,
+            weight,
+            bias,
+            y,
+            outputs,
+            inputs,
+            weight.stride(0),
+            HAS_BIAS=bias is not None,
+            **chain.options(x),
+            **config,
         )
         return y
     config = tuning.pick("linear_few", size)
@@ -181,12 +184,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ROWS=MOST_ROWS,
         PARTS=parts,
         HAS_BIAS=bias is not None,
-        **chain,
+        **chain.options(x),
         **config,
     )
     if parts > 1:
         _add_kernel[(triton.cdiv(y.numel(), 512),)](
-            out, bias, y, y.numel(), outputs, PARTS=parts, HAS_BIAS=bias is not None, BLOCK=512, **chain
+            out, bias, y, y.numel(), outputs, PARTS=parts, HAS_BIAS=bias is not None, BLOCK=512, **chain.options(x)
         )
     return y
 

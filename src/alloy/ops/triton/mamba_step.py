@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.mamba_step import _mamba_step as reference
 from alloy.ops.precision import wide
-from alloy.ops.triton import tuning
+from alloy.ops.triton import chain, tuning
 from alloy.ops.triton.ssd_step import round_to_half, step_size
 
 tuning.register(
@@ -110,11 +111,14 @@ def _heads_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    if CHAINED:
+        gdc_wait()
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     slot = row
@@ -150,6 +154,8 @@ def _heads_kernel(
     skip = tl.load(D + head).to(tl.float32)
     if STOCHASTIC:
         chance = tl.load(seed)
+    if CHAINED:
+        gdc_launch_dependents()
     b = _convolve(b, TAPS)
     c = _convolve(c, TAPS)
     x = tl.where(mask, _convolve(x, TAPS), 0.0)
@@ -185,6 +191,7 @@ def _norm_kernel(
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -202,7 +209,6 @@ def _norm_kernel(
     projected += row * projected_row
     y += row * INNER
     conv_state += slot * conv_slot
-    value = tl.load(y + own, mask=real, other=0.0).to(tl.float32)
     gate = tl.load(projected + own, mask=real, other=0.0).to(tl.float32)
     weight = tl.load(norm_weight + own, mask=inside, other=0.0).to(tl.float32)
     projected += INNER
@@ -213,8 +219,14 @@ def _norm_kernel(
     x_window = _read_windows(projected, conv_state, own, conv_channel, conv_tap, real, TAPS)
     b_window = _read_windows(projected, conv_state, b_own, conv_channel, conv_tap, real_n, TAPS)
     c_window = _read_windows(projected, conv_state, c_own, conv_channel, conv_tap, real_n, TAPS)
+    # what the first kernel does not write may be read while it runs
+    if CHAINED:
+        gdc_wait()
+    value = tl.load(y + own, mask=real, other=0.0).to(tl.float32)
     value = value * gate / (1.0 + tl.exp(-gate))
     scale = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    if CHAINED:
+        gdc_launch_dependents()
     # what is written here may have been read by more threads than the one that writes it
     tl.debug_barrier()
     tl.store(y + own, (value * scale * weight).to(y.dtype.element_ty), mask=inside)
@@ -282,6 +294,7 @@ def _mamba_step(
         STOCHASTIC=sr_seed is not None,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
+        **chain.options(y),
         BLOCK_U=triton.next_power_of_2(block_p * tiles),
         TILES=tiles,
         num_warps=config["num_warps"],
@@ -300,6 +313,7 @@ def _mamba_step(
         WIDTH=width,
         TAPS=taps,
         HAS_SLOTS=slots is not None,
+        **chain.options(y),
         BLOCK=triton.next_power_of_2(inner // groups),
         BLOCK_N=block_n,
         num_warps=4,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alloy.ops import moe as reference
 from alloy.ops.activation import ACTIVATIONS
-from alloy.ops.triton.moe_gemm import ALIGN, block_rows, hidden_gradients, product, up_product, weight_gradient
+from alloy.ops.triton.moe_gemm import align_rows, block_rows, hidden_gradients, product, up_product, weight_gradient
 from alloy.ops.triton.moe_pairs import FEW_TOKENS, few_logits, pairs_experts
 from alloy.ops.triton.moe_plan import Plan, combine, empty_plan, gather, make_plan
 
@@ -157,7 +157,8 @@ def _experts_kept(
 def _(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> list[Tensor]:
-    plan = empty_plan(chosen, up.shape[0], block_rows(chosen.numel(), up.shape[0], x.dtype), ALIGN)
+    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
+    plan = empty_plan(chosen, up.shape[0], block, align_rows(x.dtype))
     kept = (plan.order.numel(), up.shape[1])
     return [x.new_empty(x.shape), x.new_empty(kept), x.new_empty(0 if gate is None else kept), *plan]
 
@@ -175,7 +176,7 @@ def _forward(
     """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
     tokens, top_k = chosen.shape
     block = block_rows(chosen.numel(), up.shape[0], x.dtype)
-    plan = make_plan(chosen.contiguous(), up.shape[0], block, ALIGN if keep else 1)
+    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(x.dtype) if keep else 1)
     hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
     rows = product(hidden, down, plan, block, transposed=True)
     return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan
@@ -205,14 +206,16 @@ def _experts_backward(
     dx, dup, ddown, dgate = (x.new_empty(0) for _ in range(4))
     if experts_needed:
         ddown = weight_gradient(dpairs, hidden, plan, down)
-        # the rows of x take the place of those of dy
+        # the rows of x take the place of what is done with
+        del dpairs, hidden
         rows = gather(x, plan, top_k)
         dup = weight_gradient(dinner, rows, plan, up)
         dgate = dgate if gate is None else weight_gradient(dopened, rows, plan, gate)
+        del rows
     if dx_needed:
-        second = (None, None) if gate is None else (dopened, gate)
-        rows = product(dinner, up, plan, block, False, *second)
-        dx = combine(rows, plan, None, (tokens, top_k), x.dtype)
+        rows = product(dinner, up, plan, block, transposed=False)
+        more = None if gate is None else product(dopened, gate, plan, block, transposed=False)
+        dx = combine(rows, plan, None, (tokens, top_k), x.dtype, more)
     return [dx, dweights, dup, ddown, dgate]
 
 

@@ -25,7 +25,7 @@ def _configs(*rows: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 # rows of a tile are the plan's block: 16 where matrices are what is read, 128 where products are what takes time
-tuning.register("moe_gemm_fp32", *_configs((64, 32, 0, 0, 0, 4, 4, 2)))
+tuning.register("moe_gemm_fp32", *_configs((64, 16, 0, 0, 0, 4, 4, 2)))
 tuning.register(
     "moe_gemm_16",
     *_configs(
@@ -55,11 +55,9 @@ tuning.register(
         (256, 64, 0, 1, 1, 1, 8, 4),
     ),
 )
-# rows that a step of the weights' gradients takes: an expert's share is a multiple of it where there will be a backward
-ALIGN = 64
 # here a tile of the product is BM x BN of an expert's matrix, and BK are rows
 tuning.register(
-    "moe_wgrad_fp32", {"BM": 64, "BN": 64, "BK": 32, "FLATTEN": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2}
+    "moe_wgrad_fp32", {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2}
 )
 tuning.register(
     "moe_wgrad",
@@ -76,6 +74,11 @@ def block_rows(pairs: int, num_experts: int, dtype: torch.dtype) -> int:
     if mean <= 10:
         return 16
     return 64 if mean <= 64 or dtype == torch.float32 else 128
+
+
+def align_rows(dtype: torch.dtype) -> int:
+    """What each expert's share of the rows is a multiple of where there will be a backward: a step of `weight_gradient`."""
+    return 16 if dtype == torch.float32 else 64
 
 
 def gemm_config(plan_block: int, x: Tensor, shape: tuple[int, int], use: str) -> dict[str, int]:
@@ -117,7 +120,7 @@ def up_product(
     per_sm, bn, bk = config.pop("per_sm"), config["BN"], config["BK"]
     lying = gather(x, plan, top_k) if config["SORTED"] else x
     if gate is not None:
-        bn = config["BN"] = max(64, bn // 2)
+        bn = config["BN"] = max(32, bn // 2)
     out = x.new_empty(rows, ffn)
     inner = x.new_empty((rows, ffn) if keep else 0)
     opened = x.new_empty((rows, ffn) if keep and gate is not None else 0)
@@ -152,13 +155,8 @@ def product(
     plan: Plan,
     block: int,
     transposed: bool,
-    rows2: Tensor | None = None,
-    matrices2: Tensor | None = None,
 ) -> Tensor:
-    """rows (rows, k) times each row's expert of matrices (experts, m, k) if `transposed`, else (experts, k, m): (rows, m).
-
-    A second pair of operands of the same shapes is added to it.
-    """
+    """rows (rows, k) times each row's expert of matrices (experts, m, k) if `transposed`, else (experts, k, m): (rows, m)."""
     experts = matrices.shape[0]
     outputs, inputs = matrices.shape[1:] if transposed else (matrices.shape[2], matrices.shape[1])
     config = gemm_config(block, rows, (outputs, inputs), "down" if transposed else "dx")
@@ -168,8 +166,6 @@ def product(
     product_kernel[(programs(rows.device, per_sm),)](
         *_whole_and_half(rows, block, bk, config),
         rows_of(matrices, *tile),
-        *((None, None) if rows2 is None else _whole_and_half(rows2, block, bk, config)),
-        None if matrices2 is None else rows_of(matrices2, *tile),
         out,
         plan.starts,
         plan.block_starts,
@@ -218,7 +214,7 @@ def hidden_gradients(
 def weight_gradient(left: Tensor, right: Tensor, plan: Plan, like: Tensor) -> Tensor:
     """Sum over an expert's rows of left (rows, m) outer right (rows, k): like (experts, m, k); zero where it has none.
 
-    The plan is aligned to `ALIGN` rows, and rows without a pair are zero in `left`.
+    The plan is aligned to `align_rows`, and rows without a pair are zero in `left`.
     """
     op = "moe_wgrad_fp32" if left.dtype == torch.float32 else "moe_wgrad"
     config = dict(tuning.pick(op, f"{like.shape[1]}x{like.shape[2]}"))
@@ -395,9 +391,6 @@ def product_kernel(
     a,
     a_half,
     w,
-    a2,
-    a2_half,
-    w2,
     out,
     starts,
     block_starts,
@@ -413,26 +406,22 @@ def product_kernel(
     FLATTEN: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Tiles of a w + a2 w2; a tile of `a` may reach into the next expert's rows, whose products are not stored."""
+    """Tiles of a w; a tile of `a` may reach into the next expert's rows, whose products are not stored."""
     NT = tl.cdiv(N, BN)
     total = tl.load(block_starts + experts) * NT
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         expert, first, stop, n = find_tile(tile, starts, block_starts, blocks, NT, BM)
         n *= BN
         if HALVES and stop - first <= BM // 2:
-            product_tile(
-                a_half, w, a2_half, w2, out, expert, first, stop, n, N, K, BM // 2, TRANSPOSED, PRECISION, BN, BK
-            )
+            product_tile(a_half, w, out, expert, first, stop, n, N, K, BM // 2, TRANSPOSED, PRECISION, BN, BK)
         else:
-            product_tile(a, w, a2, w2, out, expert, first, stop, n, N, K, BM, TRANSPOSED, PRECISION, BN, BK)
+            product_tile(a, w, out, expert, first, stop, n, N, K, BM, TRANSPOSED, PRECISION, BN, BK)
 
 
 @triton.jit
 def product_tile(
     a,
     w,
-    a2,
-    w2,
     out,
     expert,
     first,
@@ -453,8 +442,6 @@ def product_tile(
             acc = tl.dot(a.load([first, k]), w.load([expert * N + n, k]).T, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(a.load([first, k]), w.load([expert * K + k, n]), acc, input_precision=PRECISION)
-            if a2 is not None:
-                acc = tl.dot(a2.load([first, k]), w2.load([expert * K + k, n]), acc, input_precision=PRECISION)
     rows = first + tl.arange(0, BM)
     cols = n + tl.arange(0, BN)
     inside = (rows < stop)[:, None] & (cols < N)[None, :]

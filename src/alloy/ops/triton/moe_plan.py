@@ -83,14 +83,24 @@ def gather(x: Tensor, plan: Plan, top_k: int) -> Tensor:
     return out
 
 
-def combine(rows: Tensor, plan: Plan, weights: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given: `shape` (tokens, top_k) -> (tokens, width)."""
+def combine(
+    rows: Tensor,
+    plan: Plan,
+    weights: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    more: Tensor | None = None,
+) -> Tensor:
+    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given, and of its rows of `more`: (tokens, width).
+
+    `shape` is (tokens, top_k).
+    """
     tokens, top_k = shape
     out = torch.empty(tokens, rows.shape[1], dtype=dtype, device=rows.device)
     deep = triton.next_power_of_2(top_k)
     width = min(max(128, 4096 // deep), triton.next_power_of_2(rows.shape[1]))
     grid = (tokens, triton.cdiv(rows.shape[1], width))
-    combine_kernel[grid](rows, plan.place, weights, out, rows.shape[1], TOP_K=top_k, DEEP=deep, WIDTH=width)
+    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, DEEP=deep, WIDTH=width)
     return out
 
 
@@ -181,7 +191,9 @@ def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexp
 
 
 @triton.jit
-def combine_kernel(rows, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr):
+def combine_kernel(
+    rows, more, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr
+):
     """One stretch of one token: its rows are read at once and summed in fp32."""
     token = tl.program_id(0)
     j = tl.arange(0, DEEP)
@@ -189,6 +201,8 @@ def combine_kernel(rows, place, weights, out, width, TOP_K: tl.constexpr, DEEP: 
     row = tl.load(place + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.int64)
     inside = (j < TOP_K)[:, None] & (at < width)[None, :]
     value = tl.load(rows + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
+    if more is not None:
+        value += tl.load(more + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
     if weights is not None:
         value *= tl.load(weights + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.float32)[:, None]
     tl.store(out + token.to(tl.int64) * width + at, tl.sum(value, 0).to(out.dtype.element_ty), mask=at < width)
