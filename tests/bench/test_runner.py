@@ -32,6 +32,7 @@ def run(*names: str, peer_names: list[str] | None = None) -> tuple[Run, list[str
     return run_cases(Plan(cases, "cpu", "quick", peer_names), said.append, lambda run: None), said
 
 
+@pytest.mark.slow
 def test_rows_of_right_and_wrong_peers(imports: None) -> None:
     """Ours and a right peer have times, a wrong peer and an absent one have none; what follows is computed."""
     found, said = run("good")
@@ -57,6 +58,7 @@ def test_rows_of_right_and_wrong_peers(imports: None) -> None:
     assert found.machine["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_a_crash_costs_one_row(imports: None) -> None:
     """Wrong numbers and NaN give no time; after an exception or an abort another process goes on with the next."""
     found, _ = run("bad")
@@ -70,6 +72,7 @@ def test_a_crash_costs_one_row(imports: None) -> None:
     assert all(row.ms is None for row in found.rows if row.status != "ok")
 
 
+@pytest.mark.slow
 def test_a_case_that_cannot_go_on_says_so(imports: None) -> None:
     """Its rows stay, and its error is a row."""
     found, _ = run("broken", peer_names=[])
@@ -77,6 +80,7 @@ def test_a_case_that_cannot_go_on_says_so(imports: None) -> None:
     assert found.rows[1].message == "ValueError: no such shape"
 
 
+@pytest.mark.slow
 def test_a_spare_process_does_the_next_task(imports: None) -> None:
     """With a spare the same rows come, and no process is left."""
     with Workers(spare=True) as workers:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alloy.bench.case import CASES, Case
+from alloy.bench.result import Ceilings, Row, Run
 from alloy.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +41,20 @@ def test_list_names_cases_and_peers(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch          {torch.__version__}" in text
 
 
+def earlier(path: Path, fraction: float) -> Path:
+    """A run in which the row "two" had reached `fraction` of its floor."""
+    found = Run({"device": "test"}, Ceilings(1e9, {"float32": 1e9}))
+    found.rows.append(Row("good", "two", "alloy", ms=1.0, fraction=fraction))
+    found.write(path)
+    return path
+
+
+@pytest.mark.slow
 def test_a_run_is_shown_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Table on standard output, progress on standard error, JSON lines and a plot in files."""
-    path, plot = tmp_path / "run.jsonl", tmp_path / "run.svg"
-    assert run("good", "--quick", "--peer", "torch", "--json", path, "--plot", plot) == 0
+    """Table on standard output, progress on standard error, JSON lines and a plot in files; nothing became slower."""
+    path, plot, old = tmp_path / "run.jsonl", tmp_path / "run.svg", earlier(tmp_path / "old.jsonl", 1e-12)
+    options = ["--peer", "torch", "--json", path, "--plot", plot, "--compare", old]
+    assert run("good", "--quick", *options) == 0
     output = capsys.readouterr()
     assert "good one torch/wrong" in output.err
     for part in ("of floor", "FAIL", "wrong numbers in y", "GB/s"):
@@ -58,18 +69,16 @@ def test_a_run_is_shown_written_and_drawn(tmp_path: Path, capsys: pytest.Capture
     ]
     assert plot.read_text().startswith("<?xml")
 
-    def compare_with(fraction: float) -> int:
-        """Against the same run, in which the row two had reached `fraction` of its floor."""
-        old = [head, *({**row, "fraction": fraction if row["label"] == "two" else 1e-12} for row in rows)]
-        (tmp_path / "old.jsonl").write_text("\n".join(map(json.dumps, old)))
-        return run("good", "--only", "two", "--no-peers", "--quick", "--compare", tmp_path / "old.jsonl")
 
-    assert compare_with(1e-12) == 0
-    capsys.readouterr()
-    assert compare_with(1e12) == 1
+@pytest.mark.slow
+def test_slower_rows_end_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The row is named."""
+    old = earlier(tmp_path / "old.jsonl", 1e12)
+    assert run("good", "--only", "two", "--no-peers", "--quick", "--compare", old) == 1
     assert "error: good two: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing else is printed there; wrong numbers of ours end with 1."""
     assert run("bad", "--quick", "--only", "wrong", "--json", "-") == 1
@@ -97,6 +106,7 @@ def test_what_cannot_be_run(arguments: list[str], code: int, message: str, capsy
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_runs_keep_what_is_done(tmp_path: Path) -> None:
     """Ctrl-C in the second problem: exit code 130, the first one's row is shown and written, no worker stays."""
     path = tmp_path / "run.jsonl"

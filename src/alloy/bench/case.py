@@ -18,6 +18,8 @@ Run = Callable[[Any], Outputs]
 
 # |out - reference| / |reference| of 16-bit operands with fp32 accumulation (performance.md, section 4)
 FORWARD, GRADIENT = 4e-3, 1e-2
+# so many tokens of one operation are done before their launches are: they are timed in a graph
+LAUNCH_TOKENS = 8192
 # a peer may round where we do not: it counts as wrong beyond so many times our own tolerance
 PEER_SLACK = 5.0
 
@@ -39,7 +41,7 @@ class Problem:
         compute: dtype of the products, which names the ceiling they are held against.
         tolerance: largest relative error of an output.
         gradient_tolerance: the same for outputs whose name begins with "d" (dx, dA, ...).
-        in_graph: smaller than a launch: timed in a CUDA graph, with inputs rotated beyond the cache.
+        in_graph: about as short as its launches: timed in a CUDA graph, with inputs rotated beyond the cache.
         holds_inputs: the inputs are part of the peak memory that is shown (a model's weights).
         planned_bytes: the planner's count of that peak.
         tokens: a rate in tokens per second is shown where it is not 0.

@@ -16,6 +16,7 @@ import torch
 from alloy.bench.autotune import tune
 from alloy.bench.case import Problems, Task
 from alloy.bench.measure import Bench, ceilings, items
+from alloy.core.device import peak_flops
 
 
 def work(task: Task, out: TextIO) -> None:
@@ -63,6 +64,7 @@ def machine(device: str) -> dict[str, object]:
         found |= {
             "device": torch.cuda.get_device_name(),
             "memory_bytes": torch.cuda.mem_get_info()[1],
+            "peak_flops": peak_flops(torch.device("cuda"), torch.bfloat16),
             "cuda": torch.version.cuda,
             "triton": triton.__version__,
         }

@@ -138,14 +138,14 @@ def _show(run: Run, json_path: str | None) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("note")
     for row in run.rows:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, run.machine.get("peak_flops")))
     # nothing is folded away where the output is not a terminal
     console = Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 180)
     console.print(table)
 
 
-def _cells(row: Row) -> list[str]:
-    """One row: a failure shows its word where the time would be."""
+def _cells(row: Row, peak_flops: float | None) -> list[str]:
+    """One row: a failure shows its word where the time would be. Whole models show their share of the data sheet's rate."""
 
     def number(value: float | None, form: str = ".3g") -> str:
         return "" if value is None else format(value, form)
@@ -155,8 +155,13 @@ def _cells(row: Row) -> list[str]:
     time = number(row.ms, ".4g") if row.status == "ok" else {"failed": "FAIL"}.get(row.status, row.status)
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
     note = (row.message or row.version or "")[:120]
+    if row.ms and row.bound == "flops" and row.tokens_per_s and peak_flops:
+        rate = row.flops / row.ms * 1e3
+        note = f"{rate / 1e12:.0f} TFLOP/s, {rate / peak_flops:.2f} of the data sheet's; {note}".removesuffix("; ")
     if row.peak_bytes is not None and row.planned_bytes is not None:
-        note = f"planned {row.planned_bytes / 1e9:.3g} GB, measured {row.peak_bytes / row.planned_bytes - 1:+.1%}"
+        note = f"{note}; planned {row.planned_bytes / 1e9:.3g} GB, measured {row.peak_bytes / row.planned_bytes - 1:+.1%}".removeprefix(
+            "; "
+        )
     cells = [row.case, row.label, row.name, time, ratio, floor, number(peak), number(row.error, ".1e")]
     return [*cells, number(row.tokens_per_s, ",.0f"), note]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alloy import ops
 from alloy.bench import peers
-from alloy.bench.case import Outputs, Problem, Size
+from alloy.bench.case import LAUNCH_TOKENS, Outputs, Problem, Size
 from alloy.bench.cases.gradients import Inputs, gradients, in_float64, value
 
 TAPS = 4
@@ -39,6 +39,7 @@ def problems(size: Size) -> Iterator[Problem]:
                 in_float64(value(peers.plain(ops.causal_conv1d), NAMES)),
                 peers=runs,
                 bytes=2 * one,
+                in_graph=seq <= LAUNCH_TOKENS,
             )
             yield Problem(
                 f"{channels} {label} fwd+bwd",
@@ -47,6 +48,7 @@ def problems(size: Size) -> Iterator[Problem]:
                 in_float64(gradients(peers.plain(ops.causal_conv1d), NAMES)),
                 peers={name: gradients(conv, NAMES) for name, conv in PEERS.items()},
                 bytes=5 * one,
+                in_graph=seq <= LAUNCH_TOKENS,
             )
         for batch in batches:
             yield Problem(

@@ -207,7 +207,7 @@ def _serving(name: str, batch: int, tokens: int) -> Serving:
     return Serving(model, pool, pool.open(batch), torch.randint(0, model.config.vocab, (batch, 1)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _draw_decode(name: str, context: int, batch: int) -> Serving:
     """Every row holds `context` random tokens; on a GPU the step is captured."""
     i = _serving(name, batch, context + ROOM)

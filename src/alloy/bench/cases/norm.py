@@ -51,6 +51,7 @@ def _problems(
         in_float64(value(reference, names)),
         peers={key: value(peer, names) for key, peer in rivals.items()},
         bytes=one * (inputs + outputs),
+        in_graph=True,
     )
     yield Problem(
         f"{label} fwd+bwd",
@@ -59,6 +60,7 @@ def _problems(
         in_float64(gradients(reference, names)),
         peers={key: gradients(peer, names) for key, peer in rivals.items()},
         bytes=one * (3 * inputs + 2 * outputs),
+        in_graph=True,
     )
     yield Problem(
         f"{label} batch {steps}",

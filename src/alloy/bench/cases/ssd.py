@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alloy import ops
 from alloy.bench import peers
-from alloy.bench.case import Outputs, Problem, Size
+from alloy.bench.case import LAUNCH_TOKENS, Outputs, Problem, Size
 
 CHUNK = 128
 
@@ -80,6 +80,7 @@ def forward(size: Size) -> Iterator[Problem]:
             peers={name: partial(_value, scan) for name, scan in _peers(lengths, SCANS).items()},
             bytes=tokens * shape.token_bytes,
             flops=tokens * shape.token_flops,
+            in_graph=tokens <= LAUNCH_TOKENS,
         )
 
 
@@ -99,6 +100,7 @@ def training(size: Size) -> Iterator[Problem]:
             peers={name: partial(_gradients, scan) for name, scan in _peers(lengths, rivals).items()},
             bytes=tokens * 2 * shape.token_bytes,
             flops=tokens * 3 * shape.token_flops,
+            in_graph=tokens <= LAUNCH_TOKENS,
         )
 
 
