@@ -8,10 +8,11 @@ import torch
 from alloy.engine.core import LLM
 from alloy.engine.graphs import DecodeGraphs, buckets_for, new_pool, obstacle
 from alloy.engine.request import Output, SamplingParams
-from alloy.errors import ResourceError
+from alloy.errors import RequestError, ResourceError
+from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.paged import StaticView
-from tests.engine.conftest import build
+from tests.engine.conftest import MODELS, build
 from tests.engine.test_llm import GREEDY, TIE, prompts, same_until_tie
 from tests.models import zoo
 
@@ -117,29 +118,41 @@ def test_buckets_and_obstacles() -> None:
     assert buckets_for(700)[-2:] == (512, 700)
     model = build("hybrid")
     assert obstacle(model) == "the model is not on a CUDA device"
-    llm = LLM(model)
+    llm = LLM(model, state_dtype="bfloat16")
     llm.generate([1, 2], GREEDY)
     assert llm.graphs is None
+    with pytest.raises(
+        RequestError, match='"float16-sr" works in captured steps alone: the model is not on a CUDA device'
+    ):
+        LLM(model, state_dtype="float16-sr")
+    with pytest.raises(RequestError, match='state_dtype = "int8"'):
+        LLM(model, state_dtype="int8")
 
 
-def captured(name: str) -> CausalLM:
-    """The named tiny model on the device, or skip where one of its kernels is missing."""
+def captured(model: CausalLM) -> CausalLM:
+    """The model on the device, or skip where one of its kernels is missing."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = zoo.build(name).to("cuda")
+    model = model.to("cuda")
     if (why := obstacle(model)) is not None:
         pytest.skip(why)
     return model
 
 
+KINDS = {
+    **{name: lambda name=name: build(name) for name in MODELS},
+    # kernels for experts want widths of 16 bytes
+    **{n: lambda name=n: zoo.build(name) for n, c in zoo.CONFIGS.items() if "moe" not in sizes.layer_counts(c)},
+}
+
+
 @pytest.mark.gpu
 @cuda
-@pytest.mark.parametrize("name", zoo.CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_graphs_equal_single_calls_and_the_cpu(name: str) -> None:
     """fp32, every kind: ragged prompts, three rows in a bucket of four, blocks and slots of nobody poisoned."""
-    model = captured(name)
-    asked = [[t % zoo.VOCAB for t in prompt] for prompt in prompts(7)]
+    model, on_cpu = captured(KINDS[name]()), KINDS[name]()
+    asked = [[t % model.config.vocab for t in prompt] for prompt in prompts(7)]
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    on_cpu = zoo.build(name)
     eager = LLM(model, max_seqs=3, speculate=0, graphs=False, max_step_tokens=11).generate(asked, params)
     llm = LLM(model, max_seqs=3, speculate=0, max_step_tokens=11)
     llm.generate(asked[:1], params)
@@ -169,8 +182,8 @@ def test_graphs_equal_single_calls_and_the_cpu(name: str) -> None:
 @cuda
 def test_buckets_agree_and_drafts_mix_with_replays() -> None:
     """The same rows in any bucket; an engine that drafts in some steps."""
-    model = captured("latent_mtp")
-    asked = [[t % zoo.VOCAB for t in prompt] for prompt in prompts(9)]
+    model = captured(build("mtp"))
+    asked = prompts(9)
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     want = tokens(LLM(model, max_seqs=9, speculate=0).generate(asked, params))
     for options in ({"max_seqs": 2}, {"max_seqs": 5, "speculate": "auto"}, {"max_seqs": 9, "speculate": 3}):
@@ -184,7 +197,7 @@ def test_buckets_agree_and_drafts_mix_with_replays() -> None:
 @cuda
 def test_memory_is_given_before_the_first_step() -> None:
     """After capture, prefill in chunks and decode allocate no more than activations; the pool is bounded by free memory."""
-    model = captured("llama").bfloat16()
+    model = captured(build("hybrid").bfloat16())
     llm = LLM(model, max_seqs=8, max_step_tokens=16)
     llm.generate([[1, 2]], GREEDY)
     before = torch.cuda.memory_allocated()

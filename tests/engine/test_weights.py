@@ -100,23 +100,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_the_engine_answers_with_them(folder: Path, kind: Weights) -> None:
     """Greedy answers are those of the same model quantised by hand; drafts change nothing."""
-    by_hand, tokenizer = alloy.load(folder)
+    by_hand, tokenizer = alloy.load(folder, device="cpu")
     quantize_weights(by_hand, kind)
     want = LLM(by_hand, tokenizer, speculate=0).generate(["ab", "once"], ANSWERS)
-    llm = LLM(folder, weights=kind, speculate=0)
+    llm = LLM(folder, device="cpu", weights=kind, speculate=0)
     assert [o.text for o in llm.generate(["ab", "once"], ANSWERS)] == [o.text for o in want]
     assert llm.model.weights == kind
     if kind == "int8":
         # nearly all products of this model are of dequantised matrices, so that drafts do not flip a choice
-        drafted = LLM(folder, weights=kind, speculate=2).generate(["ab", "once"], ANSWERS)
+        drafted = LLM(folder, device="cpu", weights=kind, speculate=2).generate(["ab", "once"], ANSWERS)
         assert [o.text for o in drafted] == [o.text for o in want]
 
 
 def test_every_matrix_is_replaced_and_memory_falls(folder: Path) -> None:
     """Embedding, norms, convolution, recurrence and router keep their dtype; the rest has no parameters left."""
-    full, _ = alloy.load(folder)
+    full, _ = alloy.load(folder, device="cpu")
     before = weight_bytes(full)
-    model = LLM(folder, weights="int8").model
+    model = LLM(folder, device="cpu", weights="int8").model
     kept = {name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 2)[-1] for name, _ in model.named_parameters()}
     names = ("embed.weight", "norm.weight", "conv.weight", "conv.bias", "gate.weight", "mixer.A_log", "mixer.D")
     names += ("mixer.dt_bias", "enorm.weight", "hnorm.weight", "final_norm.weight")
@@ -146,10 +146,12 @@ def refuse(act: Callable[[], object], message: str) -> None:
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     """Each in one sentence that says what to do."""
-    refuse(lambda: LLM(folder, weights="int7"), 'weights = "int7" is not known; use one of "bf16", "int8"')
+    refuse(
+        lambda: LLM(folder, device="cpu", weights="int7"), 'weights = "int7" is not known; use one of "bf16", "int8"'
+    )
     refuse(lambda: LLM(build("hybrid"), weights="int8"), "would change the model that was given; give its folder")
-    refuse(lambda: check_place("int8", torch.device("cuda")), 'are for CPUs and this is cuda; .* dtype = "bfloat16"')
-    model = LLM(folder, weights="int8").model
+    refuse(lambda: check_place("int8", torch.device("cuda")), 'are for CPUs and this is cuda; use device = "cpu"')
+    model = LLM(folder, device="cpu", weights="int8").model
     refuse(lambda: quantize_weights(model, "bf16"), 'low precision already \\("int8"\\)')
     refuse(lambda: alloy.save(model, tmp_path / "out"), 'weights = "int8" cannot be saved')
     assert not (tmp_path / "out").exists()

@@ -78,7 +78,7 @@ def test_the_cost_of_weights_is_printed(capsys, tmp_path, tokenizer, model, weig
     """Both scores and their difference, in words and as JSON; a random model loses next to nothing."""
     save(model, tmp_path / "model", tokenizer=tokenizer)
     (tmp_path / "a.txt").write_text("".join(TEXTS))
-    asked = ("eval", tmp_path / "model", "--ppl", tmp_path / "a.txt", "--weights", weights)
+    asked = ("eval", tmp_path / "model", "--ppl", tmp_path / "a.txt", "--device", "cpu", "--weights", weights)
     code, out, _ = run(capsys, *asked, "--json")
     assert code == 0
     printed = json.loads(out)

@@ -107,6 +107,19 @@ def test_cached_keys(lengths: list[int], seq: int, window: int | None, backend: 
         check(inputs, seen, lengths=torch.tensor(lengths), window=window)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("held", "seq"), [(0, 3), (6, 1), (6, 3)])
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_number_of_held_keys_is_the_same_for_all_rows(held: int, seq: int, window: int | None, backend: str) -> None:
+    """The same values as with a tensor; keys that are not held ones and the queries' own are refused."""
+    q, k, v = draw(2, 4, seq, 5), draw(2, 2, held + seq, 5, seed=1), draw(2, 2, held + seq, 5, seed=2)
+    with use_backend(backend):
+        want = attention(q, k, v, lengths=torch.full((2,), held), window=window)
+        torch.testing.assert_close(attention(q, k, v, lengths=held, window=window), want)
+    with pytest.raises(ValueError, match=f"{held + seq} keys for 9 held ones and {seq} queries"):
+        attention(q, k, v, lengths=9)
+
+
 def test_cached_padding_gives_zero() -> None:
     """With a cache, documents only mark padding queries."""
     q, k, v = draw(2, 2, 3, 4), draw(2, 2, 5, 4, seed=1), draw(2, 2, 5, 4, seed=2)

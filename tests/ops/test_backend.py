@@ -60,6 +60,16 @@ def test_a_named_function_is_imported_when_it_is_used(monkeypatch: pytest.Monkey
     backend._choose.cache_clear()
 
 
+def test_a_compiler_imports_named_functions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first use of a kernel may lie inside a compiled function without graph breaks."""
+    monkeypatch.setitem(backend.TABLE, "rms_norm", {"torch": "torch:mul"})
+    backend._choose.cache_clear()
+    double = torch.compile(lambda x: backend.resolve("rms_norm", "cpu")(x, 2.0), fullgraph=True, backend="eager")
+    torch.testing.assert_close(double(torch.ones(3)), torch.full((3,), 2.0))
+    monkeypatch.undo()
+    backend._choose.cache_clear()
+
+
 def test_explain_says_what_and_why() -> None:
     """One line for a person."""
     line = explain("ssd_scan", seq=512)

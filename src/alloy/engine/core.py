@@ -28,6 +28,7 @@ from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
+from alloy.models.paged import STATE_DTYPES
 from alloy.models.quant import check_place, parse_weights, quantize_weights
 from alloy.models.registry import load
 
@@ -62,6 +63,8 @@ class LLM:
         weights: of a model given as a path, on a CPU: "bf16" or "int8" keeps its matrices in that precision; None: as loaded
         max_step_tokens: prompt tokens per model call; default: 512 on a CPU, else 2048
         graphs: replay decode steps as CUDA graphs where the device and the model's kernels allow it
+        state_dtype: of recurrent states: float32, bfloat16, float16, or float16-sr, which rounds stochastically and needs
+            graphs
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LLM:
         weights: str | None = None,
         max_step_tokens: int | None = None,
         graphs: bool = True,
+        state_dtype: str = "float32",
     ) -> None:
         kind = None if weights is None else parse_weights(weights)
         if isinstance(model, CausalLM):
@@ -114,7 +118,13 @@ class LLM:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")
         # captured at the first call; None: steps run one operation at a time
         self.graphs: DecodeGraphs | None = None
-        self._may_capture = graphs and obstacle(self.model) is None
+        why = obstacle(self.model) if graphs else "graphs = False"
+        self._may_capture = why is None
+        if state_dtype not in STATE_DTYPES:
+            raise RequestError(f'state_dtype = "{state_dtype}" is not known; use one of {", ".join(STATE_DTYPES)}')
+        if state_dtype == "float16-sr" and why is not None:
+            raise RequestError(f'state_dtype = "float16-sr" works in captured steps alone: {why}; use another')
+        self.state_dtype = state_dtype
         self._is_graph_taken = False
         # what was measured stays from call to call
         self._draft_length = DraftLength(self.speculate) if self.speculate else None
@@ -261,7 +271,7 @@ class LLM:
         """
         # a second stream beside the first has no graphs
         graphs = None if self._is_graph_taken else self._capture()
-        runner = Runner(self.model, self._draft_length, self.max_step_tokens, graphs)
+        runner = Runner(self.model, self._draft_length, self.max_step_tokens, graphs, STATE_DTYPES[self.state_dtype])
         self.stats = runner.stats
         source = enumerate(requests)
         waiting: list[tuple[int, int, list[Sequence]]] = []
@@ -300,7 +310,9 @@ class LLM:
         if self.graphs is None and self._may_capture:
             was_training = self.model.training
             self.model.eval()
-            self.graphs = DecodeGraphs(self.model, new_pool(self.model, self.max_seqs, self.max_model_len))
+            self.graphs = DecodeGraphs(
+                self.model, new_pool(self.model, self.max_seqs, self.max_model_len, self.state_dtype)
+            )
             self.model.train(was_training)
         return self.graphs
 

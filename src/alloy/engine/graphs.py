@@ -14,14 +14,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from alloy.engine.sampler import checked
 from alloy.errors import ResourceError
 from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.configs import MambaConfig, MoEConfig
 from alloy.models.paged import PagedCache, StaticView, blocks_of
 from alloy.ops import backend
-from alloy.ops.sampling import greedy
+from alloy.ops.decode import take_largest
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # share of the device's free memory that keys, values and states may take
@@ -131,10 +130,9 @@ class DecodeGraphs:
         rows = view.batch
         out = self.model(self._tokens[:rows], cache=view, logits=None)
         self._hidden[:rows].copy_(out.last_hidden)
-        logits = self._logits[:rows].copy_(self.model.head(out.last_hidden))
-        chosen = self._chosen[:rows].copy_(checked(logits, greedy(logits)))
+        scores = self.model.head(out.last_hidden[:, 0])
         # a row that failed goes on with some token until it is taken out
-        self._tokens[:rows].copy_(chosen.clamp(min=0))
+        take_largest(scores, self._logits[:rows, 0], self._chosen[:rows, 0], self._tokens[:rows, 0])
 
 
 def obstacle(model: CausalLM) -> str | None:

@@ -65,10 +65,16 @@ class Runner:
         length: chooses how many tokens to draft; None: no drafts
         max_step_tokens: prompt tokens per model call, padding included
         graphs: captured steps of the model and the paged cache they work on, which this runner has to itself
+        state_dtype: of recurrent states where there are no graphs
     """
 
     def __init__(
-        self, model: CausalLM, length: DraftLength | None, max_step_tokens: int, graphs: DecodeGraphs | None = None
+        self,
+        model: CausalLM,
+        length: DraftLength | None,
+        max_step_tokens: int,
+        graphs: DecodeGraphs | None = None,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
         self.max_step_tokens = max_step_tokens
@@ -78,6 +84,7 @@ class Runner:
         self._vocab = model.config.vocab
         self._cache: Cache | None = None
         self._graphs = graphs
+        self._state_dtype = state_dtype
         self._length = length
         self._drafter = Drafter(model) if length is not None else None
         self._sampler = Sampler([], self._vocab, self._device)
@@ -195,7 +202,7 @@ class Runner:
     def _open(self, prompts: Items[Items[int]]) -> Cache:
         """An empty cache with a row for each prompt."""
         if self._graphs is None:
-            return self.model.new_cache(len(prompts), max(len(p) for p in prompts))
+            return self.model.new_cache(len(prompts), max(len(p) for p in prompts), state_dtype=self._state_dtype)
         pool = self._graphs.pool
         return pool.view(pool.open(len(prompts)))
 

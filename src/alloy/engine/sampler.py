@@ -77,7 +77,7 @@ class Sampler:
             per row one token per position; -1 where the logits were not finite
         """
         if self.plain:
-            return on_host(checked(logits, greedy(logits)))
+            return on_host(_checked(logits, greedy(logits)))
         _, positions, vocab = logits.shape
         changed = self._penalise(self._bias(self._ban(logits)), drafts)
         tokens = greedy(changed)
@@ -92,7 +92,7 @@ class Sampler:
             uniform = torch.tensor(places, dtype=torch.float64, device=self._device)
             tokens[self._drawn] = sample(drawn.softmax(-1), uniform=uniform).view(-1, positions)
             self._filtered = drawn.view(-1, positions, vocab)
-        return on_host(checked(logits, tokens))
+        return on_host(_checked(logits, tokens))
 
     def commit(self, accepted: Items[Items[int]]) -> None:
         """Count the tokens that each row really got."""
@@ -214,6 +214,6 @@ def on_host(tensor: Tensor) -> Any:
     return untyped.tolist()
 
 
-def checked(logits: Tensor, tokens: Tensor) -> Tensor:
+def _checked(logits: Tensor, tokens: Tensor) -> Tensor:
     """-1 where logits (..., vocab) are not finite in their largest value, which is where a NaN ends up."""
     return torch.where(logits.amax(-1).isfinite(), tokens, -1)

@@ -18,7 +18,7 @@ from alloy.errors import RequestError
 from alloy.models.cache import Cache, DenseCache
 from alloy.models.configs import DecoderConfig, HybridConfig, Mixer
 from alloy.models.paged import PagedCache
-from alloy.ops.documents import segment_ids
+from alloy.ops.documents import Packing, read_packing, segment_ids
 
 InitStyle = Literal["megatron", "transformers"]
 
@@ -90,6 +90,7 @@ class Layout:
         self.lengths: Tensor | None = None
         self.valid: Tensor | None = None
         self.rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        self._packing: Packing | None = None
         self._order: Tensor | None = None
         self._inverse: Tensor | None = None
         self._positions = positions
@@ -122,6 +123,13 @@ class Layout:
     def blocks(self) -> Tensor | None:
         """`documents` where attention needs it: causal order already hides padding at the end of a row."""
         return self.documents if self.packed else None
+
+    @property
+    def packing(self) -> Packing | None:
+        """Segments of packed rows, for attention on accelerators."""
+        if self._packing is None and self.packed and self.documents is not None and self.documents.is_cuda:
+            self._packing = read_packing(self.documents)
+        return self._packing
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -259,9 +267,11 @@ class RunLayer(Protocol):
 
 
 class Adds(Protocol):
-    """A norm of a sum: delta and residual (..., width) -> (normed, sum)."""
+    """A norm of a sum."""
 
-    def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    def add(self, delta: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """delta and residual (..., width) -> (norm of their sum, the sum)."""
+        ...
 
 
 def keep_fp32(module: nn.Module, names: Sequence[str], apply: Callable[[], object]) -> None:

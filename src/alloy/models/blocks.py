@@ -204,7 +204,7 @@ class Attention(nn.Module):
         # (batch, heads, seq, head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is None:
-            y = attention(q, k, v, documents=layout.blocks, window=self.config.window)
+            y = attention(q, k, v, documents=layout.blocks, window=self.config.window, packing=layout.packing)
         else:
             y = cache.attend(self.layer, q, k, v, self.config.window)
         return self.o_proj(y.transpose(1, 2).flatten(2))

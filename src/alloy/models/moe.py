@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from alloy.models.base import InitPlan, Layout, RouterStats, keep_fp32
 from alloy.models.blocks import MLP, Linear
 from alloy.models.configs import MLPConfig, MoEConfig
-from alloy.ops.linear import linear
-from alloy.ops.moe import expert_counts, moe_experts, route, sequence_balance
+from alloy.ops.moe import expert_counts, moe_experts, moe_step, route, router_logits, sequence_balance
 
 
 class Gate(nn.Module):
@@ -36,10 +35,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) -> fp32 logits (tokens, experts); never in lower precision."""
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return linear(x.float(), self.weight.float())
-        return linear(x.float(), self.weight.float())
+        return router_logits(x, self.weight)
 
     def draw_weights(self, plan: InitPlan) -> None:
         """Normal weights, zero bias."""
@@ -71,6 +67,12 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x (tokens, width), chosen and weights (tokens, top_k) -> (tokens, width)."""
         return moe_experts(x, chosen, weights, self.up, self.down, self.gate, self.activation)
+
+    def step(self, x: Tensor, chosen: Tensor, weights: Tensor, shared: MLP) -> Tensor:
+        """As `forward`, plus the shared expert, whose linear maps are plain matrices."""
+        shared_gate = None if self.gate is None else shared.gate_proj.weight
+        matrices = (shared.up_proj.weight, shared.down_proj.weight, shared_gate)
+        return moe_step(x, chosen, weights, self.up, self.down, self.gate, *matrices, self.activation)
 
     def draw_weights(self, plan: InitPlan) -> None:
         """Normal; `down` writes to the residual stream."""
@@ -117,14 +119,23 @@ class MoE(nn.Module):
             normalize=config.normalize_weights,
             scale=config.router_scale,
         )
-        if config.latent:
-            y = self.latent_out(self.experts(self.latent_in(flat), chosen, weights))
+        if self._is_step():
+            y = self.experts.step(flat, chosen, weights, self.shared)
         else:
-            y = self.experts(flat, chosen, weights)
-        if config.shared_ffn:
-            y = y + self.shared(flat)
+            if config.latent:
+                y = self.latent_out(self.experts(self.latent_in(flat), chosen, weights))
+            else:
+                y = self.experts(flat, chosen, weights)
+            if config.shared_ffn:
+                y = y + self.shared(flat)
         stats = self._stats(scores, chosen, layout) if self.training else None
         return y.view(x.shape), stats
+
+    def _is_step(self) -> bool:
+        """Whether routed and shared experts can be computed together: no gradients, and nothing but plain matrices."""
+        if torch.is_grad_enabled() or not self.config.shared_ffn or self.config.latent:
+            return False
+        return all(type(part) is Linear and part.bias is None for part in self.shared.children())
 
     def _stats(self, scores: Tensor, chosen: Tensor, layout: Layout) -> RouterStats:
         valid, documents = layout.valid, layout.documents

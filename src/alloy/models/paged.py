@@ -8,7 +8,7 @@ Paper: PagedAttention (Kwon et al., 2023). arXiv:2309.06180
 """
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from alloy.errors import RecipeError, RequestError, ResourceError
 from alloy.models.cache import Cache, Snapshot, States
 from alloy.models.configs import AttentionConfig, Mixer
 from alloy.ops.attention import BLOCK, MAX_QUERIES, attention, attn_decode, gather_kv, kv_append
+from alloy.ops.decode import count_tokens
 
 # names that every command uses; "float16-sr" rounds stochastically
 STATE_DTYPES = {
@@ -147,8 +148,11 @@ class PagedCache:
 
     def advance(self, slots: Tensor, counts: Tensor | int) -> None:
         """Add counts, one number or (batch,), to the lengths of slots (batch,) on the device; a padding row's stays 0."""
-        index = slots.long()
-        self.lengths[index] = (self.lengths[index] + counts * (slots >= 0)).to(self.lengths.dtype)
+        if isinstance(counts, int):
+            count_tokens(self.lengths, slots, counts)
+        else:
+            index = slots.long()
+            self.lengths[index] = (self.lengths[index] + counts * (slots >= 0)).to(self.lengths.dtype)
         if self.rounding is not None:
             self.rounding += 1
 
@@ -210,7 +214,7 @@ class PagedView(Cache):
         self.pool = pool
         self.states, self.rounding = pool.states, pool.rounding
         self.is_drafting, self.drafts = False, {}
-        self.mtp = None if pool.mtp is None else type(self)(pool.mtp, rows)
+        self.mtp = None if pool.mtp is None else cast(Self, PagedView(pool.mtp, rows))
         self._place(list(rows))
 
     @property

@@ -9,11 +9,10 @@ Papers: GQA (Ainslie et al., 2023) arXiv:2305.13245; paged keys (Kwon et al., 20
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from alloy.ops import backend
 from alloy.ops.cpu import attention as cpu
-from alloy.ops.documents import segment_ids
+from alloy.ops.documents import Packing, segment_ids
 
 # tokens of a block, and the most queries of a row that `attn_decode` takes
 BLOCK = 64
@@ -29,6 +28,7 @@ def attention(
     documents: Tensor | None = None,
     lengths: Tensor | int | None = None,
     window: int | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale) v, causal; the softmax is computed in fp32.
 
@@ -44,6 +44,7 @@ def attention(
         lengths: int64 (batch,), keys held before these queries; keys past a row's own must be finite. A number: all rows
             hold that many and total == lengths + seq, which needs no mask.
         window: keys that a query sees, itself included; None: all
+        packing: of `documents`; with it narrow dtypes on CUDA need no mask
 
     Returns:
         (batch, heads, seq, head_dim)
@@ -59,7 +60,7 @@ def attention(
         raise ValueError(f"attention: {k.shape[2]} keys for {lengths} held ones and {q.shape[2]} queries")
     q, k, v = backend.autocast(q, k, v)
     if lengths is None or (isinstance(lengths, int) and lengths == 0):
-        return backend.run("attn_prefill", q, k, v, scale, documents, window)
+        return backend.run("attn_prefill", q, k, v, scale, documents, window, packing)
     return backend.run("attn_prefix", q, k, v, scale, documents, lengths, window)
 
 
@@ -129,25 +130,40 @@ def gather_kv(kv: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attn_prefill(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, documents: Tensor | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    documents: Tensor | None,
+    window: int | None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Reference: SDPA, with a mask only where packing or a window needs one."""
     grouped = q.shape[1] != k.shape[1]
     if documents is None and (window is None or window >= q.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    at = torch.arange(q.shape[2], device=q.device)
-    seen = _within(at, at[:, None], window)
-    real = None
+    segments = real = None
     if documents is not None:
         segments, real = segment_ids(documents)
         # a masked weight is 0, and 0 times what padding holds must be 0
         q, k, v = (torch.where(real[:, None, :, None], t, 0) for t in (q, k, v))
+    if _has_flash(q) and (documents is None or packing is not None):
+        return _blank(_flash(q, k, v, scale, window, packing), real)
+    at = torch.arange(q.shape[2], device=q.device)
+    seen = _within(at, at[:, None], window)
+    if segments is not None:
         seen = (seen & (segments[:, :, None] == segments[:, None, :]))[:, None]
     return _blank(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped), real)
 
 
 def _attn_prefill_cpu(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, documents: Tensor | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    documents: Tensor | None,
+    window: int | None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Narrow dtypes stay with SDPA, whose CPU kernel has matmuls for them."""
     fn = cpu.attn_prefill if q.dtype in (torch.float32, torch.float64) else _attn_prefill
@@ -175,17 +191,42 @@ def _attn_prefix(
             # the heads of a group become the queries of one head: no mask, nothing expanded
             folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
             return _blank(F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(q.shape), real)
-        if q.device.type == "cuda":
-            # the last query sees the last key: no mask in memory, keys are not expanded
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=causal_lower_right(seq, total), scale=scale, enable_gqa=grouped
-            )
-            return _blank(y, real)
     if isinstance(lengths, int):
+        if _has_flash(q):
+            return _blank(_flash(q, k, v, scale, window, None), real)
         lengths = torch.full((1,), lengths, device=q.device)
     query = torch.arange(seq, device=q.device)[None, :, None] + lengths[:, None, None]
     seen = _within(torch.arange(total, device=q.device), query, window)[:, None]
     return _blank(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped), real)
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Whether torch's FlashAttention computes queries like q (batch, heads, seq, head_dim)."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] % 8 == 0
+        and q.shape[3] <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, packing: Packing | None) -> Tensor:
+    """What SDPA runs where it is asked for neither packing nor a window nor held keys, with those: no mask in memory, keys
+    are not expanded. The last query sees the last key. Paper: FlashAttention-2 (Dao, 2023) arXiv:2307.08691
+    """
+    shape = q.shape
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    bounds, longest, total = None, q.shape[1], k.shape[1]
+    if packing is not None:
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        bounds, longest, total = packing.cu_seqlens, packing.longest, packing.longest
+    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    y = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, longest, total, 0.0, True, False, scale=scale, **sides
+    )[0]
+    return y.view(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
 
 
 def _attn_decode(

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def add(op: str, backend: str, fn: Op | str) -> None:
 
 def resolve(op: str, device_type: str) -> Op:
     """The function that computes `op` on `device_type` ("cpu", "cuda", ...)."""
-    return _function(op, _choose(op, device_type, _forced[-1] if _forced else None))
+    return cast(Op, TABLE[op][_ready(op, device_type, _forced[-1] if _forced else None)])
 
 
 def run(op: str, x: Tensor, *args: Any) -> Any:
@@ -119,6 +119,15 @@ def _choose(op: str, device_type: str, forced: str | None) -> str:
         if backend in TABLE[op] and (backend != "triton" or forced is not None or missing_triton() is None):
             return backend
     return "torch"
+
+
+# a compiler calls this while it traces: an import is nothing that it could trace
+@torch.compiler.assume_constant_result
+def _ready(op: str, device_type: str, forced: str | None) -> str:
+    """The backend that computes `op`, its function imported."""
+    backend = _choose(op, device_type, forced)
+    _function(op, backend)
+    return backend
 
 
 def _function(op: str, backend: str) -> Op:

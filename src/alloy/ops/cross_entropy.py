@@ -20,9 +20,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 28}
 SMALLEST_CHUNK = 256
 
 
-def linear_ce(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype
-) -> Tensor:
+def linear_ce(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype) -> Tensor:
     """Sum of cross entropies of `hidden @ weight.T` against `labels`; softmax and all sums in fp32.
 
     Args:

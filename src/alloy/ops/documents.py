@@ -1,6 +1,7 @@
 """How ops read packing and padding: segment numbers that rise at each document start, and a mask of real tokens."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ def as_documents(documents: Tensor | None, cu_seqlens: Tensor | None, batch: int
 
     Args:
         documents: int (batch, seq); equal adjacent numbers are one document, -1 is padding, only at a row's end
-        cu_seqlens: int (docs + 1,), document boundaries from 0 to seq; needs batch == 1
+        cu_seqlens: int (docs + 1,), document boundaries from 0 to seq; needs batch == 1. Checked on the CPU alone: to read
+            them from a GPU would wait for it
         batch: rows of the input
         seq: its tokens a row
     """
@@ -23,7 +25,8 @@ def as_documents(documents: Tensor | None, cu_seqlens: Tensor | None, batch: int
         raise ValueError("documents and cu_seqlens are both given; pass one of them")
     if batch != 1:
         raise ValueError(f"cu_seqlens needs batch == 1, got batch = {batch}; pass documents for several rows")
-    check_cu_seqlens(cu_seqlens, seq)
+    if cu_seqlens.device.type == "cpu":
+        check_cu_seqlens(cu_seqlens, seq)
     return torch.searchsorted(cu_seqlens[1:].long(), torch.arange(seq, device=cu_seqlens.device), right=True)[None]
 
 
@@ -32,6 +35,27 @@ def check_cu_seqlens(cu_seqlens: Tensor, seq: int) -> None:
     bounds = cu_seqlens.tolist()
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != seq or any(a >= b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens = {bounds} must rise strictly from 0 to seq = {seq}")
+
+
+class Packing(NamedTuple):
+    """Where segments begin in rows laid one after another; padding is a segment too.
+
+    Attributes:
+        cu_seqlens: int32 (segments + 1,)
+        longest: tokens of the longest segment
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+
+
+def read_packing(documents: Tensor) -> Packing:
+    """The segments of documents (batch, seq). It asks the device, so that one call should serve all layers."""
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    edges = starts.flatten().nonzero()[:, 0]
+    edges = torch.cat([edges, edges.new_full((1,), documents.numel())])
+    return Packing(edges.to(torch.int32), int(edges.diff().max()))
 
 
 def segment_ids(documents: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The linear map. CPU cores have a path of their own, see `ops/cpu/linear.py`."""
+"""The linear map. CPU cores and few rows on GPUs have paths of their own, see `cpu/linear.py` and `triton/linear.py`."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,3 +23,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 backend.add("linear", "torch", F.linear)
 backend.add("linear", "cpu", cpu.linear)
+backend.add("linear", "triton", "alloy.ops.triton.linear:linear")

@@ -11,6 +11,7 @@ from torch import Tensor
 from alloy.ops import backend
 from alloy.ops.activation import ACTIVATIONS
 from alloy.ops.cpu import moe as cpu
+from alloy.ops.linear import linear
 from alloy.ops.precision import wide
 
 
@@ -78,6 +79,44 @@ def moe_experts(
     """
     inputs, up, down, gate = backend.autocast(x, up, down, gate)
     return backend.run("moe_experts", inputs, chosen, weights, up, down, gate, activation).to(x.dtype)
+
+
+def moe_step(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    shared_up: Tensor,
+    shared_down: Tensor,
+    shared_gate: Tensor | None,
+    activation: str = "relu2",
+) -> Tensor:
+    """`moe_experts` plus a shared expert that every token takes with weight 1, without gradients: for decoding.
+
+    Args:
+        x: (tokens, width)
+        chosen: int64 (tokens, top_k)
+        weights: (tokens, top_k)
+        up: (experts, ffn, width)
+        down: (experts, width, ffn)
+        gate: (experts, ffn, width)
+        shared_up: (shared_ffn, width)
+        shared_down: (width, shared_ffn)
+        shared_gate: (shared_ffn, width), with `gate`
+        activation: a name of `ACTIVATIONS`
+
+    Returns:
+        (tokens, width) in x's dtype
+    """
+    given = backend.autocast(x, up, down, gate, shared_up, shared_down, shared_gate)
+    return backend.run("moe_step", given[0], chosen, weights, *given[1:], activation).to(x.dtype)
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x (tokens, width) times the router's matrix (experts, width), in fp32 whatever they are: (tokens, experts)."""
+    return backend.run("router_logits", x, weight)
 
 
 def expert_counts(chosen: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
@@ -167,8 +206,37 @@ def _moe_experts(
     return total.to(x.dtype)
 
 
+def step(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    shared_up: Tensor,
+    shared_down: Tensor,
+    shared_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Reference of `moe_step`: one after the other, each by its own op."""
+    act = ACTIVATIONS[activation]
+    inner = linear(x, shared_up)
+    inner = act(inner) if shared_gate is None else act(linear(x, shared_gate)) * inner
+    return moe_experts(x, chosen, weights, up, down, gate, activation) + linear(inner, shared_down)
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Reference of `router_logits`."""
+    kind = wide(x)
+    return linear(x.to(kind), weight.to(kind))
+
+
 backend.add("moe_route", "torch", _moe_route)
 backend.add("moe_route", "triton", "alloy.ops.triton.moe_route:moe_route")
 backend.add("moe_experts", "torch", _moe_experts)
 backend.add("moe_experts", "cpu", cpu.moe_experts)
 backend.add("moe_experts", "triton", "alloy.ops.triton.moe_experts:moe_experts")
+backend.add("moe_step", "torch", step)
+backend.add("moe_step", "triton", "alloy.ops.triton.moe_experts:moe_step")
+backend.add("router_logits", "torch", logits)
+backend.add("router_logits", "triton", "alloy.ops.triton.moe_experts:router_logits")

@@ -17,17 +17,19 @@ _SMALLEST_NORMAL = 2.0**-14
 _LOW = 0xFFFFFFFF
 
 
-def philox(seed: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(seed: Tensor, first: Tensor, second: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words in 0 .. 2^32 - 1, int64, for each counter (first, second, 0, 0).
 
     Args:
         seed: int64, one element
-        first, second: int64, shapes that broadcast
+        first: int64, shape that broadcasts with that of `second`
+        second: int64
+        rounds: how often the words are mixed
     """
     keys = [seed.view(()) & _LOW, (seed.view(()) >> 32) & _LOW]
     first, second = torch.broadcast_tensors(first, second)
     words = [first, second, torch.zeros_like(first), torch.zeros_like(first)]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         # products wrap, which leaves all 64 bits as they are without a sign
         a, b = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = [(b >> 32) & _LOW ^ words[1] ^ keys[0], b & _LOW, (a >> 32) & _LOW ^ words[3] ^ keys[1], a & _LOW]
@@ -46,7 +48,7 @@ def round_to_half(x: Tensor, seed: Tensor, rows: Tensor) -> Tensor:
     batch, heads, head_dim, state = x.shape
     blocks = -(-state // SHARE)
     first = torch.arange(heads * head_dim * blocks, device=x.device)
-    words = torch.stack(philox(seed, first, rows.long()[:, None]), -1)  # (batch, counters, 4)
+    words = torch.stack(philox(seed, first, rows.long()[:, None], ROUNDS), -1)  # (batch, counters, 4)
     chance = torch.stack([words & 0x1FFF, words >> 19], -1)
     chance = chance.view(batch, heads, head_dim, blocks * SHARE)[..., :state].to(torch.int32)
     # float16 below its smallest normal number is evenly spaced, as above it up to twice that number

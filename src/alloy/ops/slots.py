@@ -5,7 +5,13 @@ from torch import Tensor
 
 
 def check_slots(slots: Tensor | None, state: Tensor, batch: int) -> None:
-    """Refuse what can be seen without reading numbers: rows without a place, numbers that are not one for each row."""
+    """Refuse what can be seen without reading numbers: rows without a place, numbers that are not one for each row.
+
+    Args:
+        slots: int (batch,); None: rows in order
+        state: (slots, ...)
+        batch: rows of the input
+    """
     if slots is None:
         if batch > state.shape[0]:
             raise ValueError(f"batch = {batch} rows, but the state has {state.shape[0]} slots")

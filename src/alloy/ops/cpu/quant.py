@@ -34,6 +34,7 @@ _SHIFT = torch.tensor(2.0**23 + 128 * 256 + 128)
 _BYTES = torch.tensor([[0], [8]], dtype=torch.int32)
 # rows below this are zero
 _TINY = 1e-30
+_int8_product = torch.ops.aten._weight_int8pack_mm.default
 _NO_OFFSET = torch.zeros(1, dtype=torch.int64)
 
 
@@ -81,7 +82,8 @@ def product(rows: Tensor, weight: "LowWeight") -> Tensor:
             return _fixed_point_product(rows.float(), codes, scale)
         return torch.ops.mkldnn._linear_pointwise(rows.to(torch.bfloat16), codes, None, "none", [], "")
     if scale is not None and 0 < rows.shape[0] <= FEW_ROWS and rows.shape[1] % BLOCK == 0:
-        return torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), codes, scale)
+        narrow = rows if rows.dtype == torch.bfloat16 else rows.to(torch.bfloat16)
+        return _int8_product(narrow.contiguous(), codes, scale)
     matrix = plain(codes).float()
     return linear(rows.float(), matrix if scale is None else matrix.mul_(scale[:, None]))
 

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Squared ReLU and the SiLU gate, forward and backward, each one pass over memory.
 
 Squared ReLU keeps only its result, which the matmul after it keeps anyway: 2 relu(x) = 2 sqrt(y). Each program takes
@@ -104,9 +104,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_relu2.register_autograd(
-    lambda ctx, dy: _relu2_backward(_adjacent(dy), *ctx.saved_tensors), setup_context=_save_output
-)
+_relu2.register_autograd(lambda ctx, dy: _relu2_backward(_adjacent(dy), *ctx.saved_tensors), setup_context=_save_output)
 _silu_mul.register_autograd(
     lambda ctx, dy: _silu_mul_backward(_adjacent(dy), *ctx.saved_tensors), setup_context=_save_inputs
 )
@@ -127,7 +125,13 @@ def _launch(op: str, kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Ten
     config = tuning.pick(op, f"{inputs[0].element_size() * 8}")
     blocks = triton.cdiv(width, config["BLOCK"])
     kernel[(rows * blocks,)](
-        *(value for place in places for value in place), *outputs, seq, width, blocks, WIDE=accumulator(inputs[0].dtype), **config
+        *(value for place in places for value in place),
+        *outputs,
+        seq,
+        width,
+        blocks,
+        WIDE=accumulator(inputs[0].dtype),
+        **config,
     )
 
 

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Attention of few queries over paged keys and values, and writing new ones: the kernels of `alloy.ops.attention`.
 
 Keys are read once for all queries that share them: the query heads of a group times the queries of a row are the rows of
@@ -20,8 +20,8 @@ from alloy.ops.triton import tuning
 # `programs` is how many the length is split for, `least` the fewest blocks of a share
 tuning.register(
     "attn_decode",
-    {"programs": 1056, "least": 2, "num_warps": 4, "num_stages": 3},
     {"programs": 1056, "least": 2, "num_warps": 4, "num_stages": 2},
+    {"programs": 1056, "least": 2, "num_warps": 4, "num_stages": 3},
     {"programs": 2112, "least": 4, "num_warps": 4, "num_stages": 2},
     {"programs": 528, "least": 2, "num_warps": 4, "num_stages": 4},
     {"programs": 1056, "least": 2, "num_warps": 8, "num_stages": 3},
@@ -85,7 +85,7 @@ def _attn_decode(
         num_stages=config["num_stages"],
         **shared,
     )
-    _join[(batch * kv_heads, rows)](parts, peaks, lengths, slots, y, num_warps=1, **shared)
+    _join[(batch * kv_heads, rows)](parts, peaks, lengths, slots, y, TALL=min(splits, 16), num_warps=4, **shared)
     return y
 
 
@@ -224,6 +224,7 @@ def _join(
     lengths,
     slots,
     y,
+    TALL: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -246,13 +247,16 @@ def _join(
     rows = GROUP * QUERIES
     start = tl.program_id(0).to(tl.int64) * SPLITS * rows + r
     heights = tl.load(peaks + start + s * rows, mask=s < count, other=float("-inf"))
-    top = tl.max(heights, 0)
+    # finite without any share
+    top = tl.maximum(tl.max(heights, 0), -1e38)
+    total = tl.sum(tl.exp2(heights - top), 0)
     acc = tl.zeros([WIDTH], tl.float32)
-    total = 0.0
-    for i in range(count):
-        weight = tl.exp2(tl.load(peaks + start + i * rows) - top)
-        total += weight
-        acc += weight * tl.load(parts + (start + i * rows) * D + d, mask=d < D, other=0.0)
+    for i in range(0, count, TALL):
+        t = i + tl.arange(0, TALL)
+        weight = tl.exp2(tl.load(peaks + start + t * rows, mask=t < count, other=float("-inf")) - top)
+        place = parts + (start + t * rows)[:, None] * D + d[None, :]
+        part = tl.load(place, mask=(t < count)[:, None] & (d < D)[None, :], other=0.0)
+        acc += tl.sum(weight[:, None] * part, 0)
     acc /= tl.where(count > 0, total, 1.0)
     place = ((row * QUERIES + r // GROUP) * KV_HEADS + head) * GROUP + r % GROUP
     tl.store(y + place.to(tl.int64) * D + d, acc.to(y.dtype.element_ty), mask=d < D)

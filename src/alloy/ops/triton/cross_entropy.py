@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Cross entropy of a linear head, a chunk of tokens at a time, with the gradients in the same pass.
 
 A chunk's logits come from a matmul in the inputs' dtype. One kernel reads each row twice, the second time from the L2, and
@@ -20,12 +20,12 @@ from alloy.ops.triton.elementary import accumulator, exp2
 
 tuning.register(
     "linear_ce",
-    {"BLOCK": 4096, "UNROLL": 2, "num_warps": 16},
-    {"BLOCK": 4096, "UNROLL": 4, "num_warps": 16},
-    {"BLOCK": 8192, "UNROLL": 2, "num_warps": 32},
-    {"BLOCK": 8192, "UNROLL": 4, "num_warps": 16},
-    {"BLOCK": 2048, "UNROLL": 4, "num_warps": 8},
-    {"BLOCK": 4096, "UNROLL": 4, "num_warps": 8},
+    {"BLOCK": 4096, "UNROLL": 2, "num_warps": 16, "STAGES": 1},
+    {"BLOCK": 4096, "UNROLL": 4, "num_warps": 16, "STAGES": 1},
+    {"BLOCK": 4096, "UNROLL": 1, "num_warps": 16, "STAGES": 3},
+    {"BLOCK": 8192, "UNROLL": 2, "num_warps": 32, "STAGES": 1},
+    {"BLOCK": 2048, "UNROLL": 4, "num_warps": 8, "STAGES": 1},
+    {"BLOCK": 2048, "UNROLL": 2, "num_warps": 8, "STAGES": 3},
 )
 # logits of a chunk: 1 GiB in bf16. Each chunk reads and writes the weight's fp32 gradient, which costs what 6 x vocab x hidden
 # bytes take: with fewer tokens than this that is felt
@@ -33,9 +33,7 @@ _CHUNK_ELEMENTS = 1 << 29
 _SMALLEST_CHUNK = 256
 
 
-def linear_ce(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype
-) -> Tensor:
+def linear_ce(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, dtype: torch.dtype) -> Tensor:
     """As `alloy.ops.cross_entropy.linear_ce`."""
     if chunk is None:
         chunk = max(_CHUNK_ELEMENTS // weight.shape[0], _SMALLEST_CHUNK)
@@ -116,7 +114,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 @triton.jit
 def _kernel(
     logits, labels, losses, vocab, stride,
-    GRAD: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
+    GRAD: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss, and softmax - onehot in place of its logits; both zero where the label is negative."""
     row = tl.program_id(0)
@@ -126,7 +124,7 @@ def _kernel(
     # base 2: log2(e) * logit
     peak = tl.full((BLOCK,), -1.0e30, WIDE)
     total = tl.zeros((BLOCK,), WIDE)
-    for start in range(0, vocab, BLOCK * UNROLL):
+    for start in tl.range(0, vocab, BLOCK * UNROLL, num_stages=STAGES):
         values, before = (), peak
         for i in tl.static_range(UNROLL):
             c = start + i * BLOCK + column
@@ -135,15 +133,15 @@ def _kernel(
         total *= exp2(before - peak)
         for i in tl.static_range(UNROLL):
             total += exp2(values[i] - peak)
-    # read before the reduction's barrier, written after it
-    picked = tl.load(logits + tl.maximum(label, 0)).to(WIDE)
+    # read before the reduction's barrier, written after it; an id outside the vocabulary makes the loss NaN
+    picked = tl.load(logits + tl.maximum(label, 0), mask=label < vocab, other=float("nan")).to(WIDE)
     top = tl.max(peak, 0)
     norm = tl.sum(total * exp2(peak - top), 0)
     real = label >= 0
     tl.store(losses + row, tl.where(real, (top + tl.log2(norm)) * 0.6931471805599453 - picked, 0.0))
     if GRAD:
         shift = top + tl.log2(norm)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             c = start + column
             value = tl.load(logits + c, mask=c < vocab, other=0.0).to(WIDE)
             power = exp2(value * 1.4426950408889634 - shift)

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Elementary functions at one hardware instruction each, and the dtype in which kernels accumulate.
 
 Triton's own exp and division handle subnormal numbers, which costs the sigmoid 7 of its 12 instructions on Hopper; these

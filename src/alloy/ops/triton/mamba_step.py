@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """The Mamba-2 mixer between its projections for one token of each row, in two launches.
 
 1. One program takes TILES tiles of (BLOCK_P, state) of one head's state, as in `ssd_step`. It convolves the channels of x
@@ -13,45 +13,55 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.mamba_step import _mamba_step as reference
 from alloy.ops.precision import wide
-from alloy.ops.triton import tuning
+from alloy.ops.triton import chain, tuning
 from alloy.ops.triton.ssd_step import round_to_half, step_size
 
 tuning.register(
     "mamba_step",
     {"BLOCK_P": 16, "TILES": 8, "num_warps": 4},
+    {"BLOCK_P": 16, "TILES": 3, "num_warps": 4},
     {"BLOCK_P": 16, "TILES": 2, "num_warps": 4},
-    {"BLOCK_P": 16, "TILES": 1, "num_warps": 1},
+    {"BLOCK_P": 16, "TILES": 8, "num_warps": 8},
 )
 
 
 @triton.jit
-def _convolve(
+def _load_channels(
     x, state, weight, bias, channels, state_channel, state_tap, mask, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """silu of the convolution of `channels` (block,) after the input x, in fp32."""
-    new = tl.load(x + channels, mask=mask, other=0.0).to(tl.float32)
-    state += channels * state_channel
+    """What the convolution of `channels` (block,) reads: a tuple of the input x, the bias, the window and the taps."""
+    new = tl.load(x + channels, mask=mask, other=0.0)
+    shift = tl.load(bias + channels, mask=mask, other=0.0) if HAS_BIAS else 0.0
+    read = (new, shift)
+    for k in tl.static_range(TAPS):
+        read += (tl.load(state + channels * state_channel + k * state_tap, mask=mask, other=0.0),)
     if TAPS == 3:
         # the taps of a channel lie in 8 or 16 bytes
-        taps = tl.load(weight + channels[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0)
-        even, odd = taps.to(tl.float32).reshape(channels.shape[0], 2, 2).split()
+        read += (tl.load(weight + channels[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0),)
+    else:
+        for k in tl.static_range(TAPS + 1):
+            read += (tl.load(weight + channels * (TAPS + 1) + k, mask=mask, other=0.0),)
+    return read
+
+
+@triton.jit
+def _convolve(read, TAPS: tl.constexpr):
+    """silu of the convolution of what `_load_channels` has read, in fp32 (block,)."""
+    out = tl.zeros_like(read[0].to(tl.float32)) + read[1]
+    if TAPS == 3:
+        even, odd = read[5].to(tl.float32).reshape(read[0].shape[0], 2, 2).split()
         first, third = even.split()
         second, last = odd.split()
-        out = last * new
-        out += first * tl.load(state, mask=mask, other=0.0).to(tl.float32)
-        out += second * tl.load(state + state_tap, mask=mask, other=0.0).to(tl.float32)
-        out += third * tl.load(state + 2 * state_tap, mask=mask, other=0.0).to(tl.float32)
+        taps = (first, second, third, last)
     else:
-        weight += channels * (TAPS + 1)
-        out = tl.load(weight + TAPS, mask=mask, other=0.0).to(tl.float32) * new
-        for k in tl.static_range(TAPS):
-            old = tl.load(state + k * state_tap, mask=mask, other=0.0).to(tl.float32)
-            out += tl.load(weight + k, mask=mask, other=0.0).to(tl.float32) * old
-    if HAS_BIAS:
-        out += tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)
+        taps = read[2 + TAPS :]
+    out += taps[TAPS].to(tl.float32) * read[0].to(tl.float32)
+    for k in tl.static_range(TAPS):
+        out += taps[k].to(tl.float32) * read[2 + k].to(tl.float32)
     return out / (1.0 + tl.exp(-out))
 
 
@@ -61,7 +71,8 @@ def _read_windows(x, state, channels, state_channel, state_tap, mask, TAPS: tl.c
     window = ()
     for k in tl.static_range(TAPS - 1):
         window += (tl.load(state + channels * state_channel + (k + 1) * state_tap, mask=mask, other=0.0),)
-    return window + (tl.load(x + channels, mask=mask, other=0.0).to(state.dtype.element_ty),)
+    window += (tl.load(x + channels, mask=mask, other=0.0).to(state.dtype.element_ty),)
+    return window
 
 
 @triton.jit
@@ -100,10 +111,14 @@ def _heads_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    if CHAINED:
+        gdc_wait()
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     slot = row
@@ -125,30 +140,31 @@ def _heads_kernel(
         rows = p + i * BLOCK_P
         mask = (rows < HEAD_DIM)[:, None] & real[None, :]
         tiles += (tl.load(state + rows[:, None] * state_row + n[None, :], mask=mask, other=0.0).to(tl.float32),)
-    inputs = ()
-    for i in tl.static_range(TILES):
-        rows = p + i * BLOCK_P
-        mask = (rows < HEAD_DIM) & used
-        own = head * HEAD_DIM + rows
-        inputs += (
-            _convolve(
-                projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS
-            ),
-        )
+    q = tl.program_id(0) * (TILES * BLOCK_P) + tl.arange(0, BLOCK_U)
+    mask = (q < HEAD_DIM) & used
+    own = head * HEAD_DIM + q
+    x = _load_channels(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, mask, TAPS, HAS_BIAS)
     own = inner + (head // (HEADS // GROUPS)) * WIDTH + n
-    b = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
+    b = _load_channels(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
     own += GROUPS * WIDTH
-    c = _convolve(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
-    d = step_size(tl.load(projected + channels + head), tl.load(dt_bias + head), low, high, True, True)
-    d = tl.where(used, d, 0.0)
-    decay = tl.exp(d * tl.load(A + head).to(tl.float32))
+    c = _load_channels(projected, conv_state, conv_weight, conv_bias, own, conv_channel, conv_tap, real, TAPS, HAS_BIAS)
+    raw = tl.load(projected + channels + head)
+    bias = tl.load(dt_bias + head)
+    rate = tl.load(A + head).to(tl.float32)
     skip = tl.load(D + head).to(tl.float32)
     if STOCHASTIC:
         chance = tl.load(seed)
+    if CHAINED:
+        gdc_launch_dependents()
+    b = _convolve(b, TAPS)
+    c = _convolve(c, TAPS)
+    x = tl.where(mask, _convolve(x, TAPS), 0.0)
+    d = tl.where(used, step_size(raw, bias, low, high, True, True), 0.0)
+    decay = tl.exp(d * rate)
     y += row * inner + head * HEAD_DIM
     for i in tl.static_range(TILES):
         rows = p + i * BLOCK_P
-        u = tl.where((rows < HEAD_DIM) & used, inputs[i], 0.0)
+        u = tl.gather(x, i * BLOCK_P + tl.arange(0, BLOCK_P), 0) if TILES > 1 else x
         new = tiles[i] * decay + (d * u)[:, None] * b[None, :]
         out = tl.sum(new * c[None, :], 1) + skip * u
         tl.store(y + rows, out.to(y.dtype.element_ty), mask=rows < HEAD_DIM)
@@ -175,6 +191,7 @@ def _norm_kernel(
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -192,7 +209,6 @@ def _norm_kernel(
     projected += row * projected_row
     y += row * INNER
     conv_state += slot * conv_slot
-    value = tl.load(y + own, mask=real, other=0.0).to(tl.float32)
     gate = tl.load(projected + own, mask=real, other=0.0).to(tl.float32)
     weight = tl.load(norm_weight + own, mask=inside, other=0.0).to(tl.float32)
     projected += INNER
@@ -203,8 +219,14 @@ def _norm_kernel(
     x_window = _read_windows(projected, conv_state, own, conv_channel, conv_tap, real, TAPS)
     b_window = _read_windows(projected, conv_state, b_own, conv_channel, conv_tap, real_n, TAPS)
     c_window = _read_windows(projected, conv_state, c_own, conv_channel, conv_tap, real_n, TAPS)
+    # what the first kernel does not write may be read while it runs
+    if CHAINED:
+        gdc_wait()
+    value = tl.load(y + own, mask=real, other=0.0).to(tl.float32)
     value = value * gate / (1.0 + tl.exp(-gate))
     scale = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    if CHAINED:
+        gdc_launch_dependents()
     # what is written here may have been read by more threads than the one that writes it
     tl.debug_barrier()
     tl.store(y + own, (value * scale * weight).to(y.dtype.element_ty), mask=inside)
@@ -272,6 +294,8 @@ def _mamba_step(
         STOCHASTIC=sr_seed is not None,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
+        **chain.options(y),
+        BLOCK_U=triton.next_power_of_2(block_p * tiles),
         TILES=tiles,
         num_warps=config["num_warps"],
     )
@@ -289,6 +313,7 @@ def _mamba_step(
         WIDTH=width,
         TAPS=taps,
         HAS_SLOTS=slots is not None,
+        **chain.options(y),
         BLOCK=triton.next_power_of_2(inner // groups),
         BLOCK_N=block_n,
         num_warps=4,

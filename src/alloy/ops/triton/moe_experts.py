@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Routed experts on the GPU: few tokens stream the weights of their experts, many are sorted and multiplied in blocks.
 
 Reference, formulas and papers: `alloy.ops.moe`. The backward keeps what entered the activation, and never makes the
@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alloy.ops import moe as reference
 from alloy.ops.activation import ACTIVATIONS
-from alloy.ops.triton.moe_gemm import ALIGN, block_rows, hidden_gradients, product, up_product, weight_gradient
-from alloy.ops.triton.moe_pairs import FEW_TOKENS, pairs_down, pairs_up
+from alloy.ops.triton.moe_gemm import align_rows, block_rows, hidden_gradients, product, up_product, weight_gradient
+from alloy.ops.triton.moe_pairs import FEW_TOKENS, few_logits, pairs_experts
 from alloy.ops.triton.moe_plan import Plan, combine, empty_plan, gather, make_plan
+
+# tokens up to which a product with the router's matrix reads little beside it
+FEW_LOGITS = 16
 
 
 def moe_experts(
@@ -27,6 +31,34 @@ def moe_experts(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _experts_kept(x, chosen, weights, up, down, gate, activation)[0]
     return _experts(x, chosen, weights, up, down, gate, activation)
+
+
+def moe_step(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    shared_up: Tensor,
+    shared_down: Tensor,
+    shared_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """As `alloy.ops.moe_step`: two launches for few tokens."""
+    shared = (shared_up, shared_down, shared_gate)
+    if not 0 < x.shape[0] <= FEW_TOKENS or not all(t is None or t.is_contiguous() for t in shared):
+        return reference.step(x, chosen, weights, up, down, gate, *shared, activation)
+    _check(x, up, down, gate, activation)
+    return _step(x, chosen, weights, up, down, gate, *shared, activation)
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """As `alloy.ops.router_logits`: one launch for few tokens."""
+    few = x.shape[0] <= FEW_LOGITS and x.stride(-1) == weight.stride(-1) == 1 and x.dtype != torch.float64
+    if not few or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return reference.logits(x, weight)
+    return _few_logits(x, weight)
 
 
 def _check(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str) -> None:
@@ -59,7 +91,7 @@ def _experts(
 ) -> Tensor:
     """Without gradients."""
     if x.shape[0] <= FEW_TOKENS:
-        return pairs_down(pairs_up(x, chosen, up, gate, activation), chosen, weights, down)
+        return pairs_experts(x, chosen, weights, up, down, gate, activation)
     return _forward(x, chosen, weights, up, down, gate, activation, keep=False)[0]
 
 
@@ -68,6 +100,48 @@ def _(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("alloy::moe_step", mutates_args=())
+def _step(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    shared_up: Tensor,
+    shared_down: Tensor,
+    shared_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return pairs_experts(x, chosen, weights, up, down, gate, activation, shared_up, shared_down, shared_gate)
+
+
+@_step.register_fake
+def _(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    shared_up: Tensor,
+    shared_down: Tensor,
+    shared_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("alloy::router_logits", mutates_args=())
+def _few_logits(x: Tensor, weight: Tensor) -> Tensor:
+    return few_logits(x, weight)
+
+
+@_few_logits.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("alloy::moe_experts_kept", mutates_args=())
@@ -83,7 +157,8 @@ def _experts_kept(
 def _(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> list[Tensor]:
-    plan = empty_plan(chosen, up.shape[0], block_rows(chosen.numel(), up.shape[0], x.dtype), ALIGN)
+    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
+    plan = empty_plan(chosen, up.shape[0], block, align_rows(x.dtype))
     kept = (plan.order.numel(), up.shape[1])
     return [x.new_empty(x.shape), x.new_empty(kept), x.new_empty(0 if gate is None else kept), *plan]
 
@@ -101,7 +176,7 @@ def _forward(
     """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
     tokens, top_k = chosen.shape
     block = block_rows(chosen.numel(), up.shape[0], x.dtype)
-    plan = make_plan(chosen.contiguous(), up.shape[0], block, ALIGN if keep else 1)
+    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(x.dtype) if keep else 1)
     hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
     rows = product(hidden, down, plan, block, transposed=True)
     return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan
@@ -127,20 +202,20 @@ def _experts_backward(
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     dpairs = gather(dy, plan, top_k)
     dhidden = product(dpairs, down, plan, block, transposed=False)
-    dinner, dopened, hidden, dweights = hidden_gradients(
-        dhidden, inner, opened, weights.contiguous(), plan, activation
-    )
+    dinner, dopened, hidden, dweights = hidden_gradients(dhidden, inner, opened, weights.contiguous(), plan, activation)
     dx, dup, ddown, dgate = (x.new_empty(0) for _ in range(4))
     if experts_needed:
         ddown = weight_gradient(dpairs, hidden, plan, down)
-        # the rows of x take the place of those of dy
+        # the rows of x take the place of what is done with
+        del dpairs, hidden
         rows = gather(x, plan, top_k)
         dup = weight_gradient(dinner, rows, plan, up)
         dgate = dgate if gate is None else weight_gradient(dopened, rows, plan, gate)
+        del rows
     if dx_needed:
-        second = (None, None) if gate is None else (dopened, gate)
-        rows = product(dinner, up, plan, block, False, *second)
-        dx = combine(rows, plan, None, (tokens, top_k), x.dtype)
+        rows = product(dinner, up, plan, block, transposed=False)
+        more = None if gate is None else product(dopened, gate, plan, block, transposed=False)
+        dx = combine(rows, plan, None, (tokens, top_k), x.dtype, more)
     return [dx, dweights, dup, ddown, dgate]
 
 

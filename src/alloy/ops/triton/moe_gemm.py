@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Matrix products of the sorted pairs of `moe_plan`, each expert's rows with that expert's matrix.
 
 Every kernel is a fixed number of programs that walk over tiles; how many there are, and of which experts, is read from the
@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from alloy.ops.triton import tuning
 from alloy.ops.triton.moe_plan import Plan, gather
 
-_CONFIG = ("BN", "BK", "FLATTEN", "SPLIT", "SORTED", "per_sm", "num_warps", "num_stages")
+_CONFIG = ("BN", "BK", "FLATTEN", "HALVES", "SORTED", "per_sm", "num_warps", "num_stages")
 
 
 def _configs(*rows: tuple[int, ...]) -> list[dict[str, int]]:
@@ -25,36 +25,46 @@ def _configs(*rows: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 # rows of a tile are the plan's block: 16 where matrices are what is read, 128 where products are what takes time
-tuning.register("moe_gemm_fp32", *_configs((64, 32, 0, 0, 0, 4, 4, 2)))
+tuning.register("moe_gemm_fp32", *_configs((64, 16, 0, 0, 0, 4, 4, 2)))
 tuning.register(
-    "moe_gemm_16", *_configs((64, 128, 0, 0, 0, 2, 4, 4), (128, 128, 0, 0, 0, 1, 4, 4), (64, 128, 1, 0, 0, 2, 4, 3))
+    "moe_gemm_16",
+    *_configs(
+        (64, 128, 0, 0, 0, 2, 4, 4),
+        (128, 128, 0, 0, 0, 1, 4, 4),
+        (64, 128, 1, 0, 0, 2, 4, 3),
+        (64, 128, 0, 0, 0, 3, 4, 3),
+        (32, 256, 0, 0, 0, 3, 4, 3),
+    ),
 )
 tuning.register(
-    "moe_gemm_64", *_configs((128, 64, 0, 0, 0, 2, 4, 4), (128, 64, 0, 1, 1, 1, 4, 4), (256, 64, 0, 0, 0, 1, 4, 4))
+    "moe_gemm_64",
+    *_configs(
+        (128, 64, 0, 0, 1, 2, 4, 4),
+        (128, 64, 1, 0, 1, 3, 4, 3),
+        (256, 64, 0, 0, 1, 2, 4, 2),
+        (256, 64, 1, 0, 1, 1, 8, 4),
+    ),
 )
 tuning.register(
     "moe_gemm_128",
     *_configs(
-        (128, 64, 0, 0, 0, 2, 4, 3),
-        (256, 64, 0, 0, 0, 1, 8, 3),
-        (256, 64, 0, 0, 1, 1, 8, 3),
+        (128, 64, 0, 1, 1, 2, 4, 3),
+        (128, 64, 0, 0, 1, 2, 4, 3),
+        (128, 64, 1, 0, 1, 2, 4, 3),
         (256, 64, 1, 0, 1, 1, 8, 3),
-        (256, 64, 0, 1, 1, 1, 4, 4),
-        (128, 64, 0, 1, 1, 1, 4, 4),
+        (256, 64, 0, 1, 1, 1, 8, 4),
     ),
 )
-# rows that a step of the weights' gradients takes: an expert's share is a multiple of it where there will be a backward
-ALIGN = 64
 # here a tile of the product is BM x BN of an expert's matrix, and BK are rows
-tuning.register("moe_wgrad_fp32", *({"BM": 64, **row} for row in _configs((64, 32, 0, 0, 1, 4, 4, 2))))
+tuning.register(
+    "moe_wgrad_fp32", {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2}
+)
 tuning.register(
     "moe_wgrad",
-    *(
-        {"BM": 128, **row}
-        for row in _configs(
-            (128, 64, 0, 0, 1, 2, 4, 3), (256, 64, 0, 0, 1, 1, 8, 3), (256, 64, 1, 0, 1, 1, 8, 3), (256, 64, 0, 1, 1, 1, 4, 4)
-        )
-    ),
+    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 0, "per_sm": 2, "num_warps": 4, "num_stages": 3},
+    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 2, "num_warps": 4, "num_stages": 3},
+    {"BM": 128, "BN": 256, "BK": 64, "FLATTEN": 1, "per_sm": 1, "num_warps": 8, "num_stages": 4},
+    {"BM": 256, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 1, "num_warps": 8, "num_stages": 4},
 )
 
 
@@ -64,6 +74,11 @@ def block_rows(pairs: int, num_experts: int, dtype: torch.dtype) -> int:
     if mean <= 10:
         return 16
     return 64 if mean <= 64 or dtype == torch.float32 else 128
+
+
+def align_rows(dtype: torch.dtype) -> int:
+    """What each expert's share of the rows is a multiple of where there will be a backward: a step of `weight_gradient`."""
+    return 16 if dtype == torch.float32 else 64
 
 
 def gemm_config(plan_block: int, x: Tensor, shape: tuple[int, int], use: str) -> dict[str, int]:
@@ -88,6 +103,13 @@ def rows_of(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, cols])
 
 
+def _whole_and_half(x: Tensor, rows: int, cols: int, config: dict[str, int]) -> tuple[object, object]:
+    """The operand of whole tiles and of half ones: as it is where rows are fetched one by one, None what is not used."""
+    if not config.get("SORTED", 1):
+        return x, None
+    return rows_of(x, rows, cols), rows_of(x, rows // 2, cols) if config["HALVES"] else None
+
+
 def up_product(
     x: Tensor, plan: Plan, block: int, top_k: int, up: Tensor, gate: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,14 +118,14 @@ def up_product(
     rows = plan.order.numel()
     config = gemm_config(block, x, (ffn, width), "up" if gate is None else "gated")
     per_sm, bn, bk = config.pop("per_sm"), config["BN"], config["BK"]
-    source = rows_of(gather(x, plan, top_k), block, bk) if config["SORTED"] else x
+    lying = gather(x, plan, top_k) if config["SORTED"] else x
     if gate is not None:
-        bn = config["BN"] = max(64, bn // 2)
+        bn = config["BN"] = max(32, bn // 2)
     out = x.new_empty(rows, ffn)
     inner = x.new_empty((rows, ffn) if keep else 0)
     opened = x.new_empty((rows, ffn) if keep and gate is not None else 0)
     up_kernel[(programs(x.device, per_sm),)](
-        source,
+        *_whole_and_half(lying, block, bk, config),
         rows_of(up, bn, bk),
         None if gate is None else rows_of(gate, bn, bk),
         out,
@@ -133,13 +155,8 @@ def product(
     plan: Plan,
     block: int,
     transposed: bool,
-    rows2: Tensor | None = None,
-    matrices2: Tensor | None = None,
 ) -> Tensor:
-    """rows (rows, k) times each row's expert of matrices (experts, m, k) if `transposed`, else (experts, k, m): (rows, m).
-
-    A second pair of operands of the same shapes is added to it.
-    """
+    """rows (rows, k) times each row's expert of matrices (experts, m, k) if `transposed`, else (experts, k, m): (rows, m)."""
     experts = matrices.shape[0]
     outputs, inputs = matrices.shape[1:] if transposed else (matrices.shape[2], matrices.shape[1])
     config = gemm_config(block, rows, (outputs, inputs), "down" if transposed else "dx")
@@ -147,10 +164,8 @@ def product(
     tile = (bn, bk) if transposed else (bk, bn)
     out = rows.new_empty(rows.shape[0], outputs)
     product_kernel[(programs(rows.device, per_sm),)](
-        rows_of(rows, block, bk),
+        *_whole_and_half(rows, block, bk, config),
         rows_of(matrices, *tile),
-        None if rows2 is None else rows_of(rows2, block, bk),
-        None if matrices2 is None else rows_of(matrices2, *tile),
         out,
         plan.starts,
         plan.block_starts,
@@ -199,12 +214,11 @@ def hidden_gradients(
 def weight_gradient(left: Tensor, right: Tensor, plan: Plan, like: Tensor) -> Tensor:
     """Sum over an expert's rows of left (rows, m) outer right (rows, k): like (experts, m, k); zero where it has none.
 
-    The plan is aligned to `ALIGN` rows, and rows without a pair are zero in `left`.
+    The plan is aligned to `align_rows`, and rows without a pair are zero in `left`.
     """
     op = "moe_wgrad_fp32" if left.dtype == torch.float32 else "moe_wgrad"
     config = dict(tuning.pick(op, f"{like.shape[1]}x{like.shape[2]}"))
     per_sm, bk = config.pop("per_sm"), config["BK"]
-    del config["SORTED"]
     out = torch.empty_like(like)
     weight_gradient_kernel[(programs(left.device, per_sm),)](
         rows_of(left, bk, config["BM"]),
@@ -227,30 +241,31 @@ def _precision(x: Tensor) -> str:
 def act(x, ACTIVATION: tl.constexpr):
     """An activation of `alloy.ops.activation`, in fp32."""
     if ACTIVATION == "relu2":
-        kept = tl.where(x < 0, 0.0, x)
-        return kept * kept
+        y = tl.where(x < 0, 0.0, x * x)
     elif ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x)
+        y = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
-        return x / (1 + tl.exp(-x))
+        y = x / (1 + tl.exp(-x))
     else:
         tl.static_assert(ACTIVATION == "gelu")
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    return y
 
 
 @triton.jit
 def act_slope(x, ACTIVATION: tl.constexpr):
     """Its derivative."""
     if ACTIVATION == "relu2":
-        return tl.where(x < 0, 0.0, 2 * x)
+        y = tl.where(x < 0, 0.0, 2 * x)
     elif ACTIVATION == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        y = tl.where(x > 0, 1.0, 0.0)
     elif ACTIVATION == "silu":
         s = 1 / (1 + tl.exp(-x))
-        return s * (1 + x * (1 - s))
+        y = s * (1 + x * (1 - s))
     else:
         tl.static_assert(ACTIVATION == "gelu")
-        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        y = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return y
 
 
 @triton.jit
@@ -267,6 +282,7 @@ def find_tile(tile, starts, block_starts, blocks, NT, BM: tl.constexpr):
 @triton.jit
 def up_kernel(
     x,
+    x_half,
     up,
     gate,
     out,
@@ -288,55 +304,93 @@ def up_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPLIT: tl.constexpr,
+    HALVES: tl.constexpr,
     SORTED: tl.constexpr,
 ):
     """Tiles of act(up x); x's rows are fetched through `order`, or lie sorted already."""
     NT = tl.cdiv(F, BN)
     total = tl.load(block_starts + experts) * NT
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPLIT):
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         expert, first, stop, n = find_tile(tile, starts, block_starts, blocks, NT, BM)
-        rows = first + tl.arange(0, BM)
-        token = rows
-        if not SORTED:
-            token = (tl.maximum(tl.load(order + rows, mask=rows < stop, other=0), 0) // top_k).to(tl.int64)
-        acc = tl.zeros((BM, BN), tl.float32)
-        acc_gate = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, D, BK):
-            if SORTED:
-                a = x.load([first, k])
-            else:
-                at = k + tl.arange(0, BK)
-                a = tl.load(x + token[:, None] * stride_x + at[None, :], mask=(at < D)[None, :], other=0)
-            acc = tl.dot(a, up.load([expert * F + n * BN, k]).T, acc, input_precision=PRECISION)
-            if gate is not None:
-                acc_gate = tl.dot(a, gate.load([expert * F + n * BN, k]).T, acc_gate, input_precision=PRECISION)
-        cols = n * BN + tl.arange(0, BN)
-        at = rows.to(tl.int64)[:, None] * F + cols[None, :]
-        inside = (rows < stop)[:, None] & (cols < F)[None, :]
-        kind = out.dtype.element_ty
-        if KEEP:
-            # the activation is of what is kept, so that the backward sees the same
-            kept = acc.to(kind)
-            tl.store(inner + at, kept, mask=inside)
-            acc = kept.to(tl.float32)
-        if gate is not None:
-            if KEEP:
-                kept = acc_gate.to(kind)
-                tl.store(opened + at, kept, mask=inside)
-                acc_gate = kept.to(tl.float32)
-            acc = act(acc_gate, ACTIVATION) * acc
+        n *= BN
+        if HALVES and stop - first <= BM // 2:
+            up_tile(
+                x_half, up, gate, out, inner, opened, order, expert, first, stop, n, F, D, stride_x, top_k,
+                BM // 2, ACTIVATION, KEEP, PRECISION, BN, BK, SORTED,
+            )  # fmt: skip
         else:
-            acc = act(acc, ACTIVATION)
-        tl.store(out + at, acc.to(kind), mask=inside)
+            up_tile(
+                x, up, gate, out, inner, opened, order, expert, first, stop, n, F, D, stride_x, top_k,
+                BM, ACTIVATION, KEEP, PRECISION, BN, BK, SORTED,
+            )  # fmt: skip
+
+
+@triton.jit
+def up_tile(
+    x,
+    up,
+    gate,
+    out,
+    inner,
+    opened,
+    order,
+    expert,
+    first,
+    stop,
+    n,
+    F,
+    D,
+    stride_x,
+    top_k,
+    BM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SORTED: tl.constexpr,
+):
+    """One tile of `up_kernel`."""
+    rows = first + tl.arange(0, BM)
+    token = rows
+    if not SORTED:
+        token = (tl.maximum(tl.load(order + rows, mask=rows < stop, other=0), 0) // top_k).to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    acc_gate = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, D, BK):
+        if SORTED:
+            a = x.load([first, k])
+        else:
+            at = k + tl.arange(0, BK)
+            a = tl.load(x + token[:, None] * stride_x + at[None, :], mask=(at < D)[None, :], other=0)
+        acc = tl.dot(a, up.load([expert * F + n, k]).T, acc, input_precision=PRECISION)
+        if gate is not None:
+            acc_gate = tl.dot(a, gate.load([expert * F + n, k]).T, acc_gate, input_precision=PRECISION)
+    cols = n + tl.arange(0, BN)
+    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+    inside = (rows < stop)[:, None] & (cols < F)[None, :]
+    kind = out.dtype.element_ty
+    if KEEP:
+        # the activation is of what is kept, so that the backward sees the same
+        kept = acc.to(kind)
+        tl.store(inner + at, kept, mask=inside)
+        acc = kept.to(tl.float32)
+    if gate is not None:
+        if KEEP:
+            kept = acc_gate.to(kind)
+            tl.store(opened + at, kept, mask=inside)
+            acc_gate = kept.to(tl.float32)
+        acc = act(acc_gate, ACTIVATION) * acc
+    else:
+        acc = act(acc, ACTIVATION)
+    tl.store(out + at, acc.to(kind), mask=inside)
 
 
 @triton.jit
 def product_kernel(
     a,
+    a_half,
     w,
-    a2,
-    w2,
     out,
     starts,
     block_starts,
@@ -350,25 +404,48 @@ def product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPLIT: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    """Tiles of a w + a2 w2; a tile of `a` may reach into the next expert's rows, whose products are not stored."""
+    """Tiles of a w; a tile of `a` may reach into the next expert's rows, whose products are not stored."""
     NT = tl.cdiv(N, BN)
     total = tl.load(block_starts + experts) * NT
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPLIT):
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         expert, first, stop, n = find_tile(tile, starts, block_starts, blocks, NT, BM)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            if TRANSPOSED:
-                acc = tl.dot(a.load([first, k]), w.load([expert * N + n * BN, k]).T, acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(a.load([first, k]), w.load([expert * K + k, n * BN]), acc, input_precision=PRECISION)
-                if a2 is not None:
-                    acc = tl.dot(a2.load([first, k]), w2.load([expert * K + k, n * BN]), acc, input_precision=PRECISION)
-        rows = first + tl.arange(0, BM)
-        cols = n * BN + tl.arange(0, BN)
-        inside = (rows < stop)[:, None] & (cols < N)[None, :]
-        tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        n *= BN
+        if HALVES and stop - first <= BM // 2:
+            product_tile(a_half, w, out, expert, first, stop, n, N, K, BM // 2, TRANSPOSED, PRECISION, BN, BK)
+        else:
+            product_tile(a, w, out, expert, first, stop, n, N, K, BM, TRANSPOSED, PRECISION, BN, BK)
+
+
+@triton.jit
+def product_tile(
+    a,
+    w,
+    out,
+    expert,
+    first,
+    stop,
+    n,
+    N,
+    K,
+    BM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile of `product_kernel`."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        if TRANSPOSED:
+            acc = tl.dot(a.load([first, k]), w.load([expert * N + n, k]).T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a.load([first, k]), w.load([expert * K + k, n]), acc, input_precision=PRECISION)
+    rows = first + tl.arange(0, BM)
+    cols = n + tl.arange(0, BN)
+    inside = (rows < stop)[:, None] & (cols < N)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -429,13 +506,12 @@ def weight_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """Tiles of left^T right over each expert's rows, which are whole steps."""
     MT = tl.cdiv(M, BM)
     NT = tl.cdiv(N, BN)
     total = experts * MT * NT
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPLIT):
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         expert = tile // (MT * NT)
         m = (tile % MT) * BM
         n = (tile // MT % NT) * BN

@@ -1,8 +1,8 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Experts of a few tokens: every (token, expert) pair streams its expert's weights once; nothing is sorted.
 
-Two launches. The first gives each pair's hidden (pairs, ffn); the second sums each token's pairs in fp32, so that it needs
-neither atomics nor a third.
+Two launches. The first gives each pair's hidden values; the second sums each token's pairs in fp32, so that it needs
+neither atomics nor a third. A shared expert, which every token takes with weight 1, rides along in both.
 """
 
 import torch
@@ -16,31 +16,120 @@ from alloy.ops.triton.moe_gemm import act
 # beyond these, tokens share so many experts that sorting them and reading each expert once wins
 FEW_TOKENS = 4
 
-tuning.register("moe_pairs_up", {"BN": 16, "BK": 128, "num_warps": 4}, {"BN": 8, "BK": 512, "num_warps": 4})
-tuning.register("moe_pairs_down", {"BN": 4, "BK": 256, "num_warps": 4}, {"BN": 8, "BK": 128, "num_warps": 4})
+tuning.register(
+    "moe_pairs_up",
+    {"BN": 8, "BK": 512, "num_warps": 4},
+    {"BN": 4, "BK": 512, "num_warps": 4},
+    {"BN": 8, "BK": 256, "num_warps": 4},
+    {"BN": 4, "BK": 1024, "num_warps": 4},
+)
+tuning.register(
+    "moe_pairs_down",
+    {"BN": 4, "BK": 256, "UNROLL": 1, "num_warps": 4},
+    {"BN": 4, "BK": 256, "UNROLL": 2, "num_warps": 4},
+    {"BN": 4, "BK": 512, "UNROLL": 1, "num_warps": 4},
+    {"BN": 2, "BK": 512, "UNROLL": 2, "num_warps": 4},
+    {"BN": 4, "BK": 512, "UNROLL": 2, "num_warps": 8},
+    {"BN": 8, "BK": 256, "UNROLL": 1, "num_warps": 4},
+)
 
 
-def pairs_up(x: Tensor, chosen: Tensor, up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    """Hidden of each pair, fp32 (tokens * top_k, ffn), for x (tokens, width) and chosen (tokens, top_k)."""
+def pairs_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    shared_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+) -> Tensor:
+    """As `alloy.ops.moe_experts`, plus the expert shared_up (shared_ffn, width), shared_down (width, shared_ffn) if given."""
+    chosen = chosen.contiguous()
+    hidden, shared = pairs_up(x, chosen, up, gate, activation, shared_up, shared_gate)
+    return pairs_down(hidden, chosen, weights, down, shared, shared_down)
+
+
+def pairs_up(
+    x: Tensor,
+    chosen: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    shared_up: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden values fp32 of each pair (tokens * top_k, ffn) and of the shared expert (tokens, shared_ffn)."""
+    tokens, top_k = chosen.shape
     _, ffn, width = up.shape
     config = dict(tuning.pick("moe_pairs_up", f"{ffn}x{width}"))
-    out = torch.empty(chosen.numel(), ffn, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(ffn, config["BN"]), chosen.numel())
+    out = torch.empty(tokens * top_k, ffn, dtype=torch.float32, device=x.device)
+    shared_ffn = 0 if shared_up is None else shared_up.shape[0]
+    shared = None if shared_up is None else out.new_empty(tokens, shared_ffn)
+    bn = config["BN"]
+    grid = (tokens * (top_k * triton.cdiv(ffn, bn) + triton.cdiv(shared_ffn, bn)),)
     pairs_up_kernel[grid](
-        x, chosen.contiguous(), up, gate, out, x.stride(0), ffn, chosen.shape[1], width, ACTIVATION=activation, **config
+        x,
+        chosen,
+        up,
+        gate,
+        out,
+        shared_up,
+        shared_gate,
+        shared,
+        x.stride(0),
+        tokens,
+        ffn,
+        shared_ffn,
+        TOP_K=top_k,
+        D=width,
+        ACTIVATION=activation,
+        **config,
     )
-    return out
+    return out, shared
 
 
-def pairs_down(hidden: Tensor, chosen: Tensor, weights: Tensor, down: Tensor) -> Tensor:
-    """Weighted sum of down hidden over each token's pairs, hidden fp32 (tokens * top_k, ffn): (tokens, width)."""
+def pairs_down(
+    hidden: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    shared: Tensor | None = None,
+    shared_down: Tensor | None = None,
+) -> Tensor:
+    """Sum of each token's pairs of hidden (tokens * top_k, ffn) through `down`, weighted, and of shared: (tokens, width)."""
     tokens, top_k = chosen.shape
     _, width, ffn = down.shape
     config = dict(tuning.pick("moe_pairs_down", f"{width}x{ffn}"))
     out = down.new_empty(tokens, width)
+    shared_ffn = 0 if shared is None else shared.shape[1]
     grid = (triton.cdiv(width, config["BN"]), tokens)
     pairs_down_kernel[grid](
-        hidden, chosen.contiguous(), weights.contiguous(), down, out, width, top_k, ffn, **config
+        hidden,
+        chosen,
+        weights.contiguous(),
+        down,
+        shared,
+        shared_down,
+        out,
+        width,
+        TOP_K=top_k,
+        F=ffn,
+        SHARED=shared_ffn,
+        PARTS=triton.cdiv(shared_ffn, ffn),
+        **config,
+    )
+    return out
+
+
+def few_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x (tokens, width) weight^T (experts, width) in fp32, for few tokens: (tokens, experts)."""
+    experts, width = weight.shape
+    out = torch.empty(x.shape[0], experts, dtype=torch.float32, device=x.device)
+    few_logits_kernel[(experts, x.shape[0])](
+        x, weight, out, x.stride(0), weight.stride(0), experts, D=width, BK=min(1024, triton.next_power_of_2(width))
     )
     return out
 
@@ -52,27 +141,53 @@ def pairs_up_kernel(
     up,
     gate,
     out,
+    shared_up,
+    shared_gate,
+    shared,
     stride_x,
+    tokens,
     F,
-    top_k,
+    shared_F,
+    TOP_K: tl.constexpr,
     D: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BN rows of one pair's expert."""
-    pair = tl.program_id(1)
-    x += (pair // top_k) * stride_x
-    expert = tl.load(chosen + pair)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    base = (expert * F + n[:, None]) * D
+    """BN rows of one pair's expert, or of the shared expert for one token; these come last."""
+    program = tl.program_id(0)
+    stretches = tl.cdiv(F, BN)
+    pairs = tokens * TOP_K
+    pair = program // stretches
+    token = pair // TOP_K
+    first = program % stretches * BN
+    rows = F
+    matrix = tl.load(chosen + pair, mask=pair < pairs, other=0) * F * D
+    up += matrix
+    if gate is not None:
+        gate += matrix
+    out += pair * F
+    if shared_up is not None:  # noqa: SIM102 (the first is decided when it is compiled)
+        if pair >= pairs:
+            program -= pairs * stretches
+            stretches = tl.cdiv(shared_F, BN)
+            token = program // stretches
+            first = program % stretches * BN
+            rows = shared_F
+            up = shared_up
+            if gate is not None:
+                gate = shared_gate
+            out = shared + token * shared_F
+    n = first + tl.arange(0, BN)
+    base = n[:, None] * D
     acc = tl.zeros((BN, BK), tl.float32)
     acc_gate = tl.zeros((BN, BK), tl.float32)
     for k in tl.static_range(0, D, BK):
         at = k + tl.arange(0, BK)
-        inside = (n < F)[:, None] & (at < D)[None, :]
-        value = tl.load(x + at, mask=at < D, other=0).to(tl.float32)[None, :]
-        acc += tl.load(up + base + at[None, :], mask=inside, other=0, eviction_policy="evict_first").to(tl.float32) * value
+        inside = (n < rows)[:, None] & (at < D)[None, :]
+        value = tl.load(x + token * stride_x + at, mask=at < D, other=0).to(tl.float32)[None, :]
+        opened = tl.load(up + base + at[None, :], mask=inside, other=0, eviction_policy="evict_first")
+        acc += opened.to(tl.float32) * value
         if gate is not None:
             opened = tl.load(gate + base + at[None, :], mask=inside, other=0, eviction_policy="evict_first")
             acc_gate += opened.to(tl.float32) * value
@@ -81,7 +196,7 @@ def pairs_up_kernel(
         hidden *= act(tl.sum(acc_gate, 1), ACTIVATION)
     else:
         hidden = act(hidden, ACTIVATION)
-    tl.store(out + pair * F + n, hidden, mask=n < F)
+    tl.store(out + n, hidden, mask=n < rows)
 
 
 @triton.jit
@@ -90,18 +205,23 @@ def pairs_down_kernel(
     chosen,
     weights,
     down,
+    shared,
+    shared_down,
     out,
     D,
     TOP_K: tl.constexpr,
     F: tl.constexpr,
+    SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """BN outputs of one token; the loads of a step are of all its experts."""
+    """BN outputs of one token; the loads of a step are of all its experts, the shared one cut in `PARTS`."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN, BK), tl.float32)
-    for k in range(0, F, BK):
+    for k in tl.range(0, F, BK, loop_unroll_factor=UNROLL):
         at = k + tl.arange(0, BK)
         inside = (n < D)[:, None] & (at < F)[None, :]
         for j in tl.static_range(TOP_K):
@@ -110,4 +230,25 @@ def pairs_down_kernel(
             value = tl.load(hidden + (token * TOP_K + j) * F + at, mask=at < F, other=0) * weight
             matrix = down + (expert * D + n[:, None]) * F + at[None, :]
             acc += tl.load(matrix, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32) * value[None, :]
+        for j in tl.static_range(PARTS):
+            column = j * F + at
+            real = (at < F) & (column < SHARED)
+            value = tl.load(shared + token * SHARED + column, mask=real, other=0)
+            matrix = shared_down + n[:, None] * SHARED + column[None, :]
+            inside_shared = (n < D)[:, None] & real[None, :]
+            loaded = tl.load(matrix, mask=inside_shared, other=0, eviction_policy="evict_first")
+            acc += loaded.to(tl.float32) * value[None, :]
     tl.store(out + token * D + n, tl.sum(acc, 1).to(out.dtype.element_ty), mask=n < D)
+
+
+@triton.jit
+def few_logits_kernel(x, weight, out, stride_x, stride_weight, experts, D: tl.constexpr, BK: tl.constexpr):
+    """One expert's logit of one token."""
+    expert = tl.program_id(0)
+    token = tl.program_id(1)
+    acc = tl.zeros((BK,), tl.float32)
+    for k in tl.static_range(0, D, BK):
+        at = k + tl.arange(0, BK)
+        value = tl.load(x + token * stride_x + at, mask=at < D, other=0).to(tl.float32)
+        acc += value * tl.load(weight + expert * stride_weight + at, mask=at < D, other=0).to(tl.float32)
+    tl.store(out + token * experts + expert, tl.sum(acc, 0))

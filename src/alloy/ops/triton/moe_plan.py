@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Token-expert pairs in the order of their experts: a counting sort, the rows it moves, and the sum back over tokens.
 
 A pair is (token, its j-th expert), numbered token * top_k + j. Sorted stably by expert, the pairs of expert e are the rows
@@ -17,6 +17,8 @@ from torch import Tensor
 # most programs that share a sort, pairs below which one program does it alone
 _PROGRAMS = 128
 _ALONE = 512
+# rows that a program of `gather` moves
+_ROWS = 4
 
 
 class Plan(NamedTuple):
@@ -57,7 +59,17 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
     if programs > 1:
         count_kernel[(programs,)](chosen, counts, pairs, share, **sizes)
     place_kernel[(programs,)](
-        chosen, counts, *plan, pairs, share, programs, num_experts, plan.blocks.numel(), BLOCK=block, ALIGN=align, **sizes
+        chosen,
+        counts,
+        *plan,
+        pairs,
+        share,
+        programs,
+        num_experts,
+        plan.blocks.numel(),
+        BLOCK=block,
+        ALIGN=align,
+        **sizes,
     )
     return plan
 
@@ -66,19 +78,29 @@ def gather(x: Tensor, plan: Plan, top_k: int) -> Tensor:
     """x (tokens, width) as the rows of a plan: (rows, width), zero where a row has no pair."""
     out = x.new_empty(plan.order.numel(), x.shape[1])
     width = min(1024, triton.next_power_of_2(x.shape[1]))
-    grid = (out.shape[0], triton.cdiv(out.shape[1], width))
-    gather_kernel[grid](x, plan.order, out, x.shape[1], x.stride(0), top_k, WIDTH=width)
+    grid = (triton.cdiv(out.shape[0], _ROWS), triton.cdiv(out.shape[1], width))
+    gather_kernel[grid](x, plan.order, out, *out.shape, x.stride(0), top_k, ROWS=_ROWS, WIDTH=width)
     return out
 
 
-def combine(rows: Tensor, plan: Plan, weights: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given: `shape` (tokens, top_k) -> (tokens, width)."""
+def combine(
+    rows: Tensor,
+    plan: Plan,
+    weights: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    more: Tensor | None = None,
+) -> Tensor:
+    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given, and of its rows of `more`: (tokens, width).
+
+    `shape` is (tokens, top_k).
+    """
     tokens, top_k = shape
     out = torch.empty(tokens, rows.shape[1], dtype=dtype, device=rows.device)
     deep = triton.next_power_of_2(top_k)
     width = min(max(128, 4096 // deep), triton.next_power_of_2(rows.shape[1]))
     grid = (tokens, triton.cdiv(rows.shape[1], width))
-    combine_kernel[grid](rows, plan.place, weights, out, rows.shape[1], TOP_K=top_k, DEEP=deep, WIDTH=width)
+    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, DEEP=deep, WIDTH=width)
     return out
 
 
@@ -156,19 +178,21 @@ def place_kernel(
 
 
 @triton.jit
-def gather_kernel(x, order, out, width, stride_x, top_k, WIDTH: tl.constexpr):
-    """One stretch of one row."""
-    row = tl.program_id(0)
-    pair = tl.load(order + row)
-    token = (pair // top_k).to(tl.int64)
+def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """One stretch of a few rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    value = tl.load(x + token * stride_x + at, mask=(at < width) & (pair >= 0), other=0)
-    tl.store(out + row.to(tl.int64) * width + at, value, mask=at < width)
+    pair = tl.load(order + row, mask=row < rows, other=-1)
+    token = (pair // top_k).to(tl.int64)
+    inside = (at < width)[None, :]
+    value = tl.load(x + token[:, None] * stride_x + at[None, :], mask=inside & (pair >= 0)[:, None], other=0)
+    inside = inside & (row < rows)[:, None]
+    tl.store(out + row.to(tl.int64)[:, None] * width + at[None, :], value, mask=inside)
 
 
 @triton.jit
 def combine_kernel(
-    rows, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr
+    rows, more, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr
 ):
     """One stretch of one token: its rows are read at once and summed in fp32."""
     token = tl.program_id(0)
@@ -177,6 +201,8 @@ def combine_kernel(
     row = tl.load(place + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.int64)
     inside = (j < TOP_K)[:, None] & (at < width)[None, :]
     value = tl.load(rows + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
+    if more is not None:
+        value += tl.load(more + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
     if weights is not None:
         value *= tl.load(weights + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.float32)[:, None]
     tl.store(out + token.to(tl.int64) * width + at, tl.sum(value, 0).to(out.dtype.element_ty), mask=at < width)

@@ -1,8 +1,9 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
 """RMSNorm, RMSNorm of a gated product, and RMSNorm of a sum, forward and backward, each one pass over memory.
 
 A program walks the rows of one group of channels, `ROWS` at a time, and holds the group in registers as a tuple of chunks,
-of which only the last is masked; it reads the weight once. The backward reads the inputs and the inverse root mean squares;
+of which only the last is masked; it reads the weight once, and the next rows are on their way to shared memory meanwhile. The backward reads the inputs and the inverse root mean squares;
 each program writes its own share of the weight's gradient, and a second kernel adds the shares up: no atomics, equal bits on
 repetition.
 
@@ -24,16 +25,24 @@ from alloy.ops.triton.elementary import accumulator, sigmoid
 # elements of a chunk for each thread: 16 bytes of a 16-bit dtype
 _VECTOR = 8
 for _op in ("rms_norm", "add_rms_norm", "gated_rms_norm"):
-    for _pass in (_op, f"{_op}_backward"):
-        tuning.register(
-            _pass,
-            {"num_warps": 8, "warps_per_sm": 32},
-            {"num_warps": 8, "warps_per_sm": 16},
-            {"num_warps": 4, "warps_per_sm": 32},
-            {"num_warps": 4, "warps_per_sm": 16},
-            {"num_warps": 2, "warps_per_sm": 16},
-            {"num_warps": 1, "warps_per_sm": 16},
-        )
+    tuning.register(
+        _op,
+        {"num_warps": 8, "warps_per_sm": 32, "STAGES": 2},
+        {"num_warps": 4, "warps_per_sm": 16, "STAGES": 1},
+        {"num_warps": 4, "warps_per_sm": 16, "STAGES": 2},
+        {"num_warps": 4, "warps_per_sm": 32, "STAGES": 2},
+        {"num_warps": 2, "warps_per_sm": 16, "STAGES": 2},
+        {"num_warps": 1, "warps_per_sm": 16, "STAGES": 2},
+    )
+    tuning.register(
+        f"{_op}_backward",
+        {"num_warps": 8, "warps_per_sm": 16, "STAGES": 2},
+        {"num_warps": 4, "warps_per_sm": 8, "STAGES": 2},
+        {"num_warps": 4, "warps_per_sm": 8, "STAGES": 3},
+        {"num_warps": 4, "warps_per_sm": 16, "STAGES": 2},
+        {"num_warps": 2, "warps_per_sm": 16, "STAGES": 2},
+        {"num_warps": 1, "warps_per_sm": 16, "STAGES": 2},
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> Tensor:
@@ -127,7 +136,13 @@ def _add_norm_fake(x, residual, weight, eps, cast_first):
 
 @torch.library.custom_op("alloy::add_rms_norm_backward", mutates_args=())
 def _add_norm_backward(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, inverse: Tensor, dtype: torch.dtype, cast_first: bool
+    dy: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    dtype: torch.dtype,
+    cast_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum's gradient in its own dtype, in `dtype` if that is another one, and the weight's."""
     dresidual = total.new_empty(total.shape)
@@ -152,9 +167,7 @@ def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_add_norm(
-    ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
+def _differentiate_add_norm(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     weight, total, inverse = ctx.saved_tensors
     if dy is None:
         return None if dtotal is None else dtotal.to(ctx.dtype), dtotal, None, None, None
@@ -257,7 +270,7 @@ def _place(x, x_batch, x_row, row, seq):
 def _forward_kernel(
     x, x_batch, x_row, other, other_batch, other_row, weight, y, total, inverse, rows, seq, programs, eps,
     CAST: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`other`: with `total` the residual, without it the gate."""
     group = tl.program_id(0) % GROUPS
@@ -266,7 +279,7 @@ def _forward_kernel(
     for i in tl.static_range(CHUNKS):
         real = i * CHUNK + tl.arange(0, CHUNK) < SIZE
         weights = weights + (tl.load(weight + column + i * CHUNK, mask=real, other=0.0),)
-    for first in range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS):
+    for first in tl.range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         x_place = _place(x, x_batch, x_row, row, seq) + column[None, :]
         place = row.to(tl.int64)[:, None] * (GROUPS * SIZE) + column[None, :]
@@ -305,7 +318,7 @@ def _backward_kernel(
     dy, dy_batch, dy_row, dtotal, dtotal_batch, dtotal_row, x, x_batch, x_row, gate, gate_batch, gate_row,
     weight, inverse, dx, second, shares, rows, seq, programs,
     CAST: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`second`: with a gate its gradient, without one a copy of dx in another dtype."""
     group = tl.program_id(0) % GROUPS
@@ -315,7 +328,7 @@ def _backward_kernel(
         real = i * CHUNK + tl.arange(0, CHUNK) < SIZE
         weights = weights + (tl.load(weight + column + i * CHUNK, mask=real, other=0.0),)
         sums = sums + (tl.zeros((ROWS, CHUNK), WIDE),)
-    for first in range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS):
+    for first in tl.range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         dy_place = _place(dy, dy_batch, dy_row, row, seq) + column[None, :]
         x_place = _place(x, x_batch, x_row, row, seq) + column[None, :]

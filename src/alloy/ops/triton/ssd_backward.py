@@ -14,6 +14,7 @@ from torch import Tensor
 from alloy.ops.triton import tuning
 from alloy.ops.triton.ssd_backward_carry import carries, starts
 from alloy.ops.triton.ssd_backward_chunk import gradients
+from alloy.ops.triton.ssd_backward_step import steps
 from alloy.ops.triton.ssd_prep import prepare
 
 # programs of the chunks' kernel in one segment: twice the multiprocessors of the largest machine, each of which runs one
@@ -119,15 +120,13 @@ def _backward(
             2, batch, length, heads, head_dim, state
         )
         carries(x, dy, B, C, prep, start, slope, before, after, stop - length, config)
-        gradients(
-            dy, x, dt, A, B, C, D, dt_bias, dt_softplus, (low, high), prep, before, after, stop - length,
-            dx, ddt, dB, dC, sums, parts, config,
-        )  # fmt: skip
-    none = x.new_empty(0)
+        shares = gradients(dy, x, B, C, D, prep, before, after, stop - length, dx, dB, dC, parts, config)
+        steps(shares, dt, A, dt_bias, dt_softplus, (low, high), prep, stop - length, ddt, sums, config["chunk"])
     dA, dbias, dD = (
-        none if t is None else total.sum((0, 1)).to(t.dtype) for total, t in zip(sums, (A, dt_bias, D), strict=True)
+        x.new_empty(0) if t is None else total.sum((0, 1)).to(t.dtype)
+        for total, t in zip(sums, (A, dt_bias, D), strict=True)
     )
-    return dx, ddt, dA, dB, dC, dD, dbias, none if h0 is None else slope.to(h0.dtype)
+    return dx, ddt, dA, dB, dC, dD, dbias, x.new_empty(0) if h0 is None else slope.to(h0.dtype, copy=True)
 
 
 def _states_in(dx: Tensor, first: int, rest: int, count: int, state: int) -> Tensor | None:

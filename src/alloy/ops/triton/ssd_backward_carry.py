@@ -27,7 +27,9 @@ def tiles(head_dim: int) -> tuple[int, int]:
     return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
-def starts(x: Tensor, B: Tensor, prep: Prep, h0: Tensor | None, out: Tensor, first: int, rest: int, config: dict) -> None:
+def starts(
+    x: Tensor, B: Tensor, prep: Prep, h0: Tensor | None, out: Tensor, first: int, rest: int, config: dict
+) -> None:
     """States at the start of every segment but the first.
 
     Args:

@@ -2,57 +2,61 @@
 """Gradients inside one chunk of the SSD scan, given the state S before it and the gradient G of the state behind it.
 
 Legend as in `alloy.ops.ssd`, and for tokens i >= j of one chunk of one head (performance.md, appendix A):
-    l inclusive sums of d * A, L_ji = exp(l_i - l_j), E_i = exp(l_i), F_j = exp(l_Q - l_j), T = exp(l_Q)
+    l inclusive sums of d * A, L_ji = exp(l_i - l_j), E_i = exp(l_i), F_j = exp(l_Q - l_j)
     K_ji = x_j . dy_i, P_ji = B_j . C_i
     g_j = F_j G B_j + sum_i P_ji L_ji dy_i                  gradient of u_j = d_j x_j
     dx_j = d_j g_j + D dy_j
     dB_j = sum_heads F_j d_j G^T x_j + sum_i Z_ji C_i       Z_ji = sum_heads K_ji L_ji d_j
     dC_i = sum_heads E_i S^T dy_i + sum_j Z_ji B_j
-    dl_i = sum_j K_ji L_ji d_j P_ji + E_i dy_i . S C_i - d_i x_i . g_i
-    dl_Q += sum_j F_j d_j x_j . G B_j + T <S, G>
-    da_t = sum_(i >= t) dl_i                                gradient of d_t A
-    dd_t = x_t . g_t + A da_t
 One program walks heads of a group over one chunk: P stays on chip, and so do dB, dC and Z until their sums are complete.
+For the gradients of d and l it leaves `Shares` to `ssd_backward_step`.
 Matrices over two tokens are kept as [j, i] alone, so that no accumulator is transposed for a second product.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from alloy.ops.cpu.ssd import NO_LIMIT
 from alloy.ops.triton.ssd_backward_carry import precision, rows, tiles
-from alloy.ops.triton.ssd_prep import Prep, softplus
+from alloy.ops.triton.ssd_prep import Prep
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Shares(NamedTuple):
+    """What the heads' parts of the gradients of d and l are made of, for the tokens of one segment.
+
+    vectors: fp32 (5, batch, heads, chunks * chunk): E_i dy_i . S C_i; sum_j K_ji L_ji d_j P_ji; x_j . F_j G B_j;
+        x_j . sum_i P_ji L_ji dy_i; x_j . dy_j
+    flow: fp32 (batch, heads, chunks, rows), with <S, G> as the sum over the rows
+    """
+
+    vectors: Tensor
+    flow: Tensor
 
 
 def gradients(
-    dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    dt_softplus: bool, dt_limit: tuple[float, float], prep: Prep, before: Tensor, after: Tensor, first: int,
-    dx: Tensor, ddt: Tensor, dB: Tensor, dC: Tensor, sums: Tensor, parts: int, config: dict,
-) -> None:  # fmt: skip
-    """Write every gradient of the chunks of one segment.
+    dy: Tensor, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, prep: Prep, before: Tensor, after: Tensor, first: int,
+    dx: Tensor, dB: Tensor, dC: Tensor, parts: int, config: dict,
+) -> Shares:  # fmt: skip
+    """Write the gradients of x, B and C for the chunks of one segment.
 
     Args:
         dy: like x
         x: (batch, seq, heads, head_dim)
-        dt: (batch, seq, heads)
-        A: (heads,)
         B: (batch, seq, groups, state)
         C: (batch, seq, groups, state)
         D: (heads,) or None
-        dt_bias: (heads,) or None
-        dt_softplus: as in `alloy.ops.ssd_scan`
-        dt_limit: as in `alloy.ops.ssd_scan`
         prep: of all tokens
         before: (batch, chunks, heads, head_dim, state), S of each chunk of the segment
         after: like before, G
         first: the segment's first chunk
         dx: like x, contiguous
-        ddt: like dt, contiguous
         dB: like B, contiguous
         dC: like C, contiguous
-        sums: fp32 (3, batch, all chunks, heads), sums over a chunk of the gradients of A, dt_bias and D
         parts: programs that share a group's heads
         config: `chunk`, `block_warps`, `block_stages`
     """
@@ -66,19 +70,20 @@ def gradients(
         parted = [x.new_empty(parts, *t.shape, dtype=torch.float32) for t in outs]
     else:
         parted = [t[None] for t in outs]
+    vectors = x.new_empty(5, batch, heads, chunks * chunk, dtype=torch.float32)
+    flow = x.new_empty(batch, heads, chunks, p0 + p1, dtype=torch.float32)
     _gradients[(groups * parts, chunks, batch)](
-        dy, x, dt, A, B, C, D, dt_bias, prep.d, prep.logs, prep.segments, prep.lengths, before, after,
-        dx, ddt, *parted, sums, seq, prep.d.shape[2], heads, groups, first, heads // (groups * parts),
-        *dy.stride()[:3], *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *parted[0].stride()[:2],
-        sums.shape[2], low=dt_limit[0], high=dt_limit[1],
-        HEAD_DIM=head_dim, STATE=state, HAS_D=D is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
-        LIMITED=tuple(dt_limit) != NO_LIMIT, HAS_DOCUMENTS=prep.segments is not None, CHUNK=chunk, P0=p0, P1=p1, N=max(16, triton.next_power_of_2(state)),
-        PARTS=parts, PRECISION=precision(x), STAGES=config["block_stages"],
-        num_warps=config["block_warps"],
+        dy, x, B, C, D, prep.d, prep.logs, prep.segments, prep.lengths, before, after, dx, *parted, vectors, flow,
+        seq, prep.d.shape[2], heads, groups, first, heads // (groups * parts),
+        *dy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *parted[0].stride()[:2], vectors.stride(0),
+        HEAD_DIM=head_dim, STATE=state, HAS_D=D is not None, HAS_DOCUMENTS=prep.segments is not None,
+        CHUNK=chunk, P0=p0, P1=p1, N=max(16, triton.next_power_of_2(state)), PARTS=parts, PRECISION=precision(x),
+        STAGES=config["block_stages"], num_warps=config["block_warps"],
     )  # fmt: skip
     if parts > 1:
-        for out, sum_of in zip(outs, parted, strict=True):
-            out.copy_(sum_of.sum(0))
+        for out, shares in zip(outs, parted, strict=True):
+            out.copy_(shares.sum(0))
+    return Shares(vectors, flow)
 
 
 @triton.jit
@@ -92,12 +97,11 @@ def _state(ptr, p, n, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, EXACT_P: tl.c
 
 @triton.jit
 def _gradients(
-    dy_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr,
-    before_ptr, after_ptr, dx_ptr, ddt_ptr, dB_ptr, dC_ptr, sums_ptr, seq, padded, heads, groups, first, share,
-    dy_batch, dy_token, dy_head, x_batch, x_token, x_head, dt_batch, dt_token, dt_head, B_batch, B_token, B_group,
-    C_batch, C_token, C_group, out_part, out_batch, all_chunks, low, high,
-    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    LIMITED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, before_ptr, after_ptr,
+    dx_ptr, dB_ptr, dC_ptr, vectors_ptr, flow_ptr, seq, padded, heads, groups, first, share,
+    dy_batch, dy_token, dy_head, x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group,
+    out_part, out_batch, vector,
+    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk, `share` heads of a group; grid (groups * parts, chunks of the segment, batch)."""
@@ -117,7 +121,6 @@ def _gradients(
     written = begin + own < seq
     real = begin + own < length
     visible = own[:, None] <= own[None, :]
-    is_last = own == CHUNK - 1
     if HAS_DOCUMENTS:
         segments_ptr += batch * padded + begin
         segment = tl.load(segments_ptr + own)
@@ -127,21 +130,16 @@ def _gradients(
     C_ptr += batch * C_batch + begin * C_token + group * C_group
     b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
     c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
-    product = tl.dot(b, tl.trans(c), input_precision=PRECISION)
+    product = tl.where(visible, tl.dot(b, tl.trans(c), input_precision=PRECISION), 0.0)
     crossed = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
     db = tl.zeros((CHUNK, N), dtype=tl.float32)
     dc = tl.zeros((CHUNK, N), dtype=tl.float32)
-    read = tl.zeros((CHUNK,), dtype=tl.float32)
     dy_ptr += batch * dy_batch + begin * dy_token
     x_ptr += batch * x_batch + begin * x_token
-    dt_ptr += batch * dt_batch + begin * dt_token
     d_ptr += batch * heads * padded + begin
     logs_ptr += batch * heads * padded + begin
     states = (batch * tl.num_programs(1) + place) * heads * (HEAD_DIM * STATE)
     dx_ptr += (batch * seq + begin) * heads * HEAD_DIM
-    ddt_ptr += (batch * seq + begin) * heads
-    sums_ptr += (batch * all_chunks + chunk) * heads
-    sums_size = tl.num_programs(2).to(tl.int64) * all_chunks * heads
     for step in tl.range(0, share, num_stages=STAGES):
         head = (group * PARTS + part) * share + step
         x_at, dy_at = x_ptr + head.to(tl.int64) * x_head, dy_ptr + head.to(tl.int64) * dy_head
@@ -157,85 +155,70 @@ def _gradients(
             s1 = _state(before_at, q1, n, HEAD_DIM, STATE, exact, exact_n)
             g1 = _state(after_at, q1, n, HEAD_DIM, STATE, exact, exact_n)
         d = tl.load(d_ptr + head.to(tl.int64) * padded + own)
-        logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own)
-        total = tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1)
-        into, onto, through = tl.exp(logs), tl.exp(total - logs), tl.exp(total)
+        logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own) * LOG2_E
+        total = tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1) * LOG2_E
+        into, onto = tl.exp2(logs), tl.exp2(total - logs)
         if HAS_DOCUMENTS:
             into = tl.where(segment == 0, into, 0.0)
             onto = tl.where(segment == final, onto, 0.0)
-            through = tl.where(final == 0, through, 0.0)
-        decay = tl.exp(tl.where(visible, logs[None, :] - logs[:, None], float("-inf")))
+        # never positive; what is not visible is masked in `product` and, after the loop, in `crossed`
+        decay = tl.exp2(tl.minimum(logs[None, :] - logs[:, None], 0.0))
+        vectors_at = vectors_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * CHUNK + own
+        flow_at = flow_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * (P0 + P1)
 
         # what the state before the chunk gave
         dc = tl.dot((y0 * into[:, None]).to(kind), s0, dc, input_precision=PRECISION)
-        flow = tl.sum(s0.to(tl.float32) * g0.to(tl.float32))
+        read = tl.sum(tl.dot(c, tl.trans(s0), input_precision=PRECISION) * y0, 1)
+        tl.store(flow_at + q0, tl.sum(s0.to(tl.float32) * g0.to(tl.float32), 1))
         if P1 > 0:
             dc = tl.dot((y1 * into[:, None]).to(kind), s1, dc, input_precision=PRECISION)
-            flow += tl.sum(s1.to(tl.float32) * g1.to(tl.float32))
-        # dc sums over heads: this head's part of C_i . dc_i is what it grew by
-        grown = tl.sum(dc * c, 1)
-        dl = grown - read
-        read = grown
+            read += tl.sum(tl.dot(c, tl.trans(s1), input_precision=PRECISION) * y1, 1)
+            tl.store(flow_at + q1, tl.sum(s1.to(tl.float32) * g1.to(tl.float32), 1))
+        tl.store(vectors_at, read * into)
 
         # what tokens of the chunk gave each other
         inner = tl.dot(x0, tl.trans(y0), input_precision=PRECISION)
         if P1 > 0:
             inner = tl.dot(x1, tl.trans(y1), inner, input_precision=PRECISION)
-        inner *= decay * d[:, None]
-        crossed += inner
-        dl += tl.sum(inner * product, 0)
+        inner *= d[:, None]
+        crossed += inner * decay
         mixed = (product * decay).to(kind)
+        # of the rounded numbers, as in x . g: the gradient of l is a difference of the two, in which most of them cancel
+        tl.store(vectors_at + vector, tl.sum(inner * mixed, 0))
 
         # what the chunk gives to the state behind it, and g
         scale = d * onto
         db = tl.dot((x0 * scale[:, None]).to(kind), g0, db, input_precision=PRECISION)
-        grad0 = tl.dot(b, tl.trans(g0), input_precision=PRECISION) * onto[:, None]
-        given = tl.sum(grad0 * x0, 1)
-        grad0 = tl.dot(mixed, y0, grad0, input_precision=PRECISION)
-        dd = tl.sum(grad0 * x0, 1)
-        grad0 *= d[:, None]
+        # the two dots are not added before they are scaled: Triton gives dots in a row to half of the warps each
+        far0 = tl.dot(b, tl.trans(g0), input_precision=PRECISION)
+        near0 = tl.dot(mixed, y0, input_precision=PRECISION)
+        given = tl.sum(far0 * x0, 1)
+        kept = tl.sum(near0 * x0, 1)
+        grad0 = far0 * scale[:, None] + near0 * d[:, None]
         if HAS_D:
             skip = tl.load(D_ptr + head).to(tl.float32)
             grad0 += skip * y0
-            skipped = tl.sum(x0.to(tl.float32) * y0)
+            skipped = tl.sum(x0.to(tl.float32) * y0, 1)
         at = dx_ptr + head * HEAD_DIM + own[:, None] * (heads * HEAD_DIM)
         tl.store(at + q0[None, :], grad0.to(kind), mask=written[:, None] & (q0 < HEAD_DIM)[None, :])
         if P1 > 0:
             db = tl.dot((x1 * scale[:, None]).to(kind), g1, db, input_precision=PRECISION)
-            grad1 = tl.dot(b, tl.trans(g1), input_precision=PRECISION) * onto[:, None]
-            given += tl.sum(grad1 * x1, 1)
-            grad1 = tl.dot(mixed, y1, grad1, input_precision=PRECISION)
-            dd += tl.sum(grad1 * x1, 1)
-            grad1 *= d[:, None]
+            far1 = tl.dot(b, tl.trans(g1), input_precision=PRECISION)
+            near1 = tl.dot(mixed, y1, input_precision=PRECISION)
+            given += tl.sum(far1 * x1, 1)
+            kept += tl.sum(near1 * x1, 1)
+            grad1 = far1 * scale[:, None] + near1 * d[:, None]
             if HAS_D:
                 grad1 += skip * y1
-                skipped += tl.sum(x1.to(tl.float32) * y1)
+                skipped += tl.sum(x1.to(tl.float32) * y1, 1)
             tl.store(at + q1[None, :], grad1.to(kind), mask=written[:, None] & (q1 < HEAD_DIM)[None, :])
-
-        # through the decays and step sizes
-        dl -= d * dd
-        dl += tl.where(is_last, through * flow + tl.sum(d * given), 0.0)
-        da = tl.sum(dl) - tl.cumsum(dl, 0) + dl
-        dd += tl.load(A_ptr + head).to(tl.float32) * da
-        raw = tl.load(dt_ptr + own * dt_token + head * dt_head, mask=real, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            raw += tl.load(bias_ptr + head).to(tl.float32)
-        value = raw
-        if SOFTPLUS:
-            value = softplus(raw)
-            dd *= 1.0 / (1.0 + tl.exp(-raw))
-        dd = tl.where(real, dd, 0.0)
-        if LIMITED:
-            dd = tl.where((value >= low) & (value <= high), dd, 0.0)
-        tl.store(ddt_ptr + own * heads + head, dd.to(ddt_ptr.dtype.element_ty), mask=written)
-        tl.store(sums_ptr + head, tl.sum(d * da))
-        if HAS_BIAS:
-            tl.store(sums_ptr + sums_size + head, tl.sum(dd))
+        tl.store(vectors_at + 2 * vector, given * onto)
+        tl.store(vectors_at + 3 * vector, kept)
         if HAS_D:
-            tl.store(sums_ptr + 2 * sums_size + head, skipped)
+            tl.store(vectors_at + 4 * vector, skipped)
 
     # what the group's heads share
-    crossed = crossed.to(kind)
+    crossed = tl.where(visible, crossed, 0.0).to(kind)
     db = tl.dot(crossed, c, db, input_precision=PRECISION)
     dc += tl.trans(tl.dot(tl.trans(b), crossed, input_precision=PRECISION))
     out = part * out_part + batch * out_batch + place.to(tl.int64) * CHUNK * groups * STATE + group * STATE

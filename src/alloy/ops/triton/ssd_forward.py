@@ -22,11 +22,11 @@ from alloy.ops.triton.ssd_prep import Prep
 # heads: of one group, in one program; resident: programs that a multiprocessor holds at a time
 tuning.register(
     "ssd_scan",
-    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0},
 )
 tuning.register(
     "ssd_carries",
-    {"heads": 1, "num_warps": 4, "num_stages": 2, "resident": 2},
+    {"heads": 1, "num_warps": 4, "num_stages": 2, "resident": 2, "weigh": 0},
 )
 
 PIECES = 2  # stretches of the first pass in one walk
@@ -65,9 +65,9 @@ def scan(
     state = x.new_empty(batch, heads, head_dim, width, dtype=torch.float32)
     _walk[(programs // batch, walks, batch)](
         x, B, C, CB, D, prep.d, prep.logs, prep.segments, prep.lengths, states, state, None, y,
-        seq, heads, groups, chunks, walk, states.shape[1], walk // stretch, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-        OUTPUT=True, HAS_CARRY=h0 is not None or walks > 1, HAS_D=D is not None, HEADS=together,
-        STAGES=config["num_stages"], num_warps=config["num_warps"], **_shape(x, width, tile, prep, chunk),
+        seq, groups, chunks, walk, states.shape[1], walk // stretch,
+        OUTPUT=True, HAS_CARRY=h0 is not None or walks > 1, HAS_D=D is not None, TOGETHER=together,
+        STAGES=config["num_stages"], WEIGH_B=config["weigh"], num_warps=config["num_warps"], **_common(x, B, C, tile, prep, chunk),
     )  # fmt: skip
     return y, state, states
 
@@ -101,9 +101,9 @@ def carries(
         together = _together(heads // groups, config["heads"])
         _walk[(heads // together * tile.parts, count - 1, batch)](
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
-            seq, heads, groups, chunks, stretch, count, 1, *x.stride()[:3], *B.stride()[:3], *B.stride()[:3],
-            OUTPUT=False, HAS_CARRY=False, HAS_D=False, HEADS=together,
-            STAGES=config["num_stages"], num_warps=config["num_warps"], **_shape(x, width, tile, prep, chunk),
+            seq, groups, chunks, stretch, count, 1,
+            OUTPUT=False, HAS_CARRY=False, HAS_D=False, TOGETHER=together,
+            STAGES=config["num_stages"], WEIGH_B=config["weigh"], num_warps=config["num_warps"], **_common(x, B, B, tile, prep, chunk),
         )  # fmt: skip
     _join[(triton.cdiv(head_dim * width, 1024), heads, batch)](
         out, decays, h0, count, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
@@ -156,9 +156,17 @@ def _together(share: int, most: int) -> int:
     return most if share % most == 0 else 1
 
 
-def _shape(x: Tensor, width: int, tile: Tiling, prep: Prep, chunk: int) -> dict:
-    return {
-        "HEAD_DIM": x.shape[-1],
+def _common(x: Tensor, B: Tensor, C: Tensor, tile: Tiling, prep: Prep, chunk: int) -> dict:
+    """Strides and sizes for `_walk`. Those of one token are compiled in, so that a tile needs one address."""
+    width = B.shape[-1]
+    strides = {
+        f"{name}_{of}": t.stride(i)
+        for name, t in (("x", x), ("B", B), ("C", C))
+        for i, of in enumerate(("batch", "token", "part"))
+    }
+    return strides | {
+        "HEADS": x.shape[2],
+        "HEAD_DIM": x.shape[3],
         "FIRST": tile.first,
         "SECOND": tile.second,
         "WIDTH": width,
@@ -177,13 +185,14 @@ def _multiprocessors(device: torch.device) -> int:
 @triton.jit
 def _walk(
     x_ptr, B_ptr, C_ptr, CB_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, carries_ptr, state_ptr, decays_ptr, y_ptr,
-    seq, heads, groups, chunks, walk, count, stretches,
-    x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group,
+    seq, groups, chunks, walk, count, stretches,
+    x_batch, x_part, B_batch, B_part, C_batch, C_part,
+    x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
     WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WEIGH_B: tl.constexpr,
 ):  # fmt: skip
-    """`walk` chunks of HEADS heads, or of a part of one head's columns; grid (heads / HEADS * parts, walks, batch).
+    """`walk` chunks of TOGETHER heads, or of a part of one head's columns; grid (heads / TOGETHER * parts, walks, batch).
 
     With OUTPUT: from carries[:, number * stretches], y of the chunks, and the state if this is the last walk.
     Without: from zero, the state to state_ptr[:, number + 1] and exp(sum of logs) to decays_ptr[:, number + 1].
@@ -194,9 +203,9 @@ def _walk(
     LOG2E: tl.constexpr = 1.4426950408889634
     number = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    head = (tl.program_id(0) // PARTS * HEADS).to(tl.int64)
+    head = (tl.program_id(0) // PARTS * TOGETHER).to(tl.int64)
     part = tl.program_id(0) % PARTS
-    group = head // (heads // groups)
+    group = head // (HEADS // groups)
     length = seq
     if DOCUMENTS:
         length = tl.load(lengths_ptr + batch)
@@ -205,12 +214,12 @@ def _walk(
     n = tl.arange(0, N)
     states = ()
     through = ()
-    for h in tl.static_range(HEADS):
+    for h in tl.static_range(TOGETHER):
         through += (0.0,)
         for t in tl.static_range(TILES):
             p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
             if HAS_CARRY:
-                at = ((batch * count + number * stretches) * heads + head + h) * HEAD_DIM * WIDTH
+                at = ((batch * count + number * stretches) * HEADS + head + h) * HEAD_DIM * WIDTH
                 states += (_read(carries_ptr + at, n, p, WIDTH, HEAD_DIM),)
             else:
                 states += (tl.zeros((N, SECOND if t else FIRST), dtype=tl.float32),)
@@ -219,10 +228,10 @@ def _walk(
     for c in tl.range(begin, end, num_stages=STAGES):
         token = tl.cast(c, tl.int64) * CHUNK
         real = token + i < length
-        b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_group + i * B_token, n, real, WIDTH, N)
-        x_row = x_ptr + batch * x_batch + token * x_token + head * x_head + i * x_token
+        b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
+        x_row = x_ptr + batch * x_batch + token * x_token + head * x_part + i * x_token
         if OUTPUT:
-            q = _tile(C_ptr + batch * C_batch + token * C_token + group * C_group + i * C_token, n, real, WIDTH, N)
+            q = _tile(C_ptr + batch * C_batch + token * C_token + group * C_part + i * C_token, n, real, WIDTH, N)
             cb_at = ((batch * groups + group) * chunks + c) * CHUNK * CHUNK
             cb = tl.load(CB_ptr + cb_at + i[:, None] * CHUNK + i[None, :])
             seen = i[:, None] >= i[None, :]
@@ -233,8 +242,8 @@ def _walk(
                 seen &= own[:, None] == own[None, :]
         states_after = ()
         through_after = ()
-        for h in tl.static_range(HEADS):
-            at = (batch * heads + head + h) * padded + token
+        for h in tl.static_range(TOGETHER):
+            at = (batch * HEADS + head + h) * padded + token
             d = tl.load(d_ptr + at + i)
             logs = tl.load(logs_ptr + at + i) * LOG2E
             total = tl.load(logs_ptr + at + CHUNK - 1) * LOG2E
@@ -246,15 +255,16 @@ def _walk(
             onto = tl.exp2(onto) * d
             keep = tl.exp2(total)
             through_after += (through[h] + total,)
+            if WEIGH_B:
+                weighted = (tl.trans(b) * onto[None, :]).to(b.dtype)
             if OUTPUT:
                 into = tl.exp2(into)
-                # d_j in the exponent: d_j = 0 is minus infinity there
-                decay = logs[:, None] - (logs - tl.log2(d))[None, :]
-                mixed = (cb * tl.exp2(tl.where(seen, decay, float("-inf")))).to(cb.dtype)
+                decay = tl.exp2(tl.where(seen, logs[:, None] - logs[None, :], float("-inf")))
+                mixed = (cb * (decay * d[None, :])).to(cb.dtype)
             for t in tl.static_range(TILES):
                 p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
                 s = states[h * TILES + t]
-                v = _tile(x_row + h * x_head, p, real, HEAD_DIM, BLOCK)
+                v = _tile(x_row + h * x_part, p, real, HEAD_DIM, BLOCK)
                 if OUTPUT:
                     y = tl.dot(q, s.to(q.dtype), input_precision=PRECISION) * into[:, None]
                     y = tl.dot(mixed, v, y, input_precision=PRECISION)
@@ -262,23 +272,26 @@ def _walk(
                         y += tl.load(D_ptr + head + h).to(tl.float32) * v
                     if DOCUMENTS:
                         y = tl.where(real[:, None], y, 0.0)
-                    y_row = y_ptr + ((batch * seq + token) * heads + head + h) * HEAD_DIM + i * heads * HEAD_DIM
+                    y_row = y_ptr + ((batch * seq + token) * HEADS + head + h) * HEAD_DIM + i * HEADS * HEAD_DIM
                     inside = (token + i < seq)[:, None] & (p < HEAD_DIM)[None, :]
                     tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=inside)
-                u = (v * onto[:, None]).to(v.dtype)
-                states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
+                if WEIGH_B:
+                    states_after += (tl.dot(weighted, v, s * keep, input_precision=PRECISION),)
+                else:
+                    u = (v * onto[:, None]).to(v.dtype)
+                    states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
         states = states_after
         through = through_after
-    for h in tl.static_range(HEADS):
+    for h in tl.static_range(TOGETHER):
         for t in tl.static_range(TILES):
             p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
-            at = (batch * heads + head + h) * HEAD_DIM * WIDTH
+            at = (batch * HEADS + head + h) * HEAD_DIM * WIDTH
             if not OUTPUT:
-                at = ((batch * count + number + 1) * heads + head + h) * HEAD_DIM * WIDTH
+                at = ((batch * count + number + 1) * HEADS + head + h) * HEAD_DIM * WIDTH
             if not OUTPUT or end == chunks:
                 _write(state_ptr + at, states[h * TILES + t], n, p, WIDTH, HEAD_DIM)
         if not OUTPUT:
-            tl.store(decays_ptr + (batch * count + number + 1) * heads + head + h, tl.exp2(through[h]))
+            tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
 
 
 @triton.jit

