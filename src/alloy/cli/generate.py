@@ -32,7 +32,8 @@ Speculate = Annotated[str, typer.Option(metavar="auto|N", help="Drafts of the MT
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Weights = Annotated[
-    str | None, typer.Option(metavar="bf16|int8", help="Keep the matrices in this precision, on a CPU; default: as loaded.")
+    str | None,
+    typer.Option(metavar="bf16|int8", help="Keep the matrices in this precision, on a CPU; default: as loaded."),
 ]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus answer; default: the model's.")]
 

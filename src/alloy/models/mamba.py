@@ -23,7 +23,6 @@ from alloy.ops.mamba_step import mamba_step
 from alloy.ops.norm import gated_rms_norm
 from alloy.ops.ssd import ssd_scan, ssd_step_multi
 
-
 # of a tensor: where it lies, and how often it was changed in place, where that is counted
 Version = tuple[int, int | None]
 

@@ -67,7 +67,7 @@ def check_place(kind: Weights, device: torch.device) -> None:
     """Refuse a device without kernels for them."""
     if device.type != "cpu":
         raise RequestError(
-            f'weights = "{kind}" are for CPUs and this is {device.type}; leave it out and use dtype = "bfloat16"'
+            f'weights = "{kind}" are for CPUs and this is {device.type}; use device = "cpu", or dtype = "bfloat16" instead'
         )
 
 

@@ -14,7 +14,6 @@ from alloy.ops.slots import check_slots
 from alloy.ops.ssd import ssd_step
 
 
-@torch.no_grad()
 def mamba_step(
     projected: Tensor,
     conv_state: Tensor,
@@ -80,23 +79,13 @@ def mamba_step(
     if sr_seed is not None and ssm_state.dtype != torch.float16:
         raise ValueError(f"mamba_step: sr_seed is for a float16 state, this one is {ssm_state.dtype}; leave it out")
     check_slots(slots, ssm_state, projected.shape[0])
-    return backend.run(
-        "mamba_step",
-        projected,
-        conv_state,
-        ssm_state,
-        conv_weight,
-        conv_bias,
-        A,
-        D,
-        dt_bias,
-        norm_weight,
-        eps,
-        (heads, head_dim, groups, state),
-        dt_limit,
-        slots,
-        sr_seed,
-    )
+    sizes = (heads, head_dim, groups, state)
+    states = (conv_state, ssm_state)
+    given = (*states, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps, sizes, dt_limit, slots, sr_seed)
+    if not torch.is_grad_enabled():
+        return backend.run("mamba_step", projected, *given)
+    with torch.no_grad():
+        return backend.run("mamba_step", projected, *given)
 
 
 def _mamba_step(

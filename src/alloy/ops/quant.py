@@ -81,6 +81,8 @@ def low_linear(x: Tensor, weight: LowWeight, bias: Tensor | None = None) -> Tens
     Returns:
         (..., outputs) in x's dtype
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("low_linear: weights of low precision pass no gradient on; train with the full ones")
     return backend.resolve("low_linear", x.device.type)(x, weight, bias)
 
 

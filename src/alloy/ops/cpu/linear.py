@@ -22,7 +22,7 @@ FEW_ROWS, FEW_INPUTS = 4, 4096
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `alloy.ops.linear`."""
-    if not HAS_ONEDNN or not _is_plain(x, weight) or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
+    if not HAS_ONEDNN or not is_plain(x, weight) or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias) if rows * weight.numel() < FEW_PRODUCTS else _product(x, weight, bias)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
+def is_plain(x: Tensor, weight: Tensor) -> bool:
     """fp32 tensors without autocast or a tensor subclass, which know better what a product means."""
     return (
         x.dtype == weight.dtype == torch.float32

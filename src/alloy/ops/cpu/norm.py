@@ -21,9 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> Tensor:
     return _scaled(_normalized(x.to(wide(x)), eps)[0], x, weight, cast_first)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, cast_first: bool) -> tuple[Tensor, Tensor]:
     """As `alloy.ops.add_rms_norm`."""
     total = residual + x
     normed = rms_norm(total, weight, eps, cast_first)

@@ -34,6 +34,7 @@ _SHIFT = torch.tensor(2.0**23 + 128 * 256 + 128)
 _BYTES = torch.tensor([[0], [8]], dtype=torch.int32)
 # rows below this are zero
 _TINY = 1e-30
+_int8_product = torch.ops.aten._weight_int8pack_mm.default
 _NO_OFFSET = torch.zeros(1, dtype=torch.int64)
 
 
@@ -69,20 +70,21 @@ def plain(codes: Tensor) -> Tensor:
 def low_linear(x: Tensor, weight: "LowWeight", bias: Tensor | None) -> Tensor:
     """As `alloy.ops.quant.low_linear`."""
     y = product(x.reshape(-1, x.shape[-1]), weight)
-    y = (y if y.dtype == x.dtype else y.to(x.dtype)).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return (y if y.dtype == x.dtype else y.to(x.dtype)).view(*x.shape[:-1], y.shape[1])
 
 
 def product(rows: Tensor, weight: "LowWeight") -> Tensor:
     """rows (rows, inputs) times `weight` (outputs, inputs): (rows, outputs) in the dtype that the kernel gives."""
     codes, scale = weight.codes, weight.scale
-    if codes.is_mkldnn and scale is not None:
-        return _fixed_point_product(rows.float(), codes, scale)
-    if codes.is_mkldnn:
+    if codes.is_mkldnn and rows.shape[0]:
+        if scale is not None:
+            return _fixed_point_product(rows.float(), codes, scale)
         return torch.ops.mkldnn._linear_pointwise(rows.to(torch.bfloat16), codes, None, "none", [], "")
     if scale is not None and 0 < rows.shape[0] <= FEW_ROWS and rows.shape[1] % BLOCK == 0:
-        return torch._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), codes, scale)
-    matrix = codes.float()
+        narrow = rows if rows.dtype == torch.bfloat16 else rows.to(torch.bfloat16)
+        return _int8_product(narrow.contiguous(), codes, scale)
+    matrix = plain(codes).float()
     return linear(rows.float(), matrix if scale is None else matrix.mul_(scale[:, None]))
 
 
