@@ -31,10 +31,9 @@ def moe_experts(
     step = 16 // x.element_size()
     if up.shape[1] % step or up.shape[2] % step:
         # zeros up to whole 16 bytes change nothing: every activation of 0 is 0
-        wide_up, wide_down, wide_gate = (_pad(t, step) for t in (up, down, gate))
-        assert wide_up is not None and wide_down is not None, "only a gate may be missing"
+        wide_gate = None if gate is None else _pad(gate, step)
         wide_x = F.pad(x, (0, -x.shape[1] % step))
-        y = moe_experts(wide_x, chosen, weights, wide_up, wide_down, wide_gate, activation)
+        y = moe_experts(wide_x, chosen, weights, _pad(up, step), _pad(down, step), wide_gate, activation)
         return y[:, : x.shape[1]]
     given = (x, weights, up, down, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
@@ -63,10 +62,8 @@ def moe_step(
     return _step(x, chosen, weights, up, down, gate, *shared, activation)
 
 
-def _pad(matrices: Tensor | None, step: int) -> Tensor | None:
+def _pad(matrices: Tensor, step: int) -> Tensor:
     """Rows and columns up to multiples of `step`."""
-    if matrices is None:
-        return None
     return F.pad(matrices, (0, -matrices.shape[2] % step, 0, -matrices.shape[1] % step))
 
 
