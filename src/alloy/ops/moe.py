@@ -218,7 +218,7 @@ def step(
     shared_gate: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Reference of `moe_step`: one after the other, each by its own op."""
+    """As `alloy.ops.moe_step`, one after the other, each by its own op."""
     act = ACTIVATIONS[activation]
     inner = linear(x, shared_up)
     inner = act(inner) if shared_gate is None else act(linear(x, shared_gate)) * inner
@@ -226,7 +226,7 @@ def step(
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Reference of `router_logits`."""
+    """As `alloy.ops.router_logits`."""
     kind = wide(x)
     return linear(x.to(kind), weight.to(kind))
 
@@ -239,4 +239,4 @@ backend.add("moe_experts", "triton", "alloy.ops.triton.moe_experts:moe_experts")
 backend.add("moe_step", "torch", step)
 backend.add("moe_step", "triton", "alloy.ops.triton.moe_experts:moe_step")
 backend.add("router_logits", "torch", logits)
-backend.add("router_logits", "triton", "alloy.ops.triton.moe_experts:router_logits")
+backend.add("router_logits", "triton", "alloy.ops.triton.moe_logits:router_logits")

@@ -13,11 +13,8 @@ from torch import Tensor
 from alloy.ops import moe as reference
 from alloy.ops.activation import ACTIVATIONS
 from alloy.ops.triton.moe_gemm import align_rows, block_rows, hidden_gradients, product, up_product, weight_gradient
-from alloy.ops.triton.moe_pairs import FEW_TOKENS, few_logits, pairs_experts
+from alloy.ops.triton.moe_pairs import FEW_TOKENS, pairs_experts
 from alloy.ops.triton.moe_plan import Plan, combine, empty_plan, gather, make_plan
-
-# tokens up to which a product with the router's matrix reads little beside it
-FEW_LOGITS = 16
 
 
 def moe_experts(
@@ -51,14 +48,6 @@ def moe_step(
         return reference.step(x, chosen, weights, up, down, gate, *shared, activation)
     _check(x, up, down, gate, activation)
     return _step(x, chosen, weights, up, down, gate, *shared, activation)
-
-
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """As `alloy.ops.router_logits`: one launch for few tokens."""
-    few = x.shape[0] <= FEW_LOGITS and x.stride(-1) == weight.stride(-1) == 1 and x.dtype != torch.float64
-    if not few or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return reference.logits(x, weight)
-    return _few_logits(x, weight)
 
 
 def _check(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str) -> None:
@@ -134,16 +123,6 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("alloy::router_logits", mutates_args=())
-def _few_logits(x: Tensor, weight: Tensor) -> Tensor:
-    return few_logits(x, weight)
-
-
-@_few_logits.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
 @torch.library.custom_op("alloy::moe_experts_kept", mutates_args=())
 def _experts_kept(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
@@ -157,8 +136,8 @@ def _experts_kept(
 def _(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> list[Tensor]:
-    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
-    plan = empty_plan(chosen, up.shape[0], block, align_rows(x.dtype))
+    sizes = (chosen.numel(), up.shape[0])
+    plan = empty_plan(chosen, up.shape[0], block_rows(*sizes, x.dtype), align_rows(*sizes, x))
     kept = (plan.order.numel(), up.shape[1])
     return [x.new_empty(x.shape), x.new_empty(kept), x.new_empty(0 if gate is None else kept), *plan]
 
@@ -175,8 +154,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Plan]:
     """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
     tokens, top_k = chosen.shape
-    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
-    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(x.dtype) if keep else 1)
+    sizes = (chosen.numel(), up.shape[0])
+    block = block_rows(*sizes, x.dtype)
+    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(*sizes, x) if keep else 1)
     hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
     rows = product(hidden, down, plan, block, transposed=True)
     return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan

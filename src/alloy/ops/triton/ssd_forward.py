@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The SSD scan forward: states stay on chip while a program walks the chunks of its heads.
 
 One program owns some heads of one group (their states, fp32, in registers) and walks a stretch of the sequence chunk by
@@ -17,16 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.ssd_prep import Prep
+from alloy.ops.triton.ssd_prep import Prep, narrowest
 
 # heads: of one group, in one program; resident: programs that a multiprocessor holds at a time
 tuning.register(
     "ssd_scan",
-    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0},
+    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 1, "weigh": 0, "vector": 0},
 )
 tuning.register(
     "ssd_carries",
-    {"heads": 1, "num_warps": 4, "num_stages": 2, "resident": 2, "weigh": 0},
+    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
 )
 
 PIECES = 2  # stretches of the first pass in one walk
@@ -67,7 +67,7 @@ def scan(
         x, B, C, CB, D, prep.d, prep.logs, prep.segments, prep.lengths, states, state, None, y,
         seq, groups, chunks, walk, states.shape[1], walk // stretch,
         OUTPUT=True, HAS_CARRY=h0 is not None or walks > 1, HAS_D=D is not None, TOGETHER=together,
-        STAGES=config["num_stages"], WEIGH_B=config["weigh"], num_warps=config["num_warps"], **_common(x, B, C, tile, prep, chunk),
+        STAGES=config["num_stages"], WEIGH_B=config["weigh"], VECTOR=config["vector"], num_warps=config["num_warps"], **_common(x, B, C, tile, prep, chunk),
     )  # fmt: skip
     return y, state, states
 
@@ -103,7 +103,7 @@ def carries(
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
             seq, groups, chunks, stretch, count, 1,
             OUTPUT=False, HAS_CARRY=False, HAS_D=False, TOGETHER=together,
-            STAGES=config["num_stages"], WEIGH_B=config["weigh"], num_warps=config["num_warps"], **_common(x, B, B, tile, prep, chunk),
+            STAGES=config["num_stages"], WEIGH_B=config["weigh"], VECTOR=config["vector"], num_warps=config["num_warps"], **_common(x, B, B, tile, prep, chunk),
         )  # fmt: skip
     _join[(triton.cdiv(head_dim * width, 1024), heads, batch)](
         out, decays, h0, count, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
@@ -121,16 +121,10 @@ class Tiling(tuple):
 
 
 def tiling(head_dim: int, width: int, dtype: torch.dtype) -> Tiling:
-    """Powers of two that cover head_dim, one or two where that fills less (80 = 64 + 16, not 128), of one program or several:
-    a state of `width` rows and these columns must fit the registers of four warps."""
-    most = min(128, (4096 if dtype == torch.float32 else 10240) // max(16, triton.next_power_of_2(width)))
-    whole = max(16, triton.next_power_of_2(head_dim))
-    half = whole // 2
-    rest = max(16, triton.next_power_of_2(head_dim - half))
-    if half >= 16 and half + rest < whole and half + rest <= most:
-        return Tiling((half, rest, 1))
-    whole = min(whole, 1 << most.bit_length() - 1)
-    return Tiling((whole, 0, triton.cdiv(head_dim, whole)))
+    """One tile or two of 128 bytes a row, so many as the registers hold beside a state of `width` rows."""
+    columns = narrowest(dtype)
+    two = head_dim > columns and width <= 128 and dtype != torch.float32
+    return Tiling((columns, columns if two else 0, triton.cdiv(head_dim, columns * (1 + two))))
 
 
 def cut(chunks: int, programs: int, slots: int) -> tuple[int, int]:
@@ -170,7 +164,7 @@ def _common(x: Tensor, B: Tensor, C: Tensor, tile: Tiling, prep: Prep, chunk: in
         "FIRST": tile.first,
         "SECOND": tile.second,
         "WIDTH": width,
-        "N": max(16, triton.next_power_of_2(width)),
+        "N": max(narrowest(x.dtype), triton.next_power_of_2(width)),
         "CHUNK": chunk,
         "DOCUMENTS": prep.segments is not None,
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
@@ -190,7 +184,7 @@ def _walk(
     x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
     WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WEIGH_B: tl.constexpr,
+    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WEIGH_B: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """`walk` chunks of TOGETHER heads, or of a part of one head's columns; grid (heads / TOGETHER * parts, walks, batch).
 
@@ -215,7 +209,7 @@ def _walk(
     states = ()
     through = ()
     for h in tl.static_range(TOGETHER):
-        through += (0.0,)
+        through += (tl.zeros((N,), dtype=tl.float32) if VECTOR else 0.0,)
         for t in tl.static_range(TILES):
             p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
             if HAS_CARRY:
@@ -246,14 +240,20 @@ def _walk(
             at = (batch * HEADS + head + h) * padded + token
             d = tl.load(d_ptr + at + i)
             logs = tl.load(logs_ptr + at + i) * LOG2E
-            total = tl.load(logs_ptr + at + CHUNK - 1) * LOG2E
-            into, onto = logs, total - logs
+            if VECTOR:
+                total = tl.load(logs_ptr + at + CHUNK - 1 + n * 0) * LOG2E
+                into, onto = logs, tl.load(logs_ptr + at + CHUNK - 1 + i * 0) * LOG2E - logs
+            else:
+                total = tl.load(logs_ptr + at + CHUNK - 1) * LOG2E
+                into, onto = logs, total - logs
             if DOCUMENTS:
                 into = tl.where(own == 0, into, float("-inf"))
                 onto = tl.where(own == last, onto, float("-inf"))
                 total = tl.where(last == 0, total, float("-inf"))
             onto = tl.exp2(onto) * d
             keep = tl.exp2(total)
+            if VECTOR:
+                keep = keep[:, None]
             through_after += (through[h] + total,)
             if WEIGH_B:
                 weighted = (tl.trans(b) * onto[None, :]).to(b.dtype)
@@ -291,7 +291,10 @@ def _walk(
             if not OUTPUT or end == chunks:
                 _write(state_ptr + at, states[h * TILES + t], n, p, WIDTH, HEAD_DIM)
         if not OUTPUT:
-            tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
+            if VECTOR:
+                tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h + n * 0, tl.exp2(through[h]), mask=n == 0)
+            else:
+                tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
 
 
 @triton.jit

@@ -170,6 +170,18 @@ def _step_kernel(
             tl.store(state + rows[:, None] * state_row + n[None, :], new.to(state.dtype.element_ty), mask=mask)
 
 
+def tiles(op: str, state: Tensor) -> tuple[int, dict[str, int]]:
+    """Programs for each head of state (slots, heads, head_dim, state), and the sizes of their tiles."""
+    head_dim, width = state.shape[2:]
+    config = tuning.pick(op, f"{head_dim}x{width}-{state.dtype}".replace("torch.", ""))
+    threads, block_n = 32 * config["num_warps"], max(16, triton.next_power_of_2(width))
+    # registers: at most 64 elements of a tile a thread, and 128 of all its tiles
+    block_p = min(config["BLOCK_P"], 64 * threads // block_n)
+    number = min(config["TILES"], triton.cdiv(head_dim, block_p), 128 * threads // (block_p * block_n))
+    sizes = {"BLOCK_P": block_p, "BLOCK_N": block_n, "TILES": number, "num_warps": config["num_warps"]}
+    return triton.cdiv(head_dim, block_p * number), sizes
+
+
 def _launch(
     state: Tensor,
     x: Tensor,
@@ -194,12 +206,8 @@ def _launch(
         )
     batch, tokens, heads, head_dim = x.shape
     groups, width = B.shape[2:]
-    config = tuning.pick("ssd_step", f"{head_dim}x{width}-{state.dtype}".replace("torch.", ""))
-    block_n = max(16, triton.next_power_of_2(width))
-    # at most 64 elements of a tile a thread
-    block_p = min(config["BLOCK_P"], 2048 * config["num_warps"] // block_n)
-    tiles = min(config["TILES"], triton.cdiv(head_dim, block_p))
-    _step_kernel[(triton.cdiv(head_dim, block_p * tiles), heads, batch)](
+    blocks, sizes = tiles("ssd_step", state)
+    _step_kernel[(blocks, heads, batch)](
         state,
         x,
         dt,
@@ -231,10 +239,7 @@ def _launch(
         HAS_SLOTS=slots is not None,
         HAS_COUNTS=counts is not None,
         STOCHASTIC=sr_seed is not None,
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        TILES=tiles,
-        num_warps=config["num_warps"],
+        **sizes,
     )
 
 
