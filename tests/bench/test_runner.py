@@ -221,3 +221,12 @@ def test_versions_of_peers() -> None:
     """Installed ones say theirs; labels carry a variant after the slash."""
     assert peers.version("torch/F.conv1d") == torch.__version__
     assert (peers.version("mamba-ssm/c128") is None) == (importlib.util.find_spec("mamba_ssm") is None)
+
+
+@pytest.mark.slow
+def test_the_cpu_case_runs_quickly() -> None:
+    """As `alloy bench cpu --quick` runs it: the scan, right, timed and against their floors."""
+    plan = Plan({"cpu": CASES["cpu"]}, "cpu", "quick", [], ["scan 1 x 1024 fwd"])
+    rows = run_cases(plan, lambda line: None, lambda run: None).rows
+    assert [row.label for row in rows] == ["ssd_scan 1 x 1024 fwd", "ssd_scan 1 x 1024 fwd+bwd"]
+    assert all(row.status == "ok" and row.ms and row.fraction and row.tokens_per_s for row in rows)

@@ -1,6 +1,7 @@
 """The causal convolution of a Mamba layer: 4 taps, SiLU, channels last.
 
-The floor is memory: x read and y written; with backward x twice, dy read, dx written; the step its state and x.
+The floor is memory: x read and y written; with backward x twice, dy read, dx written; the step its state and x. Two
+operations a tap.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ def problems(size: Size) -> Iterator[Problem]:
                 in_float64(value(peers.plain(ops.causal_conv1d), NAMES)),
                 peers=runs,
                 bytes=2 * one,
+                flops=TAPS * one,
                 in_graph=seq <= LAUNCH_TOKENS,
             )
             yield Problem(
@@ -48,6 +50,7 @@ def problems(size: Size) -> Iterator[Problem]:
                 in_float64(gradients(peers.plain(ops.causal_conv1d), NAMES)),
                 peers={name: gradients(conv, NAMES) for name, conv in PEERS.items()},
                 bytes=5 * one,
+                flops=3 * TAPS * one,
                 in_graph=seq <= LAUNCH_TOKENS,
             )
         for batch in batches:
@@ -58,6 +61,7 @@ def problems(size: Size) -> Iterator[Problem]:
                 in_float64(partial(_step, peers.plain(ops.causal_conv1d_step))),
                 peers={"causal-conv1d": partial(_step, peers.cuda_conv_step)},
                 bytes=2 * batch * channels * (2 * (TAPS - 1) + 2),
+                flops=2 * TAPS * batch * channels,
                 in_graph=True,
             )
 

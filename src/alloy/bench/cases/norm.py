@@ -1,6 +1,6 @@
 """RMSNorm and the gated norm of a Mamba layer (groups of inner / 8 channels), forward and with backward.
 
-The floor is memory: inputs and outputs once, with backward the inputs twice.
+The floor is memory: inputs and outputs once, with backward the inputs twice. About four operations an element.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,6 +51,7 @@ def _problems(
         in_float64(value(reference, names)),
         peers={key: value(peer, names) for key, peer in rivals.items()},
         bytes=one * (inputs + outputs),
+        flops=4 * rows * width,
         in_graph=True,
     )
     yield Problem(
@@ -60,6 +61,7 @@ def _problems(
         in_float64(gradients(reference, names)),
         peers={key: gradients(peer, names) for key, peer in rivals.items()},
         bytes=one * (3 * inputs + 2 * outputs),
+        flops=12 * rows * width,
         in_graph=True,
     )
     yield Problem(
@@ -69,6 +71,7 @@ def _problems(
         in_float64(value(reference, names)),
         peers={key: value(peer, names) for key, peer in rivals.items()},
         bytes=2 * steps * width * (inputs + outputs),
+        flops=4 * steps * width,
         in_graph=True,
     )
 
