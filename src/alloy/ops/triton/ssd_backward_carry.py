@@ -117,24 +117,30 @@ def _places(n, p, STATE: tl.constexpr):
     A tile of less than 64 columns would be an operand of wgmma whose descriptors ptxas 12.8 (Triton 3.6) computes from
     registers that nothing wrote; less than 64 rows are multiplied by mma.sync instead."""
     if p.shape[0] < 64:
-        return p[:, None] * STATE + n[None, :]
-    return p[None, :] * STATE + n[:, None]
+        places = p[:, None] * STATE + n[None, :]
+    else:
+        places = p[None, :] * STATE + n[:, None]
+    return places
 
 
 @triton.jit
 def _inside(n, p, HEAD_DIM: tl.constexpr, STATE: tl.constexpr):
     """Which of `_places` are there."""
     if p.shape[0] < 64:
-        return (p < HEAD_DIM)[:, None] & (n < STATE)[None, :]
-    return (p < HEAD_DIM)[None, :] & (n < STATE)[:, None]
+        inside = (p < HEAD_DIM)[:, None] & (n < STATE)[None, :]
+    else:
+        inside = (p < HEAD_DIM)[None, :] & (n < STATE)[:, None]
+    return inside
 
 
 @triton.jit
 def _zeros(TILE: tl.constexpr, P: tl.constexpr):
     """A tile for `_places`."""
     if P < 64:
-        return tl.zeros((P, TILE), dtype=tl.float32)
-    return tl.zeros((TILE, P), dtype=tl.float32)
+        zeros = tl.zeros((P, TILE), dtype=tl.float32)
+    else:
+        zeros = tl.zeros((TILE, P), dtype=tl.float32)
+    return zeros
 
 
 @triton.jit
@@ -154,8 +160,10 @@ def _update(acc, x, weight, gate, through, P: tl.constexpr, PRECISION: tl.conste
     """through * acc + sum over tokens of weight * x (outer) gate."""
     u = (x * weight[:, None]).to(gate.dtype)
     if P < 64:
-        return tl.dot(tl.trans(u), gate, acc * through, input_precision=PRECISION)
-    return tl.dot(tl.trans(gate), u, acc * through, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(u), gate, acc * through, input_precision=PRECISION)
+    else:
+        acc = tl.dot(tl.trans(gate), u, acc * through, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
