@@ -28,21 +28,33 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Shares(NamedTuple):
-    """What the heads' parts of the gradients of d and l are made of, for the tokens of one segment.
+    """What the kernels of one segment leave to each other: of what the gradients of d and l are made, and Z.
 
     vectors: fp32 (5, batch, heads, chunks * chunk): E_i dy_i . S C_i; sum_j K_ji L_ji d_j P_ji; x_j . F_j G B_j;
         x_j . sum_i P_ji L_ji dy_i; x_j . dy_j
     flow: fp32 (batch, heads, chunks, rows), with <S, G> as the sum over the rows
+    crossed: (batch, chunks, groups * parts, chunk, chunk), Z
     """
 
     vectors: Tensor
     flow: Tensor
+    crossed: Tensor
+
+
+def shares(x: Tensor, groups: int, chunks: int, parts: int, chunk: int) -> Shares:
+    """Room for the shares of `chunks` chunks of x (batch, seq, heads, head_dim)."""
+    batch, _, heads, head_dim = x.shape
+    return Shares(
+        x.new_empty(5, batch, heads, chunks * chunk, dtype=torch.float32),
+        x.new_empty(batch, heads, chunks, sum(tiles(head_dim)), dtype=torch.float32),
+        x.new_empty(batch, chunks, groups * parts, chunk, chunk),
+    )
 
 
 def gradients(
     dy: Tensor, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, prep: Prep, before: Tensor, after: Tensor, first: int,
-    dx: Tensor, dB: Tensor, dC: Tensor, parts: int, config: dict,
-) -> Shares:  # fmt: skip
+    dx: Tensor, dB: Tensor, dC: Tensor, left: Shares, parts: int, config: dict,
+) -> None:  # fmt: skip
     """Write the gradients of x, B and C for the chunks of one segment.
 
     Args:
@@ -58,6 +70,7 @@ def gradients(
         dx: like x, contiguous
         dB: like B, contiguous
         dC: like C, contiguous
+        left: of the segment, written
         parts: programs that share a group's heads
         config: `chunk`, `token_warps`, `token_stages`, `sum_warps`, `sum_stages`
     """
@@ -71,28 +84,23 @@ def gradients(
     else:
         parted = [t[None] for t in outs]
     p0, p1 = tiles(head_dim)
-    vectors = x.new_empty(5, batch, heads, chunks * chunk, dtype=torch.float32)
-    flow = x.new_empty(batch, heads, chunks, p0 + p1, dtype=torch.float32)
-    crossed = x.new_empty(batch, chunks, groups * parts, chunk, chunk)
-    grid = (groups * parts, chunks, batch)
     sizes = (seq, prep.d.shape[2], heads, groups, first, heads // (groups * parts))
     strides = (*dy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3])
     settings = {
         "HEAD_DIM": head_dim, "STATE": state, "HAS_DOCUMENTS": prep.segments is not None, "CHUNK": chunk, "P0": p0, "P1": p1,
         "N": max(16, triton.next_power_of_2(state)), "PARTS": parts, "PRECISION": precision(x),
     }  # fmt: skip
-    _tokens[grid](
-        dy, x, B, C, D, *prep, after, dx, crossed, vectors, *sizes, *strides, vectors.stride(0),
+    _tokens[(groups * parts, chunks, batch)](
+        dy, x, B, C, D, *prep, after, dx, left.crossed, left.vectors, *sizes, *strides, left.vectors.stride(0),
         **settings, HAS_D=D is not None, STAGES=config["token_stages"], num_warps=config["token_warps"],
     )  # fmt: skip
-    _sums[grid](
-        dy, x, B, C, *prep, before, after, crossed, *parted, vectors, flow, *sizes, *strides, *parted[0].stride()[:2],
-        **settings, STAGES=config["sum_stages"], num_warps=config["sum_warps"],
+    _sums[(groups * parts * 2, chunks, batch)](
+        dy, x, B, C, *prep, before, after, left.crossed, *parted, left.vectors, left.flow, *sizes, *strides, *parted[0].stride()[:2],
+        **settings, STAGES=config["sum_stages"], num_warps=config["sum_warps"], maxnreg=config["sum_registers"],
     )  # fmt: skip
     if parts > 1:
-        for out, shares in zip(outs, parted, strict=True):
-            out.copy_(shares.sum(0))
-    return Shares(vectors, flow)
+        for out, part in zip(outs, parted, strict=True):
+            out.copy_(part.sum(0))
 
 
 @triton.jit
@@ -134,8 +142,12 @@ def _tokens(
         segment = tl.load(segments_ptr + own)
         final = tl.load(segments_ptr + CHUNK - 1)
         visible = visible & (segment[:, None] == segment[None, :])
-    b = rows(B_ptr + batch * B_batch + begin * B_token + group * B_group, own, B_token, real, n, STATE, exact_n).to(kind)
-    c = rows(C_ptr + batch * C_batch + begin * C_token + group * C_group, own, C_token, real, n, STATE, exact_n).to(kind)
+    b = rows(B_ptr + batch * B_batch + begin * B_token + group * B_group, own, B_token, real, n, STATE, exact_n).to(
+        kind
+    )
+    c = rows(C_ptr + batch * C_batch + begin * C_token + group * C_group, own, C_token, real, n, STATE, exact_n).to(
+        kind
+    )
     product = tl.where(visible, tl.dot(b, tl.trans(c), input_precision=PRECISION), 0.0)
     crossed = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
     dy_ptr += batch * dy_batch + begin * dy_token
@@ -204,76 +216,99 @@ def _sums(
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC of one chunk, summed over `share` heads of a group; grid (groups * parts, chunks of the segment, batch)."""
-    group, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    """dB or dC of one chunk, summed over `share` heads of a group; grid (groups * parts * 2, chunks of the segment, batch)."""
+    walker = tl.program_id(0) // 2
     place, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     begin = ((first + place) * CHUNK).to(tl.int64)
+    chunk = batch * tl.num_programs(1) + place
+    length = seq
+    if HAS_DOCUMENTS:
+        length = tl.load(lengths_ptr + batch)
+        segments_ptr += batch * padded + begin
+    group = walker // PARTS
+    states = chunk * heads * (HEAD_DIM * STATE)
+    out = (
+        (walker % PARTS) * out_part + batch * out_batch + (place * CHUNK).to(tl.int64) * groups * STATE + group * STATE
+    )
+    crossed_ptr += (chunk * (tl.num_programs(0) // 2) + walker) * CHUNK * CHUNK
+    per_head = (batch * heads + walker * share) * padded + begin
+    B_ptr += batch * B_batch + begin * B_token + group * B_group
+    C_ptr += batch * C_batch + begin * C_token + group * C_group
+    if tl.program_id(0) % 2 == 0:
+        _side(
+            x_ptr + batch * x_batch + begin * x_token, x_token, x_head, after_ptr + states, before_ptr + states,
+            C_ptr, C_token, d_ptr + per_head, logs_ptr + per_head, segments_ptr, crossed_ptr, dB_ptr + out, flow_ptr,
+            walker, share, length - begin, seq - begin, place, batch, padded, heads, groups,
+            False, HEAD_DIM, STATE, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES,
+        )  # fmt: skip
+    else:
+        _side(
+            dy_ptr + batch * dy_batch + begin * dy_token, dy_token, dy_head, before_ptr + states, before_ptr + states,
+            C_ptr, C_token, d_ptr + per_head, logs_ptr + per_head, segments_ptr, crossed_ptr, dC_ptr + out, vectors_ptr,
+            walker, share, length - begin, seq - begin, place, batch, padded, heads, groups,
+            True, HEAD_DIM, STATE, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES, B_ptr, B_token,
+        )  # fmt: skip
+
+
+@triton.jit
+def _side(
+    v_ptr, v_token, v_head, state_ptr, other_ptr, C_ptr, C_token, d_ptr, logs_ptr, segments_ptr, crossed_ptr, out_ptr, share_ptr,
+    walker, share, length, written, place, batch, padded, heads, groups,
+    READS: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    B_ptr=None, B_token=0,
+):  # fmt: skip
+    """READS: dC from dy and the states before the chunk; else dB from x and the gradients of the states behind it."""
     own, n = tl.arange(0, CHUNK), tl.arange(0, N)
     q0, q1 = tl.arange(0, P0), P0 + tl.arange(0, P1 if P1 > 0 else 16)
     exact: tl.constexpr = P0 + P1 == HEAD_DIM
     exact0: tl.constexpr = exact or P1 > 0
     exact_n: tl.constexpr = N == STATE
-    kind = x_ptr.dtype.element_ty
-    length = seq
+    kind = crossed_ptr.dtype.element_ty
+    real = own < length
     if HAS_DOCUMENTS:
-        length = tl.load(lengths_ptr + batch)
-    written = begin + own < seq
-    real = begin + own < length
-    if HAS_DOCUMENTS:
-        segments_ptr += batch * padded + begin
         segment = tl.load(segments_ptr + own)
         final = tl.load(segments_ptr + CHUNK - 1)
-    B_ptr += batch * B_batch + begin * B_token + group * B_group
-    C_ptr += batch * C_batch + begin * C_token + group * C_group
     c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
-    db = tl.zeros((CHUNK, N), dtype=tl.float32)
-    dc = tl.zeros((CHUNK, N), dtype=tl.float32)
-    dy_ptr += batch * dy_batch + begin * dy_token
-    x_ptr += batch * x_batch + begin * x_token
-    d_ptr += batch * heads * padded + begin
-    logs_ptr += batch * heads * padded + begin
-    states = (batch * tl.num_programs(1) + place) * heads * (HEAD_DIM * STATE)
+    acc = tl.zeros((CHUNK, N), dtype=tl.float32)
     for step in tl.range(0, share, num_stages=STAGES):
-        head = tl.program_id(0) * share + step
-        x_at, dy_at = x_ptr + head.to(tl.int64) * x_head, dy_ptr + head.to(tl.int64) * dy_head
-        before_at = before_ptr + states + head * (HEAD_DIM * STATE)
-        after_at = after_ptr + states + head * (HEAD_DIM * STATE)
-        y0 = rows(dy_at, own, dy_token, real, q0, HEAD_DIM, exact0)
-        s0 = _state(before_at, q0, n, HEAD_DIM, STATE, exact0, exact_n)
-        x0 = rows(x_at, own, x_token, real, q0, HEAD_DIM, exact0)
-        g0 = _state(after_at, q0, n, HEAD_DIM, STATE, exact0, exact_n)
+        head = walker * share + step
+        v_at = v_ptr + head.to(tl.int64) * v_head
+        v0 = rows(v_at, own, v_token, real, q0, HEAD_DIM, exact0)
+        m0 = _state(state_ptr + head * (HEAD_DIM * STATE), q0, n, HEAD_DIM, STATE, exact0, exact_n)
         if P1 > 0:
-            y1 = rows(dy_at, own, dy_token, real, q1, HEAD_DIM, exact)
-            s1 = _state(before_at, q1, n, HEAD_DIM, STATE, exact, exact_n)
-            x1 = rows(x_at, own, x_token, real, q1, HEAD_DIM, exact)
-            g1 = _state(after_at, q1, n, HEAD_DIM, STATE, exact, exact_n)
-        logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own) * LOG2_E
-        total = tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1) * LOG2_E
-        into = tl.exp2(logs)
-        onto = tl.exp2(total - logs) * tl.load(d_ptr + head.to(tl.int64) * padded + own)
+            v1 = rows(v_at, own, v_token, real, q1, HEAD_DIM, exact)
+            m1 = _state(state_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
+        at = tl.cast(step, tl.int64) * padded
+        logs = tl.load(logs_ptr + at + own) * LOG2_E
+        if READS:
+            weight = tl.exp2(logs)
+        else:
+            weight = tl.exp2(tl.load(logs_ptr + at + CHUNK - 1) * LOG2_E - logs) * tl.load(d_ptr + at + own)
         if HAS_DOCUMENTS:
-            into = tl.where(segment == 0, into, 0.0)
-            onto = tl.where(segment == final, onto, 0.0)
-        dc = tl.dot((y0 * into[:, None]).to(kind), s0, dc, input_precision=PRECISION)
-        read = tl.sum(tl.dot(c, tl.trans(s0), input_precision=PRECISION) * y0, 1)
-        db = tl.dot((x0 * onto[:, None]).to(kind), g0, db, input_precision=PRECISION)
-        flow_at = flow_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * (P0 + P1)
-        # the diagonal of S G^T: a product of matrices that stay in shared memory
-        across = tl.dot(s0, tl.trans(g0), input_precision=PRECISION)
-        tl.store(flow_at + q0, tl.sum(tl.where(q0[:, None] == q0[None, :], across, 0.0), 1))
+            weight = tl.where(segment == (0 if READS else final), weight, 0.0)
+        acc = tl.dot((v0 * weight[:, None]).to(kind), m0, acc, input_precision=PRECISION)
         if P1 > 0:
-            dc = tl.dot((y1 * into[:, None]).to(kind), s1, dc, input_precision=PRECISION)
-            read += tl.sum(tl.dot(c, tl.trans(s1), input_precision=PRECISION) * y1, 1)
-            db = tl.dot((x1 * onto[:, None]).to(kind), g1, db, input_precision=PRECISION)
-            tl.store(flow_at + q1, tl.sum(s1.to(tl.float32) * g1.to(tl.float32), 1))
-        tl.store(vectors_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * CHUNK + own, read * into)
-    crossed_ptr += ((batch * tl.num_programs(1) + place) * tl.num_programs(0) + tl.program_id(0)) * CHUNK * CHUNK
+            acc = tl.dot((v1 * weight[:, None]).to(kind), m1, acc, input_precision=PRECISION)
+        to = (batch * heads + head) * tl.num_programs(1) + place
+        if READS:
+            read = tl.sum(tl.dot(c, tl.trans(m0), input_precision=PRECISION) * v0, 1)
+            if P1 > 0:
+                read += tl.sum(tl.dot(c, tl.trans(m1), input_precision=PRECISION) * v1, 1)
+            tl.store(share_ptr + to * CHUNK + own, read * weight)
+        else:
+            # the diagonal of S G^T: a product of matrices that stay in shared memory
+            s0 = _state(other_ptr + head * (HEAD_DIM * STATE), q0, n, HEAD_DIM, STATE, exact0, exact_n)
+            across = tl.dot(s0, tl.trans(m0), input_precision=PRECISION)
+            tl.store(share_ptr + to * (P0 + P1) + q0, tl.sum(tl.where(q0[:, None] == q0[None, :], across, 0.0), 1))
+            if P1 > 0:
+                s1 = _state(other_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
+                tl.store(share_ptr + to * (P0 + P1) + q1, tl.sum(s1.to(tl.float32) * m1.to(tl.float32), 1))
     crossed = tl.load(crossed_ptr + own[:, None] * CHUNK + own[None, :])
-    b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
-    db = tl.dot(crossed, c, db, input_precision=PRECISION)
-    dc = tl.dot(tl.trans(crossed), b, dc, input_precision=PRECISION)
-    out = part * out_part + batch * out_batch + place.to(tl.int64) * CHUNK * groups * STATE + group * STATE
-    out += own[:, None] * (groups * STATE) + n[None, :]
-    mask = written[:, None] & (n < STATE)[None, :]
-    tl.store(dB_ptr + out, db.to(dB_ptr.dtype.element_ty), mask=mask)
-    tl.store(dC_ptr + out, dc.to(dC_ptr.dtype.element_ty), mask=mask)
+    if READS:
+        b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
+        acc = tl.dot(tl.trans(crossed), b, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(crossed, c, acc, input_precision=PRECISION)
+    mask = (own < written)[:, None] & (n < STATE)[None, :]
+    tl.store(out_ptr + own[:, None] * (groups * STATE) + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -41,7 +41,7 @@ def steps(
     batch, seq, heads = dt.shape
     chunks, width = shares.flow.shape[2:]
     _steps[(chunks, triton.cdiv(heads, HEADS_BLOCK), batch)](
-        *shares, dt, A, dt_bias, prep.d, prep.logs, prep.segments, prep.lengths, ddt, sums,
+        shares.vectors, shares.flow, dt, A, dt_bias, prep.d, prep.logs, prep.segments, prep.lengths, ddt, sums,
         seq, prep.d.shape[2], heads, first, sums.shape[2], width, *dt.stride(), low=dt_limit[0], high=dt_limit[1],
         HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, LIMITED=tuple(dt_limit) != NO_LIMIT,
         HAS_DOCUMENTS=prep.segments is not None, CHUNK=chunk, HEADS=HEADS_BLOCK, ROWS=triton.next_power_of_2(width),
