@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_plain(x: Tensor, weight: Tensor) -> bool:
-    """fp32 tensors without autocast or a tensor subclass, which know better what a product means."""
+    """x (..., inputs) and weight (..., inputs) in fp32, without autocast or a subclass, which know better what a product means."""
     return (
         x.dtype == weight.dtype == torch.float32
         and type(x) is Tensor

@@ -11,7 +11,7 @@ from alloy.ops.cpu.ssd import NO_LIMIT
 
 
 def fits(projected: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, slots: Tensor | None) -> bool:
-    """Whether `mamba_row` takes these: one row in slot 0, one dtype up to the state's."""
+    """Whether `mamba_row` takes these (shapes as `alloy.ops.mamba_step`): one row in slot 0, one dtype up to the state's."""
     kind = projected.dtype
     return (
         slots is None
