@@ -281,8 +281,8 @@ class Trainer(Generic[Batch]):
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             self._refuse_step(total, grad_norm, own, micro, position)
         if grad_norm > self.table.grad_clip:
-            # by a number of the host: a factor on the device would take a kernel for each tensor of another dtype
-            torch._foreach_mul_(gradients, self.table.grad_clip / grad_norm)
+            for gradient in gradients:
+                gradient.mul_(self.table.grad_clip / grad_norm)
         factor = self._set_lr()
         self.optimizers.step()
         extra = self.task.after_step(self.model, stats)
