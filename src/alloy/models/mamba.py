@@ -19,6 +19,7 @@ from alloy.models.blocks import Linear
 from alloy.models.cache import Cache, MambaDraft
 from alloy.models.configs import MambaConfig
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi
+from alloy.ops.mamba_scan import mamba_scan, split
 from alloy.ops.mamba_step import mamba_step
 from alloy.ops.norm import gated_rms_norm
 from alloy.ops.ssd import ssd_scan, ssd_step_multi
@@ -136,14 +137,7 @@ class Mamba(nn.Module):
 
     def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., heads, head_dim), B and C (..., groups, state), views."""
-        config = self.config
-        wide = config.groups * config.state
-        x, b, c = xbc.split([config.inner, wide, wide], dim=-1)
-        return (
-            x.unflatten(-1, (config.heads, -1)),
-            b.unflatten(-1, (config.groups, -1)),
-            c.unflatten(-1, (config.groups, -1)),
-        )
+        return split(xbc, self.config.inner, self.config.head_dim, self.config.groups)
 
     def _rates(self) -> Tensor:
         """A (heads,)."""
@@ -177,11 +171,19 @@ class Mamba(nn.Module):
         return self._taps
 
     def _scan(self, xbc: Tensor, dt: Tensor, documents: Tensor | None) -> Tensor:
-        xbc = cast(Tensor, causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=documents))
-        x, B, C = self._split(xbc)
-        limit = self.prefill_limit
-        y = ssd_scan(x, dt, self._rates(), B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, documents=documents)
-        return cast(Tensor, y)
+        return mamba_scan(
+            xbc,
+            dt,
+            self._rates(),
+            self.D,
+            self.dt_bias,
+            self.conv.weight,
+            self.conv.bias,
+            head_dim=self.config.head_dim,
+            groups=self.config.groups,
+            dt_limit=self.prefill_limit,
+            documents=documents,
+        )
 
     def _prefill(self, xbc: Tensor, dt: Tensor, layout: Layout, cache: Cache) -> Tensor:
         # an empty cache holds zeros

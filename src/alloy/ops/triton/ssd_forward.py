@@ -300,7 +300,11 @@ def _walk(
                 _write(state_ptr + at, states[h * TILES + t], n, p, WIDTH, HEAD_DIM)
         if not OUTPUT:
             if VECTOR:
-                tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h + n * 0, tl.exp2(through[h]), mask=n == 0)
+                tl.store(
+                    decays_ptr + (batch * count + number + 1) * HEADS + head + h + n * 0,
+                    tl.exp2(through[h]),
+                    mask=n == 0,
+                )
             else:
                 tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
 
