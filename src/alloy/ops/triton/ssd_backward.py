@@ -33,7 +33,7 @@ tuning.register(
      "sum_warps": 4, "sum_stages": 1, "sum_registers": 168},
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "token_warps": 4, "token_stages": 2,
      "sum_warps": 4, "sum_stages": 2, "sum_registers": 255},
-    {"chunk": 128, "tile": 128, "warps": 8, "stages": 3, "token_warps": 8, "token_stages": 2,
+    {"chunk": 128, "tile": 128, "warps": 8, "stages": 3, "token_warps": 4, "token_stages": 2,
      "sum_warps": 8, "sum_stages": 2, "sum_registers": 255},
 )  # fmt: skip
 
