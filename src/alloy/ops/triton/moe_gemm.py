@@ -27,20 +27,15 @@ def _configs(*rows: tuple[int, ...]) -> list[dict[str, int]]:
 
 # rows of a tile are the plan's block: 16 where matrices are what is read, 128 where products are what takes time
 tuning.register("moe_gemm_fp32", *_configs((64, 16, 0, 0, 4, 4, 2)))
-tuning.register("moe_gemm_16", *_configs((64, 128, 0, 0, 2, 4, 4), (128, 128, 0, 0, 1, 4, 4), (64, 128, 0, 0, 3, 4, 3)))
-tuning.register(
-    "moe_gemm_64",
-    *_configs((128, 64, 0, 1, 2, 4, 4), (256, 64, 1, 1, 1, 8, 4), (64, 128, 0, 1, 2, 4, 3), (64, 64, 0, 1, 3, 4, 4)),
-)
-tuning.register("moe_gemm_128", *_configs((128, 64, 1, 1, 2, 4, 3), (128, 64, 0, 1, 2, 4, 3), (256, 64, 1, 1, 1, 8, 3)))
+tuning.register("moe_gemm_16", *_configs((64, 128, 0, 0, 2, 4, 4)))
+tuning.register("moe_gemm_64", *_configs((128, 64, 0, 1, 2, 4, 4), (256, 64, 1, 1, 1, 8, 4)))
+tuning.register("moe_gemm_128", *_configs((128, 64, 1, 1, 2, 4, 3), (256, 64, 1, 1, 1, 8, 3)))
 # here a tile of the product is BM x BN of an expert's matrix, and BK are rows
 tuning.register(
     "moe_wgrad_fp32", {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2}
 )
 tuning.register(
-    "moe_wgrad",
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 2, "num_warps": 4, "num_stages": 3},
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 0, "per_sm": 2, "num_warps": 4, "num_stages": 3},
+    "moe_wgrad", {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 2, "num_warps": 4, "num_stages": 3}
 )
 # rows an expert from which PyTorch's grouped product (CUTLASS, bf16) is faster, timed on sm_90
 _LIBRARY_ROWS = 384
