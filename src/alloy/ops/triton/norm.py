@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alloy.ops.precision import wide
 from alloy.ops.triton import tuning
-from alloy.ops.triton.elementary import accumulator, sigmoid
+from alloy.ops.triton.elementary import accumulator, num_blocks, power_of_2, sigmoid
 
 # elements of a chunk for each thread: 16 bytes of a 16-bit dtype
 _VECTOR = 8
@@ -204,20 +204,20 @@ def _plan(op: str, x: Tensor, groups: int) -> tuple[int, dict[str, Any]]:
     """How many programs share the rows of a group, and a kernel's constants."""
     size = x.shape[-1] // groups
     config = dict(tuning.pick(op, str(size)))
-    warps = min(config.pop("warps") * triton.next_power_of_2(triton.cdiv(size, _SPAN)), 32)
-    chunk = min(triton.next_power_of_2(size), 32 * _VECTOR * warps)
+    warps = min(config.pop("warps") * power_of_2(num_blocks(size, _SPAN)), 32)
+    chunk = min(power_of_2(size), 32 * _VECTOR * warps)
     rows = 32 * _VECTOR * warps // chunk
     programs = max(_num_sms(x.device) * config.pop("warps_per_sm") // (warps * groups), 1)
-    programs = min(programs, triton.cdiv(x.numel() // x.shape[-1], rows))
+    programs = min(programs, num_blocks(x.numel() // x.shape[-1], rows))
     # rows on their way: of up to three inputs, in all stages but the one in registers
-    ahead = 3 * rows * chunk * triton.cdiv(size, chunk) * x.element_size()
+    ahead = 3 * rows * chunk * num_blocks(size, chunk) * x.element_size()
     config["STAGES"] = min(config["STAGES"], 1 + _SHARED // ahead)
     return programs, config | {
         "num_warps": warps,
         "GROUPS": groups,
         "SIZE": size,
         "CHUNK": chunk,
-        "CHUNKS": triton.cdiv(size, chunk),
+        "CHUNKS": num_blocks(size, chunk),
         "ROWS": rows,
         "WIDE": accumulator(x.dtype),
     }
