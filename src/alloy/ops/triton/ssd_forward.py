@@ -17,16 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.ssd_prep import Prep, narrowest
+from alloy.ops.triton.assembler import narrowest
+from alloy.ops.triton.ssd_prep import Prep
 
 # heads: of one group, in one program; resident: programs that a multiprocessor holds at a time
 tuning.register(
     "ssd_scan",
-    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 1, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
 )
 tuning.register(
     "ssd_carries",
-    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
 )
 
 PIECES = 2  # stretches of the first pass in one walk
@@ -121,20 +122,27 @@ class Tiling(tuple):
 
 
 def tiling(head_dim: int, width: int, dtype: torch.dtype) -> Tiling:
-    """One tile or two of 128 bytes a row, so many as the registers hold beside a state of `width` rows."""
-    columns = narrowest(dtype)
-    two = head_dim > columns and width <= 128 and dtype != torch.float32
-    return Tiling((columns, columns if two else 0, triton.cdiv(head_dim, columns * (1 + two))))
+    """Powers of two that cover head_dim, one or two where that fills less (80 = 64 + 16, not 128), of one program or several:
+    a state of `width` rows and these columns must fit the registers."""
+    least = narrowest(dtype)
+    most = 32768 // dtype.itemsize**2 * 2 // max(64, triton.next_power_of_2(width))
+    first = max(least, min(128 // dtype.itemsize, most, triton.next_power_of_2(head_dim)))
+    if head_dim <= first or 2 * first > most:
+        return Tiling((first, 0, triton.cdiv(head_dim, first)))
+    second = max(least, min(first, triton.next_power_of_2(head_dim - first)))
+    return Tiling((first, second, triton.cdiv(head_dim, first + second)))
 
 
 def cut(chunks: int, programs: int, slots: int) -> tuple[int, int]:
     """(chunks of a walk, chunks of a stretch of the first pass), for `programs` a walk on a GPU that holds `slots` at a time.
 
-    The time of a pass is the number of rounds times the length of a round's walk; the first pass costs 0.4 of the second a
-    token, and spares the last walk."""
+    A pass takes as many rounds as the GPU needs, each as long as one program's chunks and 2 more to begin and end; a chunk of
+    the first pass is 0.4 of one of the second, and the last walk needs none."""
 
     def cost(walks: int) -> float:
-        return (triton.cdiv(programs * walks, slots) + 0.4 * triton.cdiv(programs * (walks - 1), slots)) / walks
+        walk = triton.cdiv(chunks, walks)
+        second = triton.cdiv(programs * walks, slots) * (walk + 2)
+        return second + triton.cdiv(programs * (walks - 1) * PIECES, slots) * (0.4 * walk / PIECES + 2)
 
     walks = min(range(1, max(1, min(64, chunks // 4)) + 1), key=cost)
     stretch = triton.cdiv(chunks, walks * PIECES)
