@@ -163,7 +163,7 @@ def update_router_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
         bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
 
 
-def _moe_route(
+def choose(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
@@ -173,7 +173,7 @@ def _moe_route(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference: sorts."""
+    """As `alloy.ops.route`, which has checked its arguments."""
     tokens, num_experts = logits.shape
     logits = logits.to(wide(logits))
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
@@ -192,10 +192,10 @@ def _moe_route(
     return chosen, weights * scale, scores
 
 
-def _moe_experts(
+def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
-    """Reference: a loop over the experts that were hit."""
+    """As `alloy.ops.moe_experts`, by a loop over the experts that were hit."""
     act = ACTIVATIONS[activation]
     total = torch.zeros(x.shape, dtype=wide(x), device=x.device)
     for expert in chosen.unique().tolist():
@@ -231,9 +231,9 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     return linear(x.to(kind), weight.to(kind))
 
 
-backend.add("moe_route", "torch", _moe_route)
+backend.add("moe_route", "torch", choose)
 backend.add("moe_route", "triton", "alloy.ops.triton.moe_route:moe_route")
-backend.add("moe_experts", "torch", _moe_experts)
+backend.add("moe_experts", "torch", experts)
 backend.add("moe_experts", "cpu", cpu.moe_experts)
 backend.add("moe_experts", "triton", "alloy.ops.triton.moe_experts:moe_experts")
 backend.add("moe_step", "torch", step)

@@ -23,9 +23,7 @@ from alloy.ops.triton.ssd_step import round_to_half, step_size, tiles
 tuning.register(
     "mamba_step",
     {"BLOCK_P": 16, "TILES": 8, "num_warps": 4},
-    {"BLOCK_P": 16, "TILES": 3, "num_warps": 4},
     {"BLOCK_P": 16, "TILES": 2, "num_warps": 4},
-    {"BLOCK_P": 16, "TILES": 8, "num_warps": 8},
 )
 
 

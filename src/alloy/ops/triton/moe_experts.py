@@ -8,6 +8,7 @@ unweighted outputs of pairs: a routing weight's gradient is dot(hidden, down^T d
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import moe as reference
@@ -21,9 +22,19 @@ def moe_experts(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
     """As `alloy.ops.moe_experts`."""
+    if x.dtype == torch.float64:
+        # for checks only
+        return reference.experts(x, chosen, weights, up, down, gate, activation)
     _check(x, up, down, gate, activation)
     if x.shape[0] == 0:
         return x * weights.sum(1, keepdim=True).to(x.dtype)
+    step = 16 // x.element_size()
+    if up.shape[1] % step or up.shape[2] % step:
+        # zeros up to whole 16 bytes change nothing: every activation of 0 is 0
+        wide_gate = None if gate is None else _pad(gate, step)
+        wide_x = F.pad(x, (0, -x.shape[1] % step))
+        y = moe_experts(wide_x, chosen, weights, _pad(up, step), _pad(down, step), wide_gate, activation)
+        return y[:, : x.shape[1]]
     given = (x, weights, up, down, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _experts_kept(x, chosen, weights, up, down, gate, activation)[0]
@@ -44,23 +55,20 @@ def moe_step(
 ) -> Tensor:
     """As `alloy.ops.moe_step`: two launches for few tokens."""
     shared = (shared_up, shared_down, shared_gate)
-    if not 0 < x.shape[0] <= FEW_TOKENS or not all(t is None or t.is_contiguous() for t in shared):
+    few = 0 < x.shape[0] <= FEW_TOKENS and x.dtype != torch.float64
+    if not few or not all(t is None or t.is_contiguous() for t in shared):
         return reference.step(x, chosen, weights, up, down, gate, *shared, activation)
     _check(x, up, down, gate, activation)
     return _step(x, chosen, weights, up, down, gate, *shared, activation)
 
 
+def _pad(matrices: Tensor, step: int) -> Tensor:
+    """Rows and columns up to multiples of `step`."""
+    return F.pad(matrices, (0, -matrices.shape[2] % step, 0, -matrices.shape[1] % step))
+
+
 def _check(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str) -> None:
     experts, ffn, width = up.shape
-    step = 16 // x.element_size()
-    for name, size in (("ffn", ffn), ("width", width)):
-        if size % step:
-            raise ValueError(
-                f"moe_experts: {name} = {size} is not a multiple of {step}, 16 bytes of {x.dtype}; "
-                'pad the experts with zeros, or use_backend("torch")'
-            )
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f'moe_experts: x is {x.dtype}; kernels take fp32, bf16 and fp16: use_backend("torch")')
     if activation not in ACTIVATIONS:
         raise ValueError(f'moe_experts: activation = "{activation}"; known: {", ".join(ACTIVATIONS)}')
     if x.stride(-1) != 1:

@@ -24,25 +24,30 @@ from alloy.ops.triton.elementary import accumulator, sigmoid
 
 # elements of a chunk for each thread: 16 bytes of a 16-bit dtype
 _VECTOR = 8
+# channels that one warp holds in registers
+_SPAN = 1280
+# shared memory that a program may fill, so that two fit a multiprocessor
+_SHARED = 96 * 1024
+# warps: of a program, for each span of channels; warps_per_sm: of all programs, which share the rows
+_FORWARD = (
+    {"warps": 1, "warps_per_sm": 16, "STAGES": 2},
+    {"warps": 1, "warps_per_sm": 32, "STAGES": 2},
+    {"warps": 1, "warps_per_sm": 16, "STAGES": 1},
+    {"warps": 1, "warps_per_sm": 16, "STAGES": 3},
+    {"warps": 2, "warps_per_sm": 16, "STAGES": 2},
+    {"warps": 2, "warps_per_sm": 32, "STAGES": 2},
+)
+_BACKWARD = (
+    {"warps": 1, "warps_per_sm": 8, "STAGES": 3},
+    {"warps": 1, "warps_per_sm": 16, "STAGES": 3},
+    {"warps": 2, "warps_per_sm": 8, "STAGES": 3},
+    {"warps": 2, "warps_per_sm": 16, "STAGES": 3},
+    {"warps": 4, "warps_per_sm": 8, "STAGES": 3},
+    {"warps": 2, "warps_per_sm": 16, "STAGES": 2},
+)
 for _op in ("rms_norm", "add_rms_norm", "gated_rms_norm"):
-    tuning.register(
-        _op,
-        {"num_warps": 8, "warps_per_sm": 32, "STAGES": 2},
-        {"num_warps": 4, "warps_per_sm": 16, "STAGES": 1},
-        {"num_warps": 4, "warps_per_sm": 16, "STAGES": 2},
-        {"num_warps": 4, "warps_per_sm": 32, "STAGES": 2},
-        {"num_warps": 2, "warps_per_sm": 16, "STAGES": 2},
-        {"num_warps": 1, "warps_per_sm": 16, "STAGES": 2},
-    )
-    tuning.register(
-        f"{_op}_backward",
-        {"num_warps": 8, "warps_per_sm": 16, "STAGES": 2},
-        {"num_warps": 4, "warps_per_sm": 8, "STAGES": 2},
-        {"num_warps": 4, "warps_per_sm": 8, "STAGES": 3},
-        {"num_warps": 4, "warps_per_sm": 16, "STAGES": 2},
-        {"num_warps": 2, "warps_per_sm": 16, "STAGES": 2},
-        {"num_warps": 1, "warps_per_sm": 16, "STAGES": 2},
-    )
+    tuning.register(_op, *_FORWARD)
+    tuning.register(f"{_op}_backward", *_BACKWARD)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> Tensor:
@@ -197,13 +202,18 @@ def _num_sms(device: torch.device) -> int:
 
 def _plan(op: str, x: Tensor, groups: int) -> tuple[int, dict[str, Any]]:
     """How many programs share the rows of a group, and a kernel's constants."""
-    config = dict(tuning.pick(op, f"{x.shape[-1] // groups}"))
     size = x.shape[-1] // groups
-    chunk = min(triton.next_power_of_2(size), 32 * _VECTOR * config["num_warps"])
-    rows = max(32 * _VECTOR * config["num_warps"] // chunk, 1)
-    programs = _num_sms(x.device) * config.pop("warps_per_sm") // (config["num_warps"] * groups)
-    programs = max(min(programs, triton.cdiv(x.numel() // x.shape[-1], rows)), 1)
+    config = dict(tuning.pick(op, str(size)))
+    warps = min(config.pop("warps") * triton.next_power_of_2(triton.cdiv(size, _SPAN)), 32)
+    chunk = min(triton.next_power_of_2(size), 32 * _VECTOR * warps)
+    rows = 32 * _VECTOR * warps // chunk
+    programs = max(_num_sms(x.device) * config.pop("warps_per_sm") // (warps * groups), 1)
+    programs = min(programs, triton.cdiv(x.numel() // x.shape[-1], rows))
+    # rows on their way: of up to three inputs, in all stages but the one in registers
+    ahead = 3 * rows * chunk * triton.cdiv(size, chunk) * x.element_size()
+    config["STAGES"] = min(config["STAGES"], 1 + _SHARED // ahead)
     return programs, config | {
+        "num_warps": warps,
         "GROUPS": groups,
         "SIZE": size,
         "CHUNK": chunk,
