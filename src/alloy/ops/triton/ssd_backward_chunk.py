@@ -147,7 +147,8 @@ def _tokens(
     dx_ptr += ((batch * seq + begin) * heads + walker * share) * HEAD_DIM
     vectors_ptr += ((batch * heads + walker * share) * chunks + place) * CHUNK + block * BLOCK
     crossed_ptr += ((chunk * tl.num_programs(0) + walker) * CHUNK + block * BLOCK) * CHUNK + block * BLOCK
-    D_ptr += walker * share
+    if HAS_D:
+        D_ptr += walker * share
     if blocks == 1 or block == 1:
         _block(
             dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr + per_head, logs_ptr + per_head, segments_ptr, after_ptr, dx_ptr,
