@@ -22,7 +22,7 @@ def narrow_operands() -> bool:
     if _version(tools.ptxas) < (12, 9) and newer is not None and _version(newer) >= (12, 9):
         from triton.backends.nvidia import compiler
 
-        tools.ptxas = newer
+        tools.ptxas = newer.path
         # both remember the version, which is a part of the name of compiled kernels on disk
         compiler.get_ptxas_version.cache_clear()
         compiler.CUDABackend.hash.cache_clear()
