@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 """Backward of the SSD scan: everything from the inputs alone, with scratch for one segment of the sequence at a time.
 
 The sequence is cut into segments of some 2048 tokens. A first pass finds the state at the start of each; then, last
@@ -59,8 +59,18 @@ def backward(
     Args:
         dy: (batch, seq, heads, head_dim), gradient of y
         dstate: (batch, heads, head_dim, state), gradient of the final state, or None
-
-    The other arguments are those of `alloy.ops.ssd_scan`; the kernels choose their own chunks.
+        x: (batch, seq, heads, head_dim)
+        dt: (batch, seq, heads)
+        A: (heads,)
+        B: (batch, seq, groups, state)
+        C: (batch, seq, groups, state)
+        D: (heads,)
+        dt_bias: (heads,)
+        dt_softplus: as in `alloy.ops.ssd_scan`
+        dt_limit: as in `alloy.ops.ssd_scan`
+        h0: (batch, heads, head_dim, state)
+        documents: int (batch, seq)
+        chunk: not used: the kernels choose their own chunks
 
     Returns:
         gradients of x, dt, A, B, C, D, dt_bias, h0; None for what was None
@@ -127,8 +137,9 @@ def _backward(
                 scratch.new_empty(2, batch, length, *scratch.shape[3:]),
                 shares(x, groups, length, parts, chunk),
             )
-        carries(x, dy, B, C, prep, start, slope, *scratch, stop - length, config)
-        gradients(dy, x, B, C, D, prep, *scratch, stop - length, dx, dB, dC, left, parts, config)
+        before, after = scratch
+        carries(x, dy, B, C, prep, start, slope, before, after, stop - length, config)
+        gradients(dy, x, B, C, D, prep, before, after, stop - length, dx, dB, dC, left, parts, config)
         steps(left, dt, A, dt_bias, dt_softplus, (low, high), prep, stop - length, ddt, sums, chunk)
     dA, dbias, dD = (
         x.new_empty(0) if t is None else total.sum((0, 1)).to(t.dtype)

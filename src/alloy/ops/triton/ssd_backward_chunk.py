@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Gradients inside one chunk of the SSD scan, given the state S before it and the gradient G of the state behind it.
 
 Legend as in `alloy.ops.ssd`, and for tokens i >= j of one chunk of one head (performance.md, appendix A):
@@ -81,10 +81,7 @@ def gradients(
     chunk, chunks = config["chunk"], before.shape[1]
     begin, end = first * chunk, min((first + chunks) * chunk, seq)
     outs = (dB[:, begin:end], dC[:, begin:end])
-    if parts > 1:
-        parted = [x.new_empty(parts, *t.shape, dtype=torch.float32) for t in outs]
-    else:
-        parted = [t[None] for t in outs]
+    parted = [t[None] if parts == 1 else x.new_empty(parts, *t.shape, dtype=torch.float32) for t in outs]
     p0, p1 = tiles(head_dim)
     sizes = (seq, prep.d.shape[2], heads, groups, first, heads // (groups * parts))
     strides = (*dy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3])
