@@ -6,7 +6,7 @@ what a Mamba-2 block keeps. The gradients of x, B and C are laid side by side on
 Formulas: `alloy.ops.conv`, `alloy.ops.ssd`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,12 +76,13 @@ def _backward(
 ) -> list[Tensor]:
     mixed = conv.causal_conv1d(xbc, conv_weight, conv_bias, "silu", None, documents)
     x, B, C = split(mixed, dt.shape[2] * head_dim, head_dim, groups)
-    dx, ddt, dA, dB, dC, dD, dbias, _ = ssd_backward.backward(
+    grads = ssd_backward.backward(
         dy, None, x, dt, A, B, C, D, dt_bias, True, (low, high), None, documents, ssd_scan.CHUNK
     )
+    dx, ddt, dA, dB, dC, dD, dbias = cast(tuple[Tensor, ...], grads[:7])
     del mixed, x, B, C
     dmixed = torch.cat([part.flatten(2) for part in (dx, dB, dC)], dim=-1)
-    del dx, dB, dC
+    del grads, dx, dB, dC
     dxbc, dweight, dconv_bias, _ = torch.ops.alloy.causal_conv1d_backward(
         dmixed, xbc, conv_weight, conv_bias, None, documents, True
     )

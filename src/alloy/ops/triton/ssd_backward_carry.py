@@ -96,7 +96,7 @@ def carries(
 
 
 def precision(x: Tensor) -> str:
-    """How matmuls take fp32 operands; no matter for 16-bit ones."""
+    """How matmuls of x (any shape) take fp32 operands; no matter for 16-bit ones."""
     return "tf32x3" if x.is_cuda else "ieee"
 
 
