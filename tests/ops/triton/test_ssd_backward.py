@@ -12,7 +12,7 @@ from alloy.ops.ssd import _ssd_scan
 from alloy.ops.triton import tuning
 
 pytest.importorskip("triton")
-from alloy.ops.triton import ssd_backward, ssd_backward_chunk, ssd_backward_step
+from alloy.ops.triton import ssd_backward
 
 OP = "ssd_scan_backward"
 SMALL = {**tuning.CANDIDATES[OP][0], "chunk": 16, "tile": 16}
@@ -146,19 +146,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks and segments, so that few tokens cross many of them."""
-    monkeypatch.setattr(ssd_backward, "TOKENS", 1)
+    monkeypatch.setattr(ssd_backward, "SCRATCH", 0)
     monkeypatch.setattr(ssd_backward, "HEADS", 2)
     with tuning.override(OP, SMALL):
         check(CASES[name], device)
-
-
-@pytest.mark.parametrize("name", ["everything", "documents"])
-def test_chunks_of_two_blocks(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ssd_backward_chunk, ssd_backward_step):
-        monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(ssd_backward, "TOKENS", 1)
-    with tuning.override(OP, {**SMALL, "chunk": 32}):
-        check(replace(CASES[name], heads=2), device)
 
 
 def test_gradients_are_the_same_each_time(device: torch.device) -> None:
@@ -184,7 +175,7 @@ def test_an_expanded_gradient_is_taken(device: torch.device) -> None:
 def test_every_configuration(
     head_dim: int, state: int, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_backward, "TOKENS", 256)
+    monkeypatch.setattr(ssd_backward, "SCRATCH", 2**22)
     case = Case(seq=1052, heads=16, head_dim=head_dim, state=state, dtype=torch.bfloat16)
     with tuning.override(OP, config):
         check(case, device)

@@ -39,7 +39,7 @@ def starts(
         out: fp32 (batch, segments - 1, heads, head_dim, state), contiguous in its last three dims
         first: chunks of the first segment
         rest: chunks of each other segment
-        config: `chunk`, and of these kernels `tile`, `warps`, `stages`
+        config: `chunk`, and of these kernels `tile`, `warps`, `stages`, `registers`
     """
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
@@ -52,7 +52,7 @@ def starts(
         seq, prep.d.shape[2], heads, groups, first, rest, *x.stride()[:3], *B.stride()[:3], *out.stride()[:2],
         HEAD_DIM=head_dim, STATE=state, HAS_DOCUMENTS=prep.segments is not None,
         CHUNK=config["chunk"], P0=p0, P1=p1, TILE=tile, PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"],
+        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"],
     )  # fmt: skip
     block = 1024
     _join[(triton.cdiv(head_dim * state, block), heads, batch)](
@@ -91,7 +91,7 @@ def carries(
         *(start.stride()[:2] if start is not None else (0, 0)),
         HEAD_DIM=head_dim, STATE=state, HAS_START=start is not None, HAS_DOCUMENTS=prep.segments is not None,
         CHUNK=config["chunk"], P0=p0, P1=p1, TILE=tile, PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"],
+        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"],
     )  # fmt: skip
 
 
