@@ -23,11 +23,11 @@ from alloy.ops.triton.ssd_prep import Prep
 # heads: of one group, in one program; resident: programs that a multiprocessor holds at a time
 tuning.register(
     "ssd_scan",
-    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "late": 0},
 )
 tuning.register(
     "ssd_carries",
-    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "late": 0},
 )
 
 PIECES = 2  # stretches of the first pass in one walk
@@ -68,7 +68,7 @@ def scan(
         x, B, C, CB, D, prep.d, prep.logs, prep.segments, prep.lengths, states, state, None, y,
         seq, groups, chunks, walk, states.shape[1], walk // stretch,
         OUTPUT=True, HAS_CARRY=h0 is not None or walks > 1, HAS_D=D is not None, TOGETHER=together,
-        STAGES=config["num_stages"], WEIGH_B=config["weigh"], VECTOR=config["vector"], num_warps=config["num_warps"], **_common(x, B, C, tile, prep, chunk),
+        STAGES=config["num_stages"], LATE=config["late"], num_warps=config["num_warps"], maxnreg=config.get("maxnreg"), **_common(x, B, C, tile, prep, chunk),
     )  # fmt: skip
     return y, state, states
 
@@ -104,7 +104,7 @@ def carries(
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
             seq, groups, chunks, stretch, count, 1,
             OUTPUT=False, HAS_CARRY=False, HAS_D=False, TOGETHER=together,
-            STAGES=config["num_stages"], WEIGH_B=config["weigh"], VECTOR=config["vector"], num_warps=config["num_warps"], **_common(x, B, B, tile, prep, chunk),
+            STAGES=config["num_stages"], LATE=config["late"], num_warps=config["num_warps"], maxnreg=config.get("maxnreg"), **_common(x, B, B, tile, prep, chunk),
         )  # fmt: skip
     _join[(triton.cdiv(head_dim * width, 1024), heads, batch)](
         out, decays, h0, count, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
@@ -192,7 +192,7 @@ def _walk(
     x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
     WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WEIGH_B: tl.constexpr, VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """`walk` chunks of TOGETHER heads, or of a part of one head's columns; grid (heads / TOGETHER * parts, walks, batch).
 
@@ -217,7 +217,7 @@ def _walk(
     states = ()
     through = ()
     for h in tl.static_range(TOGETHER):
-        through += (tl.zeros((N,), dtype=tl.float32) if VECTOR else 0.0,)
+        through += (0.0,)
         for t in tl.static_range(TILES):
             p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
             if HAS_CARRY:
@@ -230,7 +230,8 @@ def _walk(
     for c in tl.range(begin, end, num_stages=STAGES):
         token = tl.cast(c, tl.int64) * CHUNK
         real = token + i < length
-        b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
+        if not LATE:
+            b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
         x_row = x_ptr + batch * x_batch + token * x_token + head * x_part + i * x_token
         if OUTPUT:
             q = _tile(C_ptr + batch * C_batch + token * C_token + group * C_part + i * C_token, n, real, WIDTH, N)
@@ -248,23 +249,15 @@ def _walk(
             at = (batch * HEADS + head + h) * padded + token
             d = tl.load(d_ptr + at + i)
             logs = tl.load(logs_ptr + at + i) * LOG2E
-            if VECTOR:
-                total = tl.load(logs_ptr + at + CHUNK - 1 + n * 0) * LOG2E
-                into, onto = logs, tl.load(logs_ptr + at + CHUNK - 1 + i * 0) * LOG2E - logs
-            else:
-                total = tl.load(logs_ptr + at + CHUNK - 1) * LOG2E
-                into, onto = logs, total - logs
+            total = tl.load(logs_ptr + at + CHUNK - 1) * LOG2E
+            into, onto = logs, total - logs
             if DOCUMENTS:
                 into = tl.where(own == 0, into, float("-inf"))
                 onto = tl.where(own == last, onto, float("-inf"))
                 total = tl.where(last == 0, total, float("-inf"))
             onto = tl.exp2(onto) * d
             keep = tl.exp2(total)
-            if VECTOR:
-                keep = keep[:, None]
             through_after += (through[h] + total,)
-            if WEIGH_B:
-                weighted = (tl.trans(b) * onto[None, :]).to(b.dtype)
             if OUTPUT:
                 into = tl.exp2(into)
                 decay = tl.exp2(tl.where(seen, logs[:, None] - logs[None, :], float("-inf")))
@@ -281,13 +274,14 @@ def _walk(
                     if DOCUMENTS:
                         y = tl.where(real[:, None], y, 0.0)
                     y_row = y_ptr + ((batch * seq + token) * HEADS + head + h) * HEAD_DIM + i * HEADS * HEAD_DIM
-                    inside = (token + i < seq)[:, None] & (p < HEAD_DIM)[None, :]
-                    tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=inside)
-                if WEIGH_B:
-                    states_after += (tl.dot(weighted, v, s * keep, input_precision=PRECISION),)
-                else:
-                    u = (v * onto[:, None]).to(v.dtype)
-                    states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
+                    fits = (token + i < seq)[:, None]
+                    if HEAD_DIM % BLOCK:
+                        fits &= (p < HEAD_DIM)[None, :]
+                    tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=fits)
+                if LATE and h == 0 and t == 0:
+                    b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
+                u = (v * onto[:, None]).to(v.dtype)
+                states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
         states = states_after
         through = through_after
     for h in tl.static_range(TOGETHER):
@@ -299,10 +293,7 @@ def _walk(
             if not OUTPUT or end == chunks:
                 _write(state_ptr + at, states[h * TILES + t], n, p, WIDTH, HEAD_DIM)
         if not OUTPUT:
-            if VECTOR:
-                tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h + n * 0, tl.exp2(through[h]), mask=n == 0)
-            else:
-                tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
+            tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
 
 
 @triton.jit
