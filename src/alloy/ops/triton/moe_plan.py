@@ -53,7 +53,7 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
     pairs, width = chosen.numel(), triton.next_power_of_2(num_experts)
     programs = 1 if pairs <= _ALONE else min(_PROGRAMS, triton.cdiv(pairs, _ALONE))
     # one program has a multiprocessor to itself
-    num_warps = 16 if programs == 1 else 4
+    num_warps = 8 if programs == 1 else 4
     step = max(16, 2048 * num_warps // width)
     share = triton.cdiv(triton.cdiv(pairs, programs), step) * step
     counts = torch.empty(programs, width, dtype=torch.int32, device=chosen.device)
