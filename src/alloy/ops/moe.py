@@ -163,7 +163,7 @@ def update_router_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
         bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
 
 
-def _moe_route(
+def choose(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
@@ -173,7 +173,7 @@ def _moe_route(
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference: sorts."""
+    """As `alloy.ops.route`, which has checked its arguments."""
     tokens, num_experts = logits.shape
     logits = logits.to(wide(logits))
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
@@ -192,10 +192,10 @@ def _moe_route(
     return chosen, weights * scale, scores
 
 
-def _moe_experts(
+def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
-    """Reference: a loop over the experts that were hit."""
+    """As `alloy.ops.moe_experts`, by a loop over the experts that were hit."""
     act = ACTIVATIONS[activation]
     total = torch.zeros(x.shape, dtype=wide(x), device=x.device)
     for expert in chosen.unique().tolist():
@@ -218,7 +218,7 @@ def step(
     shared_gate: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Reference of `moe_step`: one after the other, each by its own op."""
+    """As `alloy.ops.moe_step`, one after the other, each by its own op."""
     act = ACTIVATIONS[activation]
     inner = linear(x, shared_up)
     inner = act(inner) if shared_gate is None else act(linear(x, shared_gate)) * inner
@@ -226,17 +226,17 @@ def step(
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Reference of `router_logits`."""
+    """As `alloy.ops.router_logits`."""
     kind = wide(x)
     return linear(x.to(kind), weight.to(kind))
 
 
-backend.add("moe_route", "torch", _moe_route)
+backend.add("moe_route", "torch", choose)
 backend.add("moe_route", "triton", "alloy.ops.triton.moe_route:moe_route")
-backend.add("moe_experts", "torch", _moe_experts)
+backend.add("moe_experts", "torch", experts)
 backend.add("moe_experts", "cpu", cpu.moe_experts)
 backend.add("moe_experts", "triton", "alloy.ops.triton.moe_experts:moe_experts")
 backend.add("moe_step", "torch", step)
 backend.add("moe_step", "triton", "alloy.ops.triton.moe_experts:moe_step")
 backend.add("router_logits", "torch", logits)
-backend.add("router_logits", "triton", "alloy.ops.triton.moe_experts:router_logits")
+backend.add("router_logits", "triton", "alloy.ops.triton.moe_logits:router_logits")

@@ -112,13 +112,14 @@ def test_compiles_whole_and_repeats_in_a_graph(device: torch.device) -> None:
         conv_replay(state, x, slots.clamp(0, 3), slots)
         return y.sum(1) + causal_conv1d_step(state, x[:, 0], weight, bias, slots=slots)
 
-    want = f(state)
-    assert torch.equal(want, torch.compile(f, fullgraph=True, backend="aot_eager")(twin))
-    assert torch.equal(state.nan_to_num(), twin.nan_to_num())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = f(twin)
-    twin.copy_(before)
-    graph.replay()
-    assert torch.equal(y, want)
-    assert torch.equal(state.nan_to_num(), twin.nan_to_num())
+    with use_backend("triton"):
+        want = f(state)
+        assert torch.equal(want, torch.compile(f, fullgraph=True, backend="aot_eager")(twin))
+        assert torch.equal(state.nan_to_num(), twin.nan_to_num())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = f(twin)
+        twin.copy_(before)
+        graph.replay()
+        assert torch.equal(y, want)
+        assert torch.equal(state.nan_to_num(), twin.nan_to_num())

@@ -54,7 +54,7 @@ class Case:
         conv = conv.to(device, dtype)
         self.conv = conv if taps_first else conv.contiguous()
         self.ssm = ssm.to(device, state_dtype)
-        self.weights = [
+        self.weights: list[Tensor | None] = [
             draw(channels, kernel).to(device, dtype),
             draw(channels).to(device, dtype),
             -torch.rand(heads, generator=g).to(device),
@@ -73,7 +73,7 @@ class Case:
         **options: Any,
     ) -> Tensor:
         given = [self.projected, *self.weights]
-        projected, *weights = [t.double() for t in given] if wide else given
+        projected, *weights = [None if t is None else t.double() for t in given] if wide else given
         return mamba_step(
             projected, conv, ssm, *weights, 1e-5, **self.sizes, dt_limit=limit, slots=self.slots, **options
         )
@@ -85,6 +85,8 @@ def test_fused_equals_parts(shape: tuple[int, ...], config: tuning.Config, devic
     """Output and both states; rows without a slot give 0 and touch nothing."""
     for dtype, taps_first in ((torch.float32, True), (torch.bfloat16, False)):
         case = Case(shape, device, dtype, torch.float32, taps_first)
+        if shape[-1] == 3:
+            case.weights[1] = None
         conv, ssm = case.conv.double(), case.ssm.double()
         with use_backend("torch"):
             want = case.run(conv, ssm, wide=True, limit=(0.1, 2.0))

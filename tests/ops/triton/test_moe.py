@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alloy.ops import expert_counts, moe_experts, moe_step, route, router_logits, sequence_balance, use_backend
+from alloy.ops import expert_counts, moe_experts, route, router_logits, sequence_balance, use_backend
 
 gpu = pytest.mark.gpu
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -109,17 +109,24 @@ def gemm_cases() -> list[tuple[str, dict[str, int], int]]:
     tuning = pytest.importorskip("alloy.ops.triton.tuning")
     pytest.importorskip("triton")
     __import__("alloy.ops.triton.moe_experts")
-    tokens = {"moe_gemm_16": 14, "moe_gemm_64": 100, "moe_gemm_128": 300, "moe_wgrad": 300}
+    tokens = {
+        "moe_gemm_16": 14,
+        "moe_gemm_64": 100,
+        "moe_gemm_128": 300,
+        "moe_wgrad": 300,
+        "moe_pairs_up": 3,
+        "moe_pairs_down": 3,
+    }
     return [(op, config, n) for op, n in tokens.items() for config in tuning.CANDIDATES[op]]
 
 
-@pytest.mark.parametrize("case", range(20))
+@pytest.mark.parametrize("case", range(19))
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_configuration(device: torch.device, case: int, gated: bool) -> None:
     """Gradients of every configuration; the interpreter multiplies fp16 but not bf16."""
     tuning = pytest.importorskip("alloy.ops.triton.tuning")
     cases = gemm_cases()
-    assert len(cases) <= 20
+    assert len(cases) <= 19
     if case >= len(cases):
         pytest.skip("no such configuration")
     op, config, tokens = cases[case]
@@ -127,7 +134,11 @@ def test_every_configuration(device: torch.device, case: int, gated: bool) -> No
     with tuning.override(op, config):
         if on_cuda:
             check_experts(device, tokens, 4, 2, 320, 584, torch.bfloat16, gated, "silu" if gated else "relu2")
-        elif op == "moe_gemm_128" and config["HALVES"] and config["BN"] == 128 and not gated:
+        elif (
+            (op, config["BN"]) in (("moe_gemm_128", 128), ("moe_wgrad", 128))
+            and config.get("BM", 128) == 128
+            and not gated
+        ):
             # the interpreter sees few rows, and one configuration whose rows are sorted beforehand
             check_experts(device, 70, 1, 1, 72, 136, torch.float16)
         else:
@@ -148,6 +159,12 @@ def test_a_view_of_wider_rows_and_a_broadcast_gradient(device: torch.device) -> 
     assert error(found[1], found[0]) < 1e-4
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_widths_that_are_no_whole_16_bytes(device: torch.device, gated: bool) -> None:
+    """They are filled up with zeros."""
+    check_experts(device, 9, 4, 2, 25, 18, torch.float32, gated, "silu")
+
+
 def test_no_tokens(device: torch.device) -> None:
     """An empty batch has an empty answer and zero gradients."""
     up, down = draw(4, 16, 24, device=device).requires_grad_(), draw(4, 24, 16, device=device)
@@ -159,9 +176,7 @@ def test_no_tokens(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 25}, "width = 25 is not a multiple of 4"),
-        ({"ffn": 18}, "ffn = 18 is not a multiple of 4"),
-        ({"dtype": torch.float64}, "x is torch.float64"),
+        ({"dtype": torch.bfloat16}, r"up is \(4, 16, 24\) torch.bfloat16"),
         ({"activation": "tanh"}, 'activation = "tanh"; known: relu2'),
         ({"down": 5}, r"down is \(5, 24, 16\)"),
         ({"stride": 2}, "last dimension must be contiguous"),
@@ -169,10 +184,9 @@ def test_no_tokens(device: torch.device) -> None:
 )
 def test_experts_refuse(device: torch.device, change: dict, message: str) -> None:
     """Shapes that the kernels do not take."""
-    width, ffn, dtype = change.get("width", 24), change.get("ffn", 16), change.get("dtype", torch.float32)
-    x = torch.zeros(3, width, change.get("stride", 1), device=device, dtype=dtype)[..., 0]
-    up = torch.zeros(4, ffn, width, device=device, dtype=dtype)
-    down = torch.zeros(change.get("down", 4), width, ffn, device=device, dtype=dtype)
+    x = torch.zeros(3, 24, change.get("stride", 1), device=device)[..., 0]
+    up = torch.zeros(4, 16, 24, device=device, dtype=change.get("dtype", torch.float32))
+    down = torch.zeros(change.get("down", 4), 24, 16, device=device)
     chosen = torch.zeros(3, 1, dtype=torch.int64, device=device)
     with use_backend("triton"), pytest.raises(ValueError, match=message):
         moe_experts(x, chosen, torch.ones(3, 1, device=device), up, down, None, change.get("activation", "relu2"))
@@ -238,8 +252,7 @@ def test_route_takes_the_lowest_id_of_equal_choices_and_never_repeats(device: to
             chosen, weights, scores = route(given, None, 3)
             assert chosen.tolist() == [[0, 1, 2], [5, 0, 1], [0, 1, 2], [10, 11, 0]]
             assert weights.dtype == scores.dtype == torch.float32
-        with pytest.raises(ValueError, match="logits are float64"):
-            route(logits.double(), None, 3)
+        assert route(logits.double(), None, 3)[1].dtype == torch.float64
 
 
 def model(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor, list[Tensor]]:
@@ -259,6 +272,8 @@ def test_compiles_without_a_break(device: torch.device) -> None:
     """One graph, with gradients and without; the ops' fakes tell the truth."""
     layer, x, parameters = model(device, torch.float32)
     with use_backend("triton"):
+        # the kernels' modules are imported before: that cannot be traced
+        layer(x[:1])
         compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
         x = x if device.type == "cuda" else x[:6]
         ours, want = ([y, *torch.autograd.grad(y.sum(), parameters)] for y in (compiled(x), layer(x)))
@@ -266,6 +281,26 @@ def test_compiles_without_a_break(device: torch.device) -> None:
             torch.testing.assert_close(a, b)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), layer(x))
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_logits_of_bf16_are_as_exact_as_of_fp32(device: torch.device, tokens: int) -> None:
+    """Values, and gradients of fp32 up to the last rounding to bf16."""
+    x = draw(tokens, 320, device=device, dtype=torch.bfloat16).requires_grad_()
+    weight = draw(24, 320, device=device, dtype=torch.bfloat16, seed=1).requires_grad_()
+    dlogits = draw(tokens, 24, device=device)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want = wide[0] @ wide[1].T
+    with use_backend("triton"):
+        logits = router_logits(x, weight)
+        with torch.no_grad():
+            assert error(router_logits(x, weight), want) < 1e-5
+    assert error(logits, want) < 1e-5
+    exact = torch.autograd.grad(want, wide, dlogits.double())
+    for a, b in zip(torch.autograd.grad(logits, (x, weight), dlogits), exact, strict=True):
+        assert error(a, b) < error(b.bfloat16(), b) * 1.05
 
 
 @gpu
@@ -296,13 +331,22 @@ def test_is_captured_in_a_graph(device: torch.device, tokens: int) -> None:
     """Other tokens through the same graph, without synchronisation; the backward too."""
     layer, x, parameters = model(device, torch.bfloat16)
     x = x[:tokens].clone()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run = lambda: (layer(x), *torch.autograd.grad(layer(x).sum(), parameters))  # noqa: E731
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            plain = layer(x)
+        return [plain, layer(x), *torch.autograd.grad(layer(x).sum(), parameters)]
+
+    with use_backend("triton"):
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = run()
@@ -310,8 +354,17 @@ def test_is_captured_in_a_graph(device: torch.device, tokens: int) -> None:
         graph.replay()
         for a, b in zip(found, run(), strict=True):
             assert torch.equal(a, b)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@on_gpu
+@pytest.mark.parametrize("used", [1, 5])
+def test_many_rows_go_through_the_library(device: torch.device, used: int) -> None:
+    """PyTorch's grouped product in bf16, with experts that nobody chose."""
+    gemm = pytest.importorskip("alloy.ops.triton.moe_gemm")
+    chosen = pick(3000, used, 1, device)
+    assert gemm.uses_library(3000, 7, torch.empty(0, device=device, dtype=torch.bfloat16))
+    check_experts(device, 3000, 7, 1, 320, 584, torch.bfloat16, chosen=chosen)
 
 
 @gpu
@@ -319,44 +372,15 @@ def test_is_captured_in_a_graph(device: torch.device, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "width", "ffn"),
     [
-        (1, 128, 6, 2688, 1856),
-        (7, 128, 6, 2688, 1856),
-        (64, 128, 6, 2688, 1856),
-        (700, 32, 6, 2688, 1856),
-        (9, 512, 22, 1024, 2688),
+        (1, 16, 6, 2688, 1856),
+        (7, 16, 6, 2688, 1856),
+        (24, 16, 6, 2688, 1856),
+        (300, 16, 6, 2688, 1856),
+        (9, 40, 22, 1024, 2688),
     ],
 )
-def test_experts_of_published_models(
+def test_experts_of_published_widths(
     device: torch.device, tokens: int, experts: int, top_k: int, width: int, ffn: int
 ) -> None:
     """bf16, forward and backward, at the widths of Nemotron 3 Nano and of LatentMoE."""
     check_experts(device, tokens, experts, top_k, width, ffn, torch.bfloat16)
-
-
-@pytest.mark.parametrize("tokens", [1, 3, 6])
-@pytest.mark.parametrize(("gated", "shared_ffn"), [(False, 48), (True, 32), (False, 56)])
-def test_a_step_equals_experts_plus_shared_expert(
-    device: torch.device, tokens: int, gated: bool, shared_ffn: int
-) -> None:
-    """In two launches for few tokens, whatever the shared width is; logits in fp32 from any dtype."""
-    width, ffn, experts = 40, 24, 6
-    x = draw(tokens, width, device=device)
-    up, down = draw(experts, ffn, width, device=device), draw(experts, width, ffn, device=device, seed=1)
-    gates = (draw(experts, ffn, width, device=device, seed=2), draw(shared_ffn, width, device=device, seed=3))
-    gate, shared_gate = gates if gated else (None, None)
-    shared_up, shared_down = draw(shared_ffn, width, device=device), draw(width, shared_ffn, device=device, seed=5)
-    chosen, weights = pick(tokens, experts, 2, device), draw(tokens, 2, device=device).sigmoid()
-    router = draw(experts, width, device=device)
-    activation = "silu" if gated else "relu2"
-    found = []
-    for backend, kind in (("torch", torch.float64), ("triton", torch.float32)):
-        given = [t if t is None else t.to(kind) for t in (up, down, gate, shared_up, shared_down, shared_gate)]
-        with use_backend(backend), torch.no_grad():
-            y = moe_step(x.to(kind), chosen, weights.to(kind), *given, activation)
-            found.append((y, router_logits(x.to(kind), router.to(kind))))
-    for a, b in zip(found[1], found[0], strict=True):
-        assert error(a, b) < 1e-5
-    with use_backend("triton"), torch.no_grad():
-        logits = router_logits(x.bfloat16(), router.bfloat16())
-    assert logits.dtype == torch.float32
-    assert error(logits, x.bfloat16().double() @ router.bfloat16().double().T) < 1e-5

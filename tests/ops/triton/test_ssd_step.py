@@ -102,9 +102,12 @@ def test_step_equals_the_reference(shape: tuple[int, ...], config: tuning.Config
 @pytest.mark.parametrize("state_dtype", [torch.float16, torch.bfloat16])
 def test_narrow_states(state_dtype: torch.dtype, config: tuning.Config, device: torch.device) -> None:
     """Computed in fp32, written once; with a seed by chance, with the reference's bits but for rounding of the sums."""
-    seeds = [None] if state_dtype == torch.bfloat16 else [None, torch.tensor([1 << 40], device=device)]
-    for seed in seeds:
+    chance = None if state_dtype == torch.bfloat16 else torch.tensor([1 << 40], device=device)
+    # the last: numbers that float16 holds with less than its precision, or not at all
+    for seed, scale in ((None, 1.0), (chance, 1.0), (chance, 3e-6)):
         case = Case(SHAPES[1], device, state_dtype=state_dtype)
+        case.state *= scale
+        case.given["x"] *= scale
         twin = case.state.clone()
         options = {"D": case.D, "dt_bias": case.dt_bias, "slots": case.slots, "sr_seed": seed}
         with use_backend("torch"):
@@ -114,9 +117,9 @@ def test_narrow_states(state_dtype: torch.dtype, config: tuning.Config, device: 
         used = case.slots[case.slots >= 0].long()
         assert relative(y, want) < 1e-5
         if state_dtype == torch.float16:
-            assert (case.state[used] != twin[used]).float().mean() < 4e-3
+            assert (case.state[used] != twin[used]).float().mean() < 6e-3
         # the interpreter cuts bf16 off instead of rounding it
-        assert relative(case.state[used], twin[used]) < (5e-3 if state_dtype == torch.bfloat16 else 1e-4)
+        assert relative(case.state[used], twin[used]) < (5e-3 if state_dtype == torch.bfloat16 else 1e-3)
         case.assert_rest_untouched()
 
 

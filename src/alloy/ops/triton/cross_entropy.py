@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.elementary import accumulator, exp2
+from alloy.ops.triton.elementary import accumulator, exp2, num_blocks
 
 tuning.register(
     "linear_ce",
@@ -27,8 +27,8 @@ tuning.register(
     {"BLOCK": 2048, "UNROLL": 4, "num_warps": 8, "STAGES": 1},
     {"BLOCK": 2048, "UNROLL": 2, "num_warps": 8, "STAGES": 3},
 )
-# logits of a chunk: 1 GiB in bf16. Each chunk reads and writes the weight's fp32 gradient, which costs what 6 x vocab x hidden
-# bytes take: with fewer tokens than this that is felt
+# logits of a chunk: 1 GiB in 16 bits. Each chunk but the first reads and writes the weight's fp32 gradient once more; a
+# single chunk needs none, which pays for twice the logits
 _CHUNK_ELEMENTS = 1 << 29
 _SMALLEST_CHUNK = 256
 
@@ -37,6 +37,7 @@ def linear_ce(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None,
     """As `alloy.ops.cross_entropy.linear_ce`."""
     if chunk is None:
         chunk = max(_CHUNK_ELEMENTS // weight.shape[0], _SMALLEST_CHUNK)
+        chunk = len(hidden) if len(hidden) <= 2 * chunk else chunk
     grad = torch.is_grad_enabled()
     want = grad and hidden.requires_grad, grad and weight.requires_grad
     return _linear_ce(hidden, weight, labels, chunk, dtype, *want)[0]
@@ -53,12 +54,12 @@ def _linear_ce(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and the gradients of hidden and weight for an outer gradient of 1."""
-    _, dhidden, dweight = _fake(hidden, weight, labels, chunk, dtype, want_hidden, want_weight)
     tokens, vocab = len(hidden), len(weight)
+    dhidden, dweight = hidden.new_empty(hidden.shape if want_hidden else 0), None
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     cast, inputs, labels = weight.to(dtype), hidden.to(dtype), labels.contiguous()
-    # added up over chunks in fp32, whatever the weight's dtype
-    total = torch.zeros(weight.shape, dtype=losses.dtype, device=weight.device) if want_weight else dweight
+    # chunks are added up in fp32, whatever the weight's dtype
+    total_dtype = weight.dtype if chunk >= tokens else torch.float32
     logits = torch.empty(min(chunk, tokens), vocab, dtype=dtype, device=hidden.device)
     config = tuning.pick("linear_ce", f"{vocab}")
     for start in range(0, tokens, chunk):
@@ -74,15 +75,25 @@ def _linear_ce(
         elif want_hidden:
             dhidden[rows] = delta @ cast
         if want_weight:
-            _add_product(total, delta.t(), x)
-    return losses.sum(), dhidden, total.to(weight.dtype)
+            dweight = _add_product(dweight, delta.t(), x, total_dtype)
+    if dweight is None:
+        dweight = weight.new_zeros(weight.shape if want_weight else 0)
+    return losses.sum(), dhidden, dweight.to(weight.dtype)
 
 
 @_linear_ce.register_fake
-def _fake(hidden, weight, labels, chunk, dtype, want_hidden, want_weight):
+def _(hidden, weight, labels, chunk, dtype, want_hidden, want_weight):
     dhidden = hidden.new_empty(hidden.shape if want_hidden else 0)
     dweight = weight.new_empty(weight.shape if want_weight else 0)
     return hidden.new_empty((), dtype=torch.float32), dhidden, dweight
+
+
+@torch.library.custom_op("alloy::linear_ce_scale", mutates_args=("grad",))
+def _scale(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, a scalar that torch would round to grad's dtype first."""
+    block = 4096
+    if grad.numel():
+        _scale_kernel[(num_blocks(grad.numel(), block),)](grad, factor, grad.numel(), BLOCK=block)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -94,21 +105,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, outer: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     # one backward pass only: the gradients made in the forward are scaled in place and handed over
-    grads = (grad.mul_(outer) if want else None for grad, want in zip(ctx.saved_tensors, ctx.want, strict=True))
-    return *grads, None, None, None, None, None
+    grads = ctx.saved_tensors
+    for grad in grads:
+        _scale(grad, outer)
+    return *(grad if want else None for grad, want in zip(grads, ctx.want, strict=True)), None, None, None, None, None
 
 
 _linear_ce.register_autograd(_differentiate, setup_context=_save)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (n, m) += a (n, k) b (k, m); on a GPU with fp32 sums of 16-bit products in one matmul."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda and a.element_size() == 2:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total (n, m) + a (n, k) b (k, m) in `dtype`, in place; on a GPU fp32 sums of 16-bit products leave the matmul as fp32."""
+    unrounded = a.is_cuda and a.element_size() == 2 and dtype == torch.float32
+    if total is None:
+        return torch.mm(a, b, out_dtype=dtype) if unrounded else (a @ b).to(dtype)
+    if unrounded:
+        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(a @ b)
+
+
+@triton.jit
+def _scale_kernel(grad, factor, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(grad + place, mask=place < size, other=0.0)
+    tl.store(grad + place, (value * tl.load(factor)).to(value.dtype), mask=place < size)
 
 
 @triton.jit

@@ -24,17 +24,22 @@ from alloy.ops.triton import chain, tuning
 MOST_ROWS = 16
 # programs that fill the device; splitting the inputs further costs more than it gains
 ENOUGH = 480
+# what the best configuration depends on: up to how many outputs
+SIZES = {"narrow": 2048, "low": 6144, "middle": 12288}
 
 tuning.register(
     "linear_one",
     {"BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 4, "STAGES": 3},
     {"BLOCK_N": 8, "BLOCK_K": 1024, "num_warps": 4, "STAGES": 3},
     {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4, "STAGES": 4},
+    {"BLOCK_N": 8, "BLOCK_K": 512, "num_warps": 2, "STAGES": 4},
+    {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "STAGES": 4},
+    {"BLOCK_N": 4, "BLOCK_K": 512, "num_warps": 1, "STAGES": 5},
 )
 tuning.register(
     "linear_few",
     {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 1, "STAGES": 5},
-    {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "STAGES": 4},
+    {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 2, "STAGES": 4},
     {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 1, "STAGES": 4},
 )
 
@@ -149,7 +154,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     x = x.view(-1, inputs)
     rows = x.shape[0]
-    size = "narrow" if outputs < 4096 else "wide"
+    size = next((name for name, most in SIZES.items() if outputs <= most), "wide")
     if rows == 1:
         config = tuning.pick("linear_one", size)
         grid = (triton.cdiv(outputs, config["BLOCK_N"]),)

@@ -8,25 +8,33 @@ unweighted outputs of pairs: a routing weight's gradient is dot(hidden, down^T d
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops import moe as reference
 from alloy.ops.activation import ACTIVATIONS
 from alloy.ops.triton.moe_gemm import align_rows, block_rows, hidden_gradients, product, up_product, weight_gradient
-from alloy.ops.triton.moe_pairs import FEW_TOKENS, few_logits, pairs_experts
+from alloy.ops.triton.moe_pairs import FEW_TOKENS, pairs_experts
 from alloy.ops.triton.moe_plan import Plan, combine, empty_plan, gather, make_plan
-
-# tokens up to which a product with the router's matrix reads little beside it
-FEW_LOGITS = 16
 
 
 def moe_experts(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
     """As `alloy.ops.moe_experts`."""
+    if x.dtype == torch.float64:
+        # for checks only
+        return reference.experts(x, chosen, weights, up, down, gate, activation)
     _check(x, up, down, gate, activation)
     if x.shape[0] == 0:
         return x * weights.sum(1, keepdim=True).to(x.dtype)
+    step = 16 // x.element_size()
+    if up.shape[1] % step or up.shape[2] % step:
+        # zeros up to whole 16 bytes change nothing: every activation of 0 is 0
+        wide_gate = None if gate is None else _pad(gate, step)
+        wide_x = F.pad(x, (0, -x.shape[1] % step))
+        y = moe_experts(wide_x, chosen, weights, _pad(up, step), _pad(down, step), wide_gate, activation)
+        return y[:, : x.shape[1]]
     given = (x, weights, up, down, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _experts_kept(x, chosen, weights, up, down, gate, activation)[0]
@@ -47,31 +55,20 @@ def moe_step(
 ) -> Tensor:
     """As `alloy.ops.moe_step`: two launches for few tokens."""
     shared = (shared_up, shared_down, shared_gate)
-    if not 0 < x.shape[0] <= FEW_TOKENS or not all(t is None or t.is_contiguous() for t in shared):
+    few = 0 < x.shape[0] <= FEW_TOKENS and x.dtype != torch.float64
+    if not few or not all(t is None or t.is_contiguous() for t in shared):
         return reference.step(x, chosen, weights, up, down, gate, *shared, activation)
     _check(x, up, down, gate, activation)
     return _step(x, chosen, weights, up, down, gate, *shared, activation)
 
 
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """As `alloy.ops.router_logits`: one launch for few tokens."""
-    few = x.shape[0] <= FEW_LOGITS and x.stride(-1) == weight.stride(-1) == 1 and x.dtype != torch.float64
-    if not few or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
-        return reference.logits(x, weight)
-    return _few_logits(x, weight)
+def _pad(matrices: Tensor, step: int) -> Tensor:
+    """Rows and columns up to multiples of `step`."""
+    return F.pad(matrices, (0, -matrices.shape[2] % step, 0, -matrices.shape[1] % step))
 
 
 def _check(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str) -> None:
     experts, ffn, width = up.shape
-    step = 16 // x.element_size()
-    for name, size in (("ffn", ffn), ("width", width)):
-        if size % step:
-            raise ValueError(
-                f"moe_experts: {name} = {size} is not a multiple of {step}, 16 bytes of {x.dtype}; "
-                'pad the experts with zeros, or use_backend("torch")'
-            )
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f'moe_experts: x is {x.dtype}; kernels take fp32, bf16 and fp16: use_backend("torch")')
     if activation not in ACTIVATIONS:
         raise ValueError(f'moe_experts: activation = "{activation}"; known: {", ".join(ACTIVATIONS)}')
     if x.stride(-1) != 1:
@@ -134,16 +131,6 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("alloy::router_logits", mutates_args=())
-def _few_logits(x: Tensor, weight: Tensor) -> Tensor:
-    return few_logits(x, weight)
-
-
-@_few_logits.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
 @torch.library.custom_op("alloy::moe_experts_kept", mutates_args=())
 def _experts_kept(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
@@ -157,8 +144,8 @@ def _experts_kept(
 def _(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> list[Tensor]:
-    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
-    plan = empty_plan(chosen, up.shape[0], block, align_rows(x.dtype))
+    sizes = (chosen.numel(), up.shape[0])
+    plan = empty_plan(chosen, up.shape[0], block_rows(*sizes, x.dtype), align_rows(*sizes, x))
     kept = (plan.order.numel(), up.shape[1])
     return [x.new_empty(x.shape), x.new_empty(kept), x.new_empty(0 if gate is None else kept), *plan]
 
@@ -175,8 +162,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Plan]:
     """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
     tokens, top_k = chosen.shape
-    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
-    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(x.dtype) if keep else 1)
+    sizes = (chosen.numel(), up.shape[0])
+    block = block_rows(*sizes, x.dtype)
+    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(*sizes, x) if keep else 1)
     hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
     rows = product(hidden, down, plan, block, transposed=True)
     return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan

@@ -9,6 +9,7 @@ Legend: F ffn, D width; BM x BN is a tile of the product, BK the stretch of a st
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from alloy.ops.triton import tuning
 from alloy.ops.triton.moe_plan import Plan, gather
 
-_CONFIG = ("BN", "BK", "FLATTEN", "HALVES", "SORTED", "per_sm", "num_warps", "num_stages")
+_CONFIG = ("BN", "BK", "FLATTEN", "SORTED", "per_sm", "num_warps", "num_stages")
 
 
 def _configs(*rows: tuple[int, ...]) -> list[dict[str, int]]:
@@ -25,47 +26,23 @@ def _configs(*rows: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 # rows of a tile are the plan's block: 16 where matrices are what is read, 128 where products are what takes time
-tuning.register("moe_gemm_fp32", *_configs((64, 16, 0, 0, 0, 4, 4, 2)))
-tuning.register(
-    "moe_gemm_16",
-    *_configs(
-        (64, 128, 0, 0, 0, 2, 4, 4),
-        (128, 128, 0, 0, 0, 1, 4, 4),
-        (64, 128, 1, 0, 0, 2, 4, 3),
-        (64, 128, 0, 0, 0, 3, 4, 3),
-        (32, 256, 0, 0, 0, 3, 4, 3),
-    ),
-)
-tuning.register(
-    "moe_gemm_64",
-    *_configs(
-        (128, 64, 0, 0, 1, 2, 4, 4),
-        (128, 64, 1, 0, 1, 3, 4, 3),
-        (256, 64, 0, 0, 1, 2, 4, 2),
-        (256, 64, 1, 0, 1, 1, 8, 4),
-    ),
-)
-tuning.register(
-    "moe_gemm_128",
-    *_configs(
-        (128, 64, 0, 1, 1, 2, 4, 3),
-        (128, 64, 0, 0, 1, 2, 4, 3),
-        (128, 64, 1, 0, 1, 2, 4, 3),
-        (256, 64, 1, 0, 1, 1, 8, 3),
-        (256, 64, 0, 1, 1, 1, 8, 4),
-    ),
-)
+tuning.register("moe_gemm_fp32", *_configs((64, 16, 0, 0, 4, 4, 2)))
+tuning.register("moe_gemm_16", *_configs((64, 128, 0, 0, 2, 4, 4)))
+tuning.register("moe_gemm_64", *_configs((128, 64, 0, 1, 2, 4, 4), (256, 64, 1, 1, 1, 8, 4)))
+tuning.register("moe_gemm_128", *_configs((128, 64, 1, 1, 2, 4, 3), (256, 64, 1, 1, 1, 8, 3)))
 # here a tile of the product is BM x BN of an expert's matrix, and BK are rows
 tuning.register(
-    "moe_wgrad_fp32", {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2}
+    "moe_wgrad_fp32",
+    {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "WHOLE": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2},
 )
 tuning.register(
     "moe_wgrad",
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 0, "per_sm": 2, "num_warps": 4, "num_stages": 3},
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 2, "num_warps": 4, "num_stages": 3},
-    {"BM": 128, "BN": 256, "BK": 64, "FLATTEN": 1, "per_sm": 1, "num_warps": 8, "num_stages": 4},
-    {"BM": 256, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 1, "num_warps": 8, "num_stages": 4},
+    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 0, "per_sm": 2, "num_warps": 4, "num_stages": 3},
+    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 1, "per_sm": 2, "num_warps": 4, "num_stages": 2},
+    {"BM": 256, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 1, "per_sm": 1, "num_warps": 8, "num_stages": 3},
 )
+# rows an expert from which PyTorch's grouped product (CUTLASS, bf16) is faster, timed on sm_90
+_LIBRARY_ROWS = 384
 
 
 def block_rows(pairs: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -76,13 +53,21 @@ def block_rows(pairs: int, num_experts: int, dtype: torch.dtype) -> int:
     return 64 if mean <= 64 or dtype == torch.float32 else 128
 
 
-def align_rows(dtype: torch.dtype) -> int:
-    """What each expert's share of the rows is a multiple of where there will be a backward: a step of `weight_gradient`."""
-    return 16 if dtype == torch.float32 else 64
+def uses_library(pairs: int, num_experts: int, x: Tensor) -> bool:
+    """Whether products other than `up_product` of x (tokens, width) are PyTorch's own."""
+    enough = pairs >= _LIBRARY_ROWS * num_experts
+    return enough and x.dtype == torch.bfloat16 and x.is_cuda and tuning.arch() == "sm_90"
+
+
+def align_rows(pairs: int, num_experts: int, x: Tensor) -> int:
+    """What an expert's share of the rows of x (tokens, width) is a multiple of, for `weight_gradient`: its step."""
+    if uses_library(pairs, num_experts, x):
+        return 1
+    return 16 if x.dtype == torch.float32 else 64
 
 
 def gemm_config(plan_block: int, x: Tensor, shape: tuple[int, int], use: str) -> dict[str, int]:
-    """The configuration of a product with matrices of `shape` (outputs, inputs) in blocks of `plan_block`."""
+    """The configuration of a product of x's kind (any shape) with matrices of `shape` (outputs, inputs)."""
     op = "moe_gemm_fp32" if x.dtype == torch.float32 else f"moe_gemm_{plan_block}"
     config = dict(tuning.pick(op, f"{use}_{shape[0]}x{shape[1]}"))
     if use != "up" and use != "gated":
@@ -103,13 +88,6 @@ def rows_of(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, cols])
 
 
-def _whole_and_half(x: Tensor, rows: int, cols: int, config: dict[str, int]) -> tuple[object, object]:
-    """The operand of whole tiles and of half ones: as it is where rows are fetched one by one, None what is not used."""
-    if not config.get("SORTED", 1):
-        return x, None
-    return rows_of(x, rows, cols), rows_of(x, rows // 2, cols) if config["HALVES"] else None
-
-
 def up_product(
     x: Tensor, plan: Plan, block: int, top_k: int, up: Tensor, gate: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +103,7 @@ def up_product(
     inner = x.new_empty((rows, ffn) if keep else 0)
     opened = x.new_empty((rows, ffn) if keep and gate is not None else 0)
     up_kernel[(programs(x.device, per_sm),)](
-        *_whole_and_half(lying, block, bk, config),
+        rows_of(lying, block, bk) if config["SORTED"] else lying,
         rows_of(up, bn, bk),
         None if gate is None else rows_of(gate, bn, bk),
         out,
@@ -158,13 +136,15 @@ def product(
 ) -> Tensor:
     """rows (rows, k) times each row's expert of matrices (experts, m, k) if `transposed`, else (experts, k, m): (rows, m)."""
     experts = matrices.shape[0]
+    if uses_library(plan.place.numel(), experts, rows):
+        return F.grouped_mm(rows, matrices.transpose(1, 2) if transposed else matrices, offs=plan.starts[1:])
     outputs, inputs = matrices.shape[1:] if transposed else (matrices.shape[2], matrices.shape[1])
     config = gemm_config(block, rows, (outputs, inputs), "down" if transposed else "dx")
     per_sm, bn, bk = config.pop("per_sm"), config["BN"], config["BK"]
     tile = (bn, bk) if transposed else (bk, bn)
     out = rows.new_empty(rows.shape[0], outputs)
     product_kernel[(programs(rows.device, per_sm),)](
-        *_whole_and_half(rows, block, bk, config),
+        rows_of(rows, block, bk),
         rows_of(matrices, *tile),
         out,
         plan.starts,
@@ -216,14 +196,19 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan, like: Tensor) -> Te
 
     The plan is aligned to `align_rows`, and rows without a pair are zero in `left`.
     """
+    if uses_library(plan.place.numel(), like.shape[0], left):
+        return F.grouped_mm(left.t(), right, offs=plan.starts[1:])
     op = "moe_wgrad_fp32" if left.dtype == torch.float32 else "moe_wgrad"
     config = dict(tuning.pick(op, f"{like.shape[1]}x{like.shape[2]}"))
     per_sm, bk = config.pop("per_sm"), config["BK"]
     out = torch.empty_like(like)
+    target = out
+    if config["WHOLE"]:
+        target = TensorDescriptor(out, list(out.shape), list(out.stride()), [1, config["BM"], config["BN"]])
     weight_gradient_kernel[(programs(left.device, per_sm),)](
         rows_of(left, bk, config["BM"]),
         rows_of(right, bk, config["BN"]),
-        out,
+        target,
         plan.starts,
         *like.shape,
         PRECISION=_precision(left),
@@ -282,7 +267,6 @@ def find_tile(tile, starts, block_starts, blocks, NT, BM: tl.constexpr):
 @triton.jit
 def up_kernel(
     x,
-    x_half,
     up,
     gate,
     out,
@@ -304,7 +288,6 @@ def up_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    HALVES: tl.constexpr,
     SORTED: tl.constexpr,
 ):
     """Tiles of act(up x); x's rows are fetched through `order`, or lie sorted already."""
@@ -312,84 +295,44 @@ def up_kernel(
     total = tl.load(block_starts + experts) * NT
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         expert, first, stop, n = find_tile(tile, starts, block_starts, blocks, NT, BM)
-        n *= BN
-        if HALVES and stop - first <= BM // 2:
-            up_tile(
-                x_half, up, gate, out, inner, opened, order, expert, first, stop, n, F, D, stride_x, top_k,
-                BM // 2, ACTIVATION, KEEP, PRECISION, BN, BK, SORTED,
-            )  # fmt: skip
-        else:
-            up_tile(
-                x, up, gate, out, inner, opened, order, expert, first, stop, n, F, D, stride_x, top_k,
-                BM, ACTIVATION, KEEP, PRECISION, BN, BK, SORTED,
-            )  # fmt: skip
-
-
-@triton.jit
-def up_tile(
-    x,
-    up,
-    gate,
-    out,
-    inner,
-    opened,
-    order,
-    expert,
-    first,
-    stop,
-    n,
-    F,
-    D,
-    stride_x,
-    top_k,
-    BM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SORTED: tl.constexpr,
-):
-    """One tile of `up_kernel`."""
-    rows = first + tl.arange(0, BM)
-    token = rows
-    if not SORTED:
-        token = (tl.maximum(tl.load(order + rows, mask=rows < stop, other=0), 0) // top_k).to(tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
-    acc_gate = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, D, BK):
-        if SORTED:
-            a = x.load([first, k])
-        else:
-            at = k + tl.arange(0, BK)
-            a = tl.load(x + token[:, None] * stride_x + at[None, :], mask=(at < D)[None, :], other=0)
-        acc = tl.dot(a, up.load([expert * F + n, k]).T, acc, input_precision=PRECISION)
-        if gate is not None:
-            acc_gate = tl.dot(a, gate.load([expert * F + n, k]).T, acc_gate, input_precision=PRECISION)
-    cols = n + tl.arange(0, BN)
-    at = rows.to(tl.int64)[:, None] * F + cols[None, :]
-    inside = (rows < stop)[:, None] & (cols < F)[None, :]
-    kind = out.dtype.element_ty
-    if KEEP:
-        # the activation is of what is kept, so that the backward sees the same
-        kept = acc.to(kind)
-        tl.store(inner + at, kept, mask=inside)
-        acc = kept.to(tl.float32)
-    if gate is not None:
+        rows = first + tl.arange(0, BM)
+        token = rows
+        if not SORTED:
+            token = (tl.maximum(tl.load(order + rows, mask=rows < stop, other=0), 0) // top_k).to(tl.int64)
+        acc = tl.zeros((BM, BN), tl.float32)
+        acc_gate = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, D, BK):
+            if SORTED:
+                a = x.load([first, k])
+            else:
+                at = k + tl.arange(0, BK)
+                a = tl.load(x + token[:, None] * stride_x + at[None, :], mask=(at < D)[None, :], other=0)
+            acc = tl.dot(a, up.load([expert * F + n * BN, k]).T, acc, input_precision=PRECISION)
+            if gate is not None:
+                acc_gate = tl.dot(a, gate.load([expert * F + n * BN, k]).T, acc_gate, input_precision=PRECISION)
+        cols = n * BN + tl.arange(0, BN)
+        at = rows.to(tl.int64)[:, None] * F + cols[None, :]
+        inside = (rows < stop)[:, None] & (cols < F)[None, :]
+        kind = out.dtype.element_ty
         if KEEP:
-            kept = acc_gate.to(kind)
-            tl.store(opened + at, kept, mask=inside)
-            acc_gate = kept.to(tl.float32)
-        acc = act(acc_gate, ACTIVATION) * acc
-    else:
-        acc = act(acc, ACTIVATION)
-    tl.store(out + at, acc.to(kind), mask=inside)
+            # the activation is of what is kept, so that the backward sees the same
+            kept = acc.to(kind)
+            tl.store(inner + at, kept, mask=inside)
+            acc = kept.to(tl.float32)
+        if gate is not None:
+            if KEEP:
+                kept = acc_gate.to(kind)
+                tl.store(opened + at, kept, mask=inside)
+                acc_gate = kept.to(tl.float32)
+            acc = act(acc_gate, ACTIVATION) * acc
+        else:
+            acc = act(acc, ACTIVATION)
+        tl.store(out + at, acc.to(kind), mask=inside)
 
 
 @triton.jit
 def product_kernel(
     a,
-    a_half,
     w,
     out,
     starts,
@@ -404,48 +347,22 @@ def product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    HALVES: tl.constexpr,
 ):
     """Tiles of a w; a tile of `a` may reach into the next expert's rows, whose products are not stored."""
     NT = tl.cdiv(N, BN)
     total = tl.load(block_starts + experts) * NT
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         expert, first, stop, n = find_tile(tile, starts, block_starts, blocks, NT, BM)
-        n *= BN
-        if HALVES and stop - first <= BM // 2:
-            product_tile(a_half, w, out, expert, first, stop, n, N, K, BM // 2, TRANSPOSED, PRECISION, BN, BK)
-        else:
-            product_tile(a, w, out, expert, first, stop, n, N, K, BM, TRANSPOSED, PRECISION, BN, BK)
-
-
-@triton.jit
-def product_tile(
-    a,
-    w,
-    out,
-    expert,
-    first,
-    stop,
-    n,
-    N,
-    K,
-    BM: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """One tile of `product_kernel`."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, K, BK):
-        if TRANSPOSED:
-            acc = tl.dot(a.load([first, k]), w.load([expert * N + n, k]).T, acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(a.load([first, k]), w.load([expert * K + k, n]), acc, input_precision=PRECISION)
-    rows = first + tl.arange(0, BM)
-    cols = n + tl.arange(0, BN)
-    inside = (rows < stop)[:, None] & (cols < N)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            if TRANSPOSED:
+                acc = tl.dot(a.load([first, k]), w.load([expert * N + n * BN, k]).T, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(a.load([first, k]), w.load([expert * K + k, n * BN]), acc, input_precision=PRECISION)
+        rows = first + tl.arange(0, BM)
+        cols = n * BN + tl.arange(0, BN)
+        inside = (rows < stop)[:, None] & (cols < N)[None, :]
+        tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -506,6 +423,7 @@ def weight_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Tiles of left^T right over each expert's rows, which are whole steps."""
     MT = tl.cdiv(M, BM)
@@ -520,8 +438,12 @@ def weight_gradient_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for row in range(first, stop, BK):
             acc = tl.dot(left.load([row, m]).T, right.load([row, n]), acc, input_precision=PRECISION)
-        rows = m + tl.arange(0, BM)
-        cols = n + tl.arange(0, BN)
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
-        at = (expert.to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+        if WHOLE:
+            # in one piece: what reaches over the matrix's edge is cut off
+            out.store([expert, m, n], acc.to(out.dtype).reshape(1, BM, BN))
+        else:
+            rows = m + tl.arange(0, BM)
+            cols = n + tl.arange(0, BN)
+            inside = (rows < M)[:, None] & (cols < N)[None, :]
+            at = (expert.to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
+            tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)

@@ -51,11 +51,13 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
     if align > 1:
         plan.order.fill_(-1)
     pairs, width = chosen.numel(), triton.next_power_of_2(num_experts)
-    step = max(16, 8192 // width)
     programs = 1 if pairs <= _ALONE else min(_PROGRAMS, triton.cdiv(pairs, _ALONE))
+    # one program has a multiprocessor to itself
+    num_warps = 8 if programs == 1 else 4
+    step = max(16, 2048 * num_warps // width)
     share = triton.cdiv(triton.cdiv(pairs, programs), step) * step
     counts = torch.empty(programs, width, dtype=torch.int32, device=chosen.device)
-    sizes = {"WIDTH": width, "STEP": step}
+    sizes = {"WIDTH": width, "STEP": step, "num_warps": num_warps}
     if programs > 1:
         count_kernel[(programs,)](chosen, counts, pairs, share, **sizes)
     place_kernel[(programs,)](
@@ -78,7 +80,7 @@ def gather(x: Tensor, plan: Plan, top_k: int) -> Tensor:
     """x (tokens, width) as the rows of a plan: (rows, width), zero where a row has no pair."""
     out = x.new_empty(plan.order.numel(), x.shape[1])
     width = min(1024, triton.next_power_of_2(x.shape[1]))
-    grid = (triton.cdiv(out.shape[0], _ROWS), triton.cdiv(out.shape[1], width))
+    grid = (triton.cdiv(out.shape[1], width) * triton.cdiv(out.shape[0], _ROWS),)
     gather_kernel[grid](x, plan.order, out, *out.shape, x.stride(0), top_k, ROWS=_ROWS, WIDTH=width)
     return out
 
@@ -97,10 +99,9 @@ def combine(
     """
     tokens, top_k = shape
     out = torch.empty(tokens, rows.shape[1], dtype=dtype, device=rows.device)
-    deep = triton.next_power_of_2(top_k)
-    width = min(max(128, 4096 // deep), triton.next_power_of_2(rows.shape[1]))
-    grid = (tokens, triton.cdiv(rows.shape[1], width))
-    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, DEEP=deep, WIDTH=width)
+    width = min(1024, triton.next_power_of_2(rows.shape[1]))
+    grid = (triton.cdiv(rows.shape[1], width) * tokens,)
+    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, WIDTH=width)
     return out
 
 
@@ -180,8 +181,9 @@ def place_kernel(
 @triton.jit
 def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """One stretch of a few rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    stretches = tl.cdiv(width, WIDTH)
+    row = tl.program_id(0) // stretches * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(0) % stretches * WIDTH + tl.arange(0, WIDTH)
     pair = tl.load(order + row, mask=row < rows, other=-1)
     token = (pair // top_k).to(tl.int64)
     inside = (at < width)[None, :]
@@ -191,18 +193,19 @@ def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexp
 
 
 @triton.jit
-def combine_kernel(
-    rows, more, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr
-):
-    """One stretch of one token: its rows are read at once and summed in fp32."""
-    token = tl.program_id(0)
-    j = tl.arange(0, DEEP)
-    at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    row = tl.load(place + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.int64)
-    inside = (j < TOP_K)[:, None] & (at < width)[None, :]
-    value = tl.load(rows + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
-    if more is not None:
-        value += tl.load(more + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
-    if weights is not None:
-        value *= tl.load(weights + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.float32)[:, None]
-    tl.store(out + token.to(tl.int64) * width + at, tl.sum(value, 0).to(out.dtype.element_ty), mask=at < width)
+def combine_kernel(rows, more, place, weights, out, width, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+    """One stretch of one token, whose rows are summed in fp32."""
+    stretches = tl.cdiv(width, WIDTH)
+    token = tl.program_id(0) // stretches
+    at = tl.program_id(0) % stretches * WIDTH + tl.arange(0, WIDTH)
+    inside = at < width
+    total = tl.zeros((WIDTH,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        row = tl.load(place + token * TOP_K + j).to(tl.int64)
+        value = tl.load(rows + row * width + at, mask=inside, other=0).to(tl.float32)
+        if more is not None:
+            value += tl.load(more + row * width + at, mask=inside, other=0).to(tl.float32)
+        if weights is not None:
+            value *= tl.load(weights + token * TOP_K + j).to(tl.float32)
+        total += value
+    tl.store(out + token.to(tl.int64) * width + at, total.to(out.dtype.element_ty), mask=inside)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.cpu.ssd import NO_LIMIT
+from alloy.ops.triton.assembler import narrowest
 
 HEADS_BLOCK = 32
 
@@ -89,7 +90,7 @@ def products(B: Tensor, C: Tensor, chunk: int, lengths: Tensor | None = None) ->
     batch, seq, groups, state = B.shape
     chunks = triton.cdiv(seq, chunk)
     out = B.new_empty(batch, groups, chunks, chunk, chunk)
-    block = max(16, min(64, triton.next_power_of_2(state)))
+    block = max(narrowest(B.dtype), min(64, triton.next_power_of_2(state)))
     _products[(chunks, groups, batch)](
         B, C, out, lengths, seq, state, *B.stride()[:3], *C.stride()[:3],
         HAS_LENGTHS=lengths is not None, CHUNK=chunk, BLOCK=block, num_warps=4,

@@ -6,6 +6,10 @@ flight together, walks its tokens with the tiles in registers, and writes them b
     S_t = exp(d_t A) S_{t-1} + d_t x_t (outer) B_t; y_t = S_t C_t + D x_t
 The drafted form repeats the steps' arithmetic on wide registers; the replay stops at its row's count.
 The bound is bandwidth: a step moves the state twice.
+
+H200, torch 2.11 and Triton 3.6, fraction of copy bandwidth (4.25 TB/s), state fp32 / fp16 / fp16 rounded by chance:
+    Nano-9B, batch 64           0.95 / 0.92 / 0.76
+    Nemotron 3 Nano, batch 256  0.97 / 0.92 / 0.76
 """
 
 import torch
@@ -19,8 +23,8 @@ from alloy.ops.triton import tuning
 
 tuning.register(
     "ssd_step",
-    {"BLOCK_P": 16, "TILES": 1, "num_warps": 1},
     {"BLOCK_P": 8, "TILES": 1, "num_warps": 1},
+    {"BLOCK_P": 16, "TILES": 1, "num_warps": 1},
     {"BLOCK_P": 32, "TILES": 1, "num_warps": 2},
     {"BLOCK_P": 16, "TILES": 8, "num_warps": 4},
 )
@@ -53,13 +57,13 @@ def round_to_half(value, seed, slot, first, BLOCK_P: tl.constexpr, BLOCK_N: tl.c
     zero = tl.zeros_like(counter)
     a, b, c, d = tl.philox(seed, counter, zero + slot, zero, zero, 5)
     words = tl.join(tl.join(a, c), tl.join(b, d))
-    chance = tl.join(words & 0x1FFF, words >> 19).to(tl.int32, bitcast=True).reshape(BLOCK_P, BLOCK_N)
-    # float16 below its smallest normal number, 2^-14, is evenly spaced, as above it up to twice that number
-    small = tl.abs(value) < 0.00006103515625
+    # 13 bits of each half of a word, followed by three zeros
+    chance = (tl.join(words, words >> 16) & 0xFFF8).to(tl.int32, bitcast=True).reshape(BLOCK_P, BLOCK_N)
+    # times 2^-112, a float32's bits but for the last 13 are float16's, subnormal numbers too; 2^-96 is then infinity
+    size = tl.minimum(tl.abs(value) * 1.925929944387236e-34, 1.262177448353619e-29)
     sign = value.to(tl.int32, bitcast=True) & -2147483648
-    offset = tl.where(small, sign | 0x38800000, 0).to(tl.float32, bitcast=True)
-    bits = ((value + offset).to(tl.int32, bitcast=True) + chance) & -8192
-    return (bits.to(tl.float32, bitcast=True) - offset).to(tl.float16)
+    bits = (size.to(tl.int32, bitcast=True) * 8 + chance) | sign
+    return (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -170,6 +174,18 @@ def _step_kernel(
             tl.store(state + rows[:, None] * state_row + n[None, :], new.to(state.dtype.element_ty), mask=mask)
 
 
+def tiles(op: str, state: Tensor) -> tuple[int, dict[str, int]]:
+    """Programs for each head of state (slots, heads, head_dim, state), and the sizes of their tiles."""
+    head_dim, width = state.shape[2:]
+    config = tuning.pick(op, f"{head_dim}x{width}-{state.dtype}".replace("torch.", ""))
+    threads, block_n = 32 * config["num_warps"], max(16, triton.next_power_of_2(width))
+    # registers: at most 64 elements of a tile a thread, and 128 of all its tiles
+    block_p = min(config["BLOCK_P"], 64 * threads // block_n)
+    number = min(config["TILES"], triton.cdiv(head_dim, block_p), 128 * threads // (block_p * block_n))
+    sizes = {"BLOCK_P": block_p, "BLOCK_N": block_n, "TILES": number, "num_warps": config["num_warps"]}
+    return triton.cdiv(head_dim, block_p * number), sizes
+
+
 def _launch(
     state: Tensor,
     x: Tensor,
@@ -194,12 +210,8 @@ def _launch(
         )
     batch, tokens, heads, head_dim = x.shape
     groups, width = B.shape[2:]
-    config = tuning.pick("ssd_step", f"{head_dim}x{width}-{state.dtype}".replace("torch.", ""))
-    block_n = max(16, triton.next_power_of_2(width))
-    # at most 64 elements of a tile a thread
-    block_p = min(config["BLOCK_P"], 2048 * config["num_warps"] // block_n)
-    tiles = min(config["TILES"], triton.cdiv(head_dim, block_p))
-    _step_kernel[(triton.cdiv(head_dim, block_p * tiles), heads, batch)](
+    blocks, sizes = tiles("ssd_step", state)
+    _step_kernel[(blocks, heads, batch)](
         state,
         x,
         dt,
@@ -231,10 +243,7 @@ def _launch(
         HAS_SLOTS=slots is not None,
         HAS_COUNTS=counts is not None,
         STOCHASTIC=sr_seed is not None,
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        TILES=tiles,
-        num_warps=config["num_warps"],
+        **sizes,
     )
 
 
