@@ -26,11 +26,14 @@ SCRATCH = 2**28
 HEADS = 16
 
 # chunk: tokens of a chunk; tile, warps, stages, registers (at most): of the kernels that carry states; token_*, sum_*: of those
-# inside chunks. The first serves every shape: chunks of 32 tokens make no narrow operands of wgmma (ssd_backward_carry.py)
+# inside chunks. Chunks of 32 tokens serve every shape: they make no narrow operands of wgmma (see ssd_backward_carry.py)
 tuning.register(
     "ssd_scan_backward",
     {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 255,
      "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1},
+)  # fmt: skip
+tuning.register(
+    "ssd_scan_backward/wide",
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
      "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
     {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
@@ -105,7 +108,8 @@ def _backward(
     """`backward` with empty tensors for the gradients of what is None."""
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
-    config = dict(tuning.pick("ssd_scan_backward", f"{head_dim}-{state}-{str(x.dtype).removeprefix('torch.')}"))
+    is_wide = 64 <= head_dim <= 128 and 64 <= state <= 128 and x.element_size() == 2
+    config = tuning.pick("ssd_scan_backward/wide" if is_wide else "ssd_scan_backward", f"{head_dim}-{state}")
     chunk = config["chunk"]
     # an expanded gradient, as of a sum, has no rows to be read
     dy = dy if dy.stride(3) == 1 else dy.contiguous()

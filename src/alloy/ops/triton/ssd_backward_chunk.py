@@ -23,6 +23,7 @@ from torch import Tensor
 
 from alloy.ops.triton.ssd_backward_carry import precision, rows, tiles
 from alloy.ops.triton.ssd_prep import Prep
+from alloy.ops.triton.tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -53,7 +54,7 @@ def shares(x: Tensor, groups: int, chunks: int, parts: int, chunk: int) -> Share
 
 def gradients(
     dy: Tensor, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, prep: Prep, before: Tensor, after: Tensor, first: int,
-    dx: Tensor, dB: Tensor, dC: Tensor, left: Shares, parts: int, config: dict,
+    dx: Tensor, dB: Tensor, dC: Tensor, left: Shares, parts: int, config: Config,
 ) -> None:  # fmt: skip
     """Write the gradients of x, B and C for the chunks of one segment.
 
