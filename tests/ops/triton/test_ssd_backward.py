@@ -14,7 +14,7 @@ from alloy.ops.triton import tuning
 pytest.importorskip("triton")
 from alloy.ops.triton import ssd_backward
 
-OP, WIDE = "ssd_scan_backward", "ssd_scan_backward/wide"
+OP = "ssd_scan_backward"
 SMALL = {**tuning.CANDIDATES[OP][0], "chunk": 16, "tile": 16}
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "h0")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -170,14 +170,15 @@ def test_an_expanded_gradient_is_taken(device: torch.device) -> None:
 
 @gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [*tuning.CANDIDATES[OP], *tuning.CANDIDATES[WIDE]], ids=str)
-@pytest.mark.parametrize(("head_dim", "state"), [(80, 128), (64, 128)])
+@pytest.mark.parametrize(
+    ("op", "config"), [(op, config) for op in (f"{OP}/64", f"{OP}/128") for config in tuning.CANDIDATES[op]]
+)
 def test_every_configuration(
-    head_dim: int, state: int, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    op: str, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssd_backward, "SCRATCH", 2**22)
-    case = Case(seq=1052, heads=16, head_dim=head_dim, state=state, dtype=torch.bfloat16)
-    with tuning.override(WIDE, config):
+    case = Case(seq=1052, heads=16, head_dim=64 if op.endswith("/64") else 80, state=128, dtype=torch.bfloat16)
+    with tuning.override(op, config):
         check(case, device)
         check(replace(case, documents=((300, 64, 20, 128, 500, 40),)), device)
         check(replace(case, dtype=torch.float16), device)

@@ -32,8 +32,16 @@ tuning.register(
     {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 255,
      "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1},
 )  # fmt: skip
+# two buffers of a token's tiles beside another program's fit the shared memory up to head_dim 64 only
 tuning.register(
-    "ssd_scan_backward/wide",
+    "ssd_scan_backward/64",
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 3, "sum_warps": 4, "sum_stages": 2},
+    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+)  # fmt: skip
+tuning.register(
+    "ssd_scan_backward/128",
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
      "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
     {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
@@ -108,8 +116,10 @@ def _backward(
     """`backward` with empty tensors for the gradients of what is None."""
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
-    is_wide = 64 <= head_dim <= 128 and 64 <= state <= 128 and x.element_size() == 2
-    config = tuning.pick("ssd_scan_backward/wide" if is_wide else "ssd_scan_backward", f"{head_dim}-{state}")
+    op = "ssd_scan_backward"
+    if 64 <= head_dim <= 128 and 64 <= state <= 128 and x.element_size() == 2:
+        op += "/64" if head_dim == 64 else "/128"
+    config = tuning.pick(op, f"{head_dim}-{state}")
     chunk = config["chunk"]
     # an expanded gradient, as of a sum, has no rows to be read
     dy = dy if dy.stride(3) == 1 else dy.contiguous()

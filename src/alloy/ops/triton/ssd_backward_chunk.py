@@ -175,7 +175,10 @@ def _tokens(
         if P1 > 0:
             inner = tl.dot(x1, tl.trans(y1), inner, input_precision=PRECISION)
         if HAS_D:
-            tl.store(vectors_at + 4 * vector, tl.sum(tl.where(same, inner, 0.0), 1))
+            skipped = tl.sum(x0.to(tl.float32) * y0, 1)
+            if P1 > 0:
+                skipped += tl.sum(x1.to(tl.float32) * y1, 1)
+            tl.store(vectors_at + 4 * vector, skipped)
         # never positive; what is not visible is masked in `product` and, after the loop, in `crossed`
         decay = tl.exp2(tl.minimum(logs[None, :] - logs[:, None], 0.0))
         inner *= decay
