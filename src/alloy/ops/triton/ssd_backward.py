@@ -36,16 +36,16 @@ tuning.register(
 tuning.register(
     "ssd_scan_backward/64",
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 3, "sum_warps": 4, "sum_stages": 2},
+     "token_warps": 4, "token_stages": 3, "sum_warps": 4, "sum_stages": 3},
     {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
 )  # fmt: skip
 tuning.register(
     "ssd_scan_backward/128",
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
     {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
 )  # fmt: skip
 
 
