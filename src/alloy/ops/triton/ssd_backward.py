@@ -137,7 +137,10 @@ def _backward(
     # a segment's dx, less the last chunk, has room for a state in fp32
     room = 1 + triton.cdiv(4 * state, chunk * x.element_size())
     fitting = SCRATCH // (2 * batch * heads * head_dim * state * x.element_size())
-    rest = min(chunks, max(fitting, room))
+    # two programs a multiprocessor run at a time: no segment ends with a few of them
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    wave = max(1, 2 * processors // (batch * groups * parts))
+    rest = min(chunks, max(fitting // wave * wave or fitting, room))
     first = chunks - (triton.cdiv(chunks, rest) - 1) * rest
     begun = _states_in(dx, first * chunk, rest * chunk, (chunks - first) // rest, state)
     if begun is not None:
