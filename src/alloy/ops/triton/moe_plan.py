@@ -96,16 +96,17 @@ def combine(
     shape: tuple[int, int],
     dtype: torch.dtype,
     more: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given, and of its rows of `more`: (tokens, width).
+    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given: (tokens, width), for `shape` (tokens, top_k).
 
-    `shape` is (tokens, top_k).
+    Rows of `more` (rows, width) are added to those of `rows`, and `base` (tokens, width) to the sum.
     """
     tokens, top_k = shape
     out = torch.empty(tokens, rows.shape[1], dtype=dtype, device=rows.device)
     width = min(1024, triton.next_power_of_2(rows.shape[1]))
     grid = (triton.cdiv(rows.shape[1], width) * tokens,)
-    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, WIDTH=width)
+    combine_kernel[grid](rows, more, base, plan.place, weights, out, rows.shape[1], TOP_K=top_k, WIDTH=width)
     return out
 
 
@@ -252,7 +253,7 @@ def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexp
 
 
 @triton.jit
-def combine_kernel(rows, more, place, weights, out, width, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+def combine_kernel(rows, more, base, place, weights, out, width, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
     """One stretch of one token, whose rows are summed in fp32."""
     stretches = tl.cdiv(width, WIDTH)
     token = tl.program_id(0) // stretches
@@ -267,4 +268,6 @@ def combine_kernel(rows, more, place, weights, out, width, TOP_K: tl.constexpr, 
         if weights is not None:
             value *= tl.load(weights + token * TOP_K + j).to(tl.float32)
         total += value
+    if base is not None:
+        total += tl.load(base + token.to(tl.int64) * width + at, mask=inside, other=0).to(tl.float32)
     tl.store(out + token.to(tl.int64) * width + at, total.to(out.dtype.element_ty), mask=inside)
