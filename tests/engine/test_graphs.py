@@ -9,10 +9,9 @@ from alloy.engine.core import LLM
 from alloy.engine.graphs import DecodeGraphs, buckets_for, new_pool, obstacle
 from alloy.engine.request import Output, SamplingParams
 from alloy.errors import RequestError, ResourceError
-from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.paged import StaticView
-from tests.engine.conftest import MODELS, build
+from tests.engine.conftest import build
 from tests.engine.test_llm import GREEDY, TIE, prompts, same_until_tie
 from tests.models import zoo
 
@@ -138,19 +137,12 @@ def captured(model: CausalLM) -> CausalLM:
     return model
 
 
-KINDS = {
-    **{name: lambda name=name: build(name) for name in MODELS},
-    # kernels for experts want widths of 16 bytes
-    **{n: lambda name=n: zoo.build(name) for n, c in zoo.CONFIGS.items() if "moe" not in sizes.layer_counts(c)},
-}
-
-
 @pytest.mark.gpu
 @cuda
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", zoo.CONFIGS)
 def test_graphs_equal_single_calls_and_the_cpu(name: str) -> None:
     """fp32, every kind: ragged prompts, three rows in a bucket of four, blocks and slots of nobody poisoned."""
-    model, on_cpu = captured(KINDS[name]()), KINDS[name]()
+    model, on_cpu = captured(zoo.build(name)), zoo.build(name)
     asked = [[t % model.config.vocab for t in prompt] for prompt in prompts(7)]
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     eager = LLM(model, max_seqs=3, speculate=0, graphs=False, max_step_tokens=11).generate(asked, params)

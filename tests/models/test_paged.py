@@ -1,6 +1,7 @@
 """Paged rows give the full pass: in chunks, steps and drafts, in any slots, with blocks that others left dirty."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from alloy.errors import RecipeError, RequestError, ResourceError
 from alloy.models.base import CausalLM
 from alloy.models.cache import Cache
 from alloy.models.configs import HybridConfig
-from alloy.models.paged import BLOCK, PagedCache, StaticView
+from alloy.models.paged import BLOCK, PagedCache, PagedView, StaticView
 from tests.models.zoo import CONFIGS, build, random_tokens
 
 SEQ = 19
@@ -204,3 +205,54 @@ def test_narrow_states_are_half_the_bytes(state_dtype: str) -> None:
     for chunk in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:7]):
         got, want = (run(model, view, chunk) for view in views)
         torch.testing.assert_close(got, want, atol=0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["puzzle", "nas"])
+@torch.no_grad()
+def test_any_order_of_operations_gives_the_full_pass(name: str) -> None:
+    """150 random operations over sequences that come, fork, wait, draft and go: every logit as computed alone."""
+    model, draw, g = build(name), random.Random(7), torch.Generator().manual_seed(7)
+    pool = dirty(model.new_paged_cache(slots=5, blocks=12, max_tokens=110))
+    texts: dict[int, list[int]] = {}  # slot -> tokens held
+
+    def check(view: PagedView, given: Tensor, logits: Tensor, counts: list[int]) -> None:
+        for row, slot in enumerate(view.rows):
+            text = texts[slot] + given[row, : counts[row]].tolist()
+            want = model(torch.tensor([text])).logits[0, len(texts[slot]) :]
+            close(logits[row, : counts[row]], want)
+            texts[slot] = text
+
+    for _ in range(150):
+        kind = draw.choice(
+            ["open", "open", "chunk", "chunk", "step", "step", "step", "draft", "draft", "fork", "close"]
+        )
+        if kind == "open" and pool.slots_free:
+            texts.update({slot: [] for slot in pool.open(1)})
+            continue
+        if not texts:
+            continue
+        rows = draw.sample(sorted(texts), draw.randint(1, len(texts)))
+        view = pool.view(rows)
+        if kind == "close" or any(len(texts[slot]) > 80 for slot in rows):
+            pool.close(rows[:1])
+            del texts[rows[0]]
+        elif kind == "fork" and pool.slots_free and pool.blocks_free > 3:
+            copies = pool.fork(rows[0], 1)
+            texts.update({slot: list(texts[rows[0]]) for slot in copies})
+        elif pool.blocks_free > 2 * len(rows):
+            width = {"chunk": draw.randint(2, 15), "draft": draw.randint(2, 7)}.get(kind, 1)
+            given = torch.randint(0, model.config.vocab, (len(rows), width), generator=g)
+            if kind == "draft" and all(texts[slot] for slot in rows):
+                counts = [draw.randint(0, width) for _ in rows]
+                with view.drafting():
+                    logits = run(model, view, given)
+                view.accept(torch.tensor(counts))
+                check(view, given, logits, counts)
+            else:
+                counts = [draw.randint(1, width) for _ in rows]
+                padded = torch.arange(width) >= torch.tensor(counts)[:, None]
+                documents = -padded.int() if padded.any() else None
+                check(view, given, run(model, view, given, documents=documents), counts)
+    assert {slot: len(text) for slot, text in texts.items()} == {slot: pool.held[slot] for slot in texts}
+    pool.close(sorted(texts))
+    assert (pool.slots_free, pool.blocks_free) == (5, 12)

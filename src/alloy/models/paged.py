@@ -108,7 +108,7 @@ class PagedCache:
         self._release(slots)
 
     def view(self, slots: Sequence[int]) -> "PagedView":
-        """The cache of a call whose row b is the sequence in slots[b]; -1: a row that stands for nothing."""
+        """The cache of a call whose row b is the sequence in slots[b]; -1, in steps of one token: a row of padding."""
         return PagedView(self, slots)
 
     def reserve(self, slots: Sequence[int], tokens: int) -> None:

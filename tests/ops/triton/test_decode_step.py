@@ -12,7 +12,7 @@ from tests.models.zoo import build, random_tokens
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("name", ["dense", "windowed", "nas"])
+@pytest.mark.parametrize("name", ["dense", "windowed", "puzzle", "nas"])
 def test_steps_over_a_buffer_of_slots(device: torch.device, name: str) -> None:
     """Two rows among padding rows; slots and blocks of nobody hold NaN before and after."""
     model, tokens = build(name), random_tokens(2, 9)

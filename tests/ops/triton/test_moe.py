@@ -120,13 +120,13 @@ def gemm_cases() -> list[tuple[str, dict[str, int], int]]:
     return [(op, config, n) for op, n in tokens.items() for config in tuning.CANDIDATES[op]]
 
 
-@pytest.mark.parametrize("case", range(24))
+@pytest.mark.parametrize("case", range(19))
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_configuration(device: torch.device, case: int, gated: bool) -> None:
     """Gradients of every configuration; the interpreter multiplies fp16 but not bf16."""
     tuning = pytest.importorskip("alloy.ops.triton.tuning")
     cases = gemm_cases()
-    assert len(cases) <= 24
+    assert len(cases) <= 19
     if case >= len(cases):
         pytest.skip("no such configuration")
     op, config, tokens = cases[case]
@@ -134,7 +134,11 @@ def test_every_configuration(device: torch.device, case: int, gated: bool) -> No
     with tuning.override(op, config):
         if on_cuda:
             check_experts(device, tokens, 4, 2, 320, 584, torch.bfloat16, gated, "silu" if gated else "relu2")
-        elif op == "moe_gemm_128" and not config["FLATTEN"] and not gated:
+        elif (
+            (op, config["BN"]) in (("moe_gemm_128", 128), ("moe_wgrad", 128))
+            and config.get("BM", 128) == 128
+            and not gated
+        ):
             # the interpreter sees few rows, and one configuration whose rows are sorted beforehand
             check_experts(device, 70, 1, 1, 72, 136, torch.float16)
         else:

@@ -135,7 +135,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks and segments, so that few tokens cross many of them."""
-    monkeypatch.setattr(ssd_backward, "PROGRAMS", 4)
+    monkeypatch.setattr(ssd_backward, "TOKENS", 1)
     monkeypatch.setattr(ssd_backward, "HEADS", 2)
     with tuning.override(OP, SMALL):
         check(CASES[name], device)
@@ -166,7 +166,7 @@ def test_an_expanded_gradient_is_taken(device: torch.device) -> None:
 def test_every_configuration(
     head_dim: int, state: int, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_backward, "PROGRAMS", 8)
+    monkeypatch.setattr(ssd_backward, "TOKENS", 1)
     documents = ((300, 64, 20, 128, 500, 40),)
     with tuning.override(OP, config):
         for dtype in (torch.bfloat16, torch.float16):

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.elementary import accumulator, sigmoid
+from alloy.ops.triton.elementary import accumulator, num_blocks, sigmoid
 
 for _op in ("relu2", "relu2_backward", "silu_mul", "silu_mul_backward"):
     tuning.register(
@@ -123,7 +123,7 @@ def _launch(op: str, kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Ten
         views = [t.reshape(-1, *shape[-2:]) if t.dim() > 3 else t[(None,) * (3 - t.dim())] for t in inputs]
         places = [(t, t.stride(0), t.stride(1)) for t in views]
     config = tuning.pick(op, f"{inputs[0].element_size() * 8}")
-    blocks = triton.cdiv(width, config["BLOCK"])
+    blocks = num_blocks(width, config["BLOCK"])
     kernel[(rows * blocks,)](
         *(value for place in places for value in place),
         *outputs,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alloy.ops.precision import wide
 from alloy.ops.triton import tuning
-from alloy.ops.triton.elementary import accumulator, sigmoid
+from alloy.ops.triton.elementary import accumulator, num_blocks, sigmoid
 
 # tokens: how far a program walks, a multiple of UNROLL
 tuning.register(
@@ -145,11 +145,11 @@ def _plan(
     """A kernel's constants, its grid, and the arguments that both kernels end with."""
     batch, seq, channels = x.shape
     config = dict(tuning.pick(op, f"{channels}-{x.element_size() * 8}"))
-    blocks = triton.cdiv(channels, config["BLOCK"])
+    blocks = num_blocks(channels, config["BLOCK"])
     tokens = config.pop("tokens")
-    while tokens > 2 * config["UNROLL"] and batch * blocks * triton.cdiv(seq, tokens) < _PROGRAMS:
+    while tokens > 2 * config["UNROLL"] and batch * blocks * num_blocks(seq, tokens) < _PROGRAMS:
         tokens //= 2
-    grid = blocks * triton.cdiv(seq, tokens), batch
+    grid = blocks * num_blocks(seq, tokens), batch
     strides = (0, 0, 0) if init is None else init.stride()
     documents = None if documents is None else documents.contiguous()
     config |= {"BLOCKS": blocks, "KERNEL": weight.shape[1], "WIDE": accumulator(x.dtype)}

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.elementary import accumulator, exp2
+from alloy.ops.triton.elementary import accumulator, exp2, num_blocks
 
 tuning.register(
     "linear_ce",
@@ -93,7 +93,7 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
     """grad *= factor, a scalar that torch would round to grad's dtype first."""
     block = 4096
     if grad.numel():
-        _scale_kernel[(triton.cdiv(grad.numel(), block),)](grad, factor, grad.numel(), BLOCK=block)
+        _scale_kernel[(num_blocks(grad.numel(), block),)](grad, factor, grad.numel(), BLOCK=block)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""Elementary functions at one hardware instruction each, and the dtype in which kernels accumulate.
+"""What the kernels over sequences share: elementary functions at one instruction each, the dtype of sums, sizes of grids.
 
 Triton's own exp and division handle subnormal numbers, which costs the sigmoid 7 of its 12 instructions on Hopper; these
 flush them to zero. The relative error of both instructions is below 2^-22 (PTX ISA, ex2.approx and rcp.approx).
@@ -16,6 +16,16 @@ _PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """What `alloy.ops.precision.wide` is to torch: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def num_blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`. Triton's cdiv takes microseconds on the host."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
 
 
 @triton.jit

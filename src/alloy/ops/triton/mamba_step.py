@@ -7,6 +7,11 @@
    channels, which are no longer read.
 The bound is bandwidth: the state is moved twice, everything else is small. Windows are read quickest where the channels of
 a tap lie next to each other.
+
+H200, torch 2.11 and Triton 3.6, both launches, fraction of copy bandwidth (4.25 TB/s), state fp32 / fp16 / fp16 rounded by
+chance:
+    Nano-9B, batch 64           0.92 / 0.89 / 0.79; batch 1 takes 6.8 us with fp32, of which the state's bytes are 2.5
+    Nemotron 3 Nano, batch 256  0.94 / 0.85 / 0.85; batch 1 takes 5.0 us
 """
 
 import torch

@@ -27,20 +27,19 @@ def _configs(*rows: tuple[int, ...]) -> list[dict[str, int]]:
 
 # rows of a tile are the plan's block: 16 where matrices are what is read, 128 where products are what takes time
 tuning.register("moe_gemm_fp32", *_configs((64, 16, 0, 0, 4, 4, 2)))
-tuning.register("moe_gemm_16", *_configs((64, 128, 0, 0, 2, 4, 4), (128, 128, 0, 0, 1, 4, 4), (64, 128, 0, 0, 3, 4, 3)))
-tuning.register(
-    "moe_gemm_64",
-    *_configs((128, 64, 0, 1, 2, 4, 4), (256, 64, 1, 1, 1, 8, 4), (64, 128, 0, 1, 2, 4, 3), (64, 64, 0, 1, 3, 4, 4)),
-)
-tuning.register("moe_gemm_128", *_configs((128, 64, 1, 1, 2, 4, 3), (128, 64, 0, 1, 2, 4, 3), (256, 64, 1, 1, 1, 8, 3)))
+tuning.register("moe_gemm_16", *_configs((64, 128, 0, 0, 2, 4, 4)))
+tuning.register("moe_gemm_64", *_configs((128, 64, 0, 1, 2, 4, 4), (256, 64, 1, 1, 1, 8, 4)))
+tuning.register("moe_gemm_128", *_configs((128, 64, 1, 1, 2, 4, 3), (256, 64, 1, 1, 1, 8, 3)))
 # here a tile of the product is BM x BN of an expert's matrix, and BK are rows
 tuning.register(
-    "moe_wgrad_fp32", {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2}
+    "moe_wgrad_fp32",
+    {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "WHOLE": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2},
 )
 tuning.register(
     "moe_wgrad",
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 2, "num_warps": 4, "num_stages": 3},
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 0, "per_sm": 2, "num_warps": 4, "num_stages": 3},
+    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 0, "per_sm": 2, "num_warps": 4, "num_stages": 3},
+    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 1, "per_sm": 2, "num_warps": 4, "num_stages": 2},
+    {"BM": 256, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 1, "per_sm": 1, "num_warps": 8, "num_stages": 3},
 )
 # rows an expert from which PyTorch's grouped product (CUTLASS, bf16) is faster, timed on sm_90
 _LIBRARY_ROWS = 384
@@ -203,10 +202,13 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan, like: Tensor) -> Te
     config = dict(tuning.pick(op, f"{like.shape[1]}x{like.shape[2]}"))
     per_sm, bk = config.pop("per_sm"), config["BK"]
     out = torch.empty_like(like)
+    target = out
+    if config["WHOLE"]:
+        target = TensorDescriptor(out, list(out.shape), list(out.stride()), [1, config["BM"], config["BN"]])
     weight_gradient_kernel[(programs(left.device, per_sm),)](
         rows_of(left, bk, config["BM"]),
         rows_of(right, bk, config["BN"]),
-        out,
+        target,
         plan.starts,
         *like.shape,
         PRECISION=_precision(left),
@@ -421,6 +423,7 @@ def weight_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """Tiles of left^T right over each expert's rows, which are whole steps."""
     MT = tl.cdiv(M, BM)
@@ -435,8 +438,12 @@ def weight_gradient_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for row in range(first, stop, BK):
             acc = tl.dot(left.load([row, m]).T, right.load([row, n]), acc, input_precision=PRECISION)
-        rows = m + tl.arange(0, BM)
-        cols = n + tl.arange(0, BN)
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
-        at = (expert.to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+        if WHOLE:
+            # in one piece: what reaches over the matrix's edge is cut off
+            out.store([expert, m, n], acc.to(out.dtype).reshape(1, BM, BN))
+        else:
+            rows = m + tl.arange(0, BM)
+            cols = n + tl.arange(0, BN)
+            inside = (rows < M)[:, None] & (cols < N)[None, :]
+            at = (expert.to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
+            tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)

@@ -53,7 +53,7 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
     pairs, width = chosen.numel(), triton.next_power_of_2(num_experts)
     programs = 1 if pairs <= _ALONE else min(_PROGRAMS, triton.cdiv(pairs, _ALONE))
     # one program has a multiprocessor to itself
-    num_warps = 16 if programs == 1 else 4
+    num_warps = 8 if programs == 1 else 4
     step = max(16, 2048 * num_warps // width)
     share = triton.cdiv(triton.cdiv(pairs, programs), step) * step
     counts = torch.empty(programs, width, dtype=torch.int32, device=chosen.device)
@@ -99,10 +99,9 @@ def combine(
     """
     tokens, top_k = shape
     out = torch.empty(tokens, rows.shape[1], dtype=dtype, device=rows.device)
-    deep = triton.next_power_of_2(top_k)
-    width = min(max(128, 4096 // deep), triton.next_power_of_2(rows.shape[1]))
+    width = min(1024, triton.next_power_of_2(rows.shape[1]))
     grid = (triton.cdiv(rows.shape[1], width) * tokens,)
-    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, DEEP=deep, WIDTH=width)
+    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, WIDTH=width)
     return out
 
 
@@ -194,19 +193,19 @@ def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexp
 
 
 @triton.jit
-def combine_kernel(
-    rows, more, place, weights, out, width, TOP_K: tl.constexpr, DEEP: tl.constexpr, WIDTH: tl.constexpr
-):
-    """One stretch of one token: its rows are read at once and summed in fp32."""
+def combine_kernel(rows, more, place, weights, out, width, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+    """One stretch of one token, whose rows are summed in fp32."""
     stretches = tl.cdiv(width, WIDTH)
     token = tl.program_id(0) // stretches
-    j = tl.arange(0, DEEP)
     at = tl.program_id(0) % stretches * WIDTH + tl.arange(0, WIDTH)
-    row = tl.load(place + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.int64)
-    inside = (j < TOP_K)[:, None] & (at < width)[None, :]
-    value = tl.load(rows + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
-    if more is not None:
-        value += tl.load(more + row[:, None] * width + at[None, :], mask=inside, other=0).to(tl.float32)
-    if weights is not None:
-        value *= tl.load(weights + token * TOP_K + j, mask=j < TOP_K, other=0).to(tl.float32)[:, None]
-    tl.store(out + token.to(tl.int64) * width + at, tl.sum(value, 0).to(out.dtype.element_ty), mask=at < width)
+    inside = at < width
+    total = tl.zeros((WIDTH,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        row = tl.load(place + token * TOP_K + j).to(tl.int64)
+        value = tl.load(rows + row * width + at, mask=inside, other=0).to(tl.float32)
+        if more is not None:
+            value += tl.load(more + row * width + at, mask=inside, other=0).to(tl.float32)
+        if weights is not None:
+            value *= tl.load(weights + token * TOP_K + j).to(tl.float32)
+        total += value
+    tl.store(out + token.to(tl.int64) * width + at, total.to(out.dtype.element_ty), mask=inside)

@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.precision import wide
-from alloy.ops.triton import tuning
-from alloy.ops.triton.elementary import accumulator, sigmoid
+from alloy.ops.triton import chain, tuning
+from alloy.ops.triton.elementary import accumulator, num_blocks, power_of_2, sigmoid
 
 # elements of a chunk for each thread: 16 bytes of a 16-bit dtype
 _VECTOR = 8
@@ -204,20 +205,20 @@ def _plan(op: str, x: Tensor, groups: int) -> tuple[int, dict[str, Any]]:
     """How many programs share the rows of a group, and a kernel's constants."""
     size = x.shape[-1] // groups
     config = dict(tuning.pick(op, str(size)))
-    warps = min(config.pop("warps") * triton.next_power_of_2(triton.cdiv(size, _SPAN)), 32)
-    chunk = min(triton.next_power_of_2(size), 32 * _VECTOR * warps)
+    warps = min(config.pop("warps") * power_of_2(num_blocks(size, _SPAN)), 32)
+    chunk = min(power_of_2(size), 32 * _VECTOR * warps)
     rows = 32 * _VECTOR * warps // chunk
     programs = max(_num_sms(x.device) * config.pop("warps_per_sm") // (warps * groups), 1)
-    programs = min(programs, triton.cdiv(x.numel() // x.shape[-1], rows))
+    programs = min(programs, num_blocks(x.numel() // x.shape[-1], rows))
     # rows on their way: of up to three inputs, in all stages but the one in registers
-    ahead = 3 * rows * chunk * triton.cdiv(size, chunk) * x.element_size()
+    ahead = 3 * rows * chunk * num_blocks(size, chunk) * x.element_size()
     config["STAGES"] = min(config["STAGES"], 1 + _SHARED // ahead)
     return programs, config | {
         "num_warps": warps,
         "GROUPS": groups,
         "SIZE": size,
         "CHUNK": chunk,
-        "CHUNKS": triton.cdiv(size, chunk),
+        "CHUNKS": num_blocks(size, chunk),
         "ROWS": rows,
         "WIDE": accumulator(x.dtype),
     }
@@ -240,8 +241,9 @@ def _forward(
     programs, config = _plan(op, x, groups)
     seq = x.shape[-2] if x.dim() > 1 else 1
     _forward_kernel[(programs * groups,)](
-        *_rows(x), *_rows(other), weight, y, total, inverse, rows, seq, programs, eps, CAST=cast_first, **config
-    )
+        *_rows(x), *_rows(other), weight, y, total, inverse, rows, seq, programs, eps, CAST=cast_first,
+        **chain.options(x, rows), **config,
+    )  # fmt: skip
 
 
 def _backward(
@@ -280,7 +282,7 @@ def _place(x, x_batch, x_row, row, seq):
 def _forward_kernel(
     x, x_batch, x_row, other, other_batch, other_row, weight, y, total, inverse, rows, seq, programs, eps,
     CAST: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """`other`: with `total` the residual, without it the gate."""
     group = tl.program_id(0) % GROUPS
@@ -289,6 +291,9 @@ def _forward_kernel(
     for i in tl.static_range(CHUNKS):
         real = i * CHUNK + tl.arange(0, CHUNK) < SIZE
         weights = weights + (tl.load(weight + column + i * CHUNK, mask=real, other=0.0),)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     for first in tl.range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         x_place = _place(x, x_batch, x_row, row, seq) + column[None, :]

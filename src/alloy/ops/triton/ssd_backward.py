@@ -13,24 +13,29 @@ from torch import Tensor
 
 from alloy.ops.triton import tuning
 from alloy.ops.triton.ssd_backward_carry import carries, starts
-from alloy.ops.triton.ssd_backward_chunk import gradients
+from alloy.ops.triton.ssd_backward_chunk import gradients, shares
 from alloy.ops.triton.ssd_backward_step import steps
 from alloy.ops.triton.ssd_prep import prepare
 
-# programs of the chunks' kernel in one segment: twice the multiprocessors of the largest machine, each of which runs one
-PROGRAMS = 256
+# tokens of all rows in one segment, at least: enough programs to fill the machine
+TOKENS = 8192
+# segments of a sequence, at most: each costs launches
+SEGMENTS = 8
 # heads that one program walks; more of them share a group's sums over heads, fewer fill the machine with less scratch
 HEADS = 16
 
-# chunk: tokens of a chunk; tile, warps, stages: of the kernels that carry states; block_*: of the kernel inside chunks
+# chunk: tokens of a chunk; tile, warps, stages: of the kernels that carry states; token_*, sum_*: of those inside chunks (registers: at most)
 tuning.register(
     "ssd_scan_backward",
-    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "block_warps": 8, "block_stages": 1},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 2},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 1},
-    {"chunk": 64, "tile": 128, "warps": 4, "stages": 3, "block_warps": 8, "block_stages": 2},
-    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "block_warps": 8, "block_stages": 3},
-)
+    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "token_warps": 4, "token_stages": 1,
+     "sum_warps": 4, "sum_stages": 1, "sum_registers": 255},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "token_warps": 4, "token_stages": 2,
+     "sum_warps": 4, "sum_stages": 1, "sum_registers": 168},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "token_warps": 4, "token_stages": 2,
+     "sum_warps": 4, "sum_stages": 2, "sum_registers": 255},
+    {"chunk": 128, "tile": 128, "warps": 8, "stages": 3, "token_warps": 4, "token_stages": 2,
+     "sum_warps": 8, "sum_stages": 2, "sum_registers": 255},
+)  # fmt: skip
 
 
 def backward(
@@ -91,10 +96,11 @@ def _backward(
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
     config = dict(tuning.pick("ssd_scan_backward", f"{head_dim}-{state}-{str(x.dtype).removeprefix('torch.')}"))
+    chunk = config["chunk"]
     # an expanded gradient, as of a sum, has no rows to be read
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
     h0 = None if h0 is None else h0.contiguous()
-    prep = prepare(dt, A, dt_bias, dt_softplus, (low, high), documents, config["chunk"])
+    prep = prepare(dt, A, dt_bias, dt_softplus, (low, high), documents, chunk)
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     slope = x.new_zeros(batch, heads, head_dim, state, dtype=torch.float32)
     if dstate is not None:
@@ -102,26 +108,28 @@ def _backward(
 
     share = heads // groups
     parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= HEADS)
-    chunks = triton.cdiv(seq, config["chunk"])
+    chunks = triton.cdiv(seq, chunk)
     sums = x.new_empty(3, batch, chunks, heads, dtype=torch.float32)
     # a segment's dx, less the last chunk, has room for a state in fp32
-    room = 1 + triton.cdiv(4 * state, config["chunk"] * x.element_size())
-    rest = min(chunks, max(triton.cdiv(PROGRAMS, batch * groups * parts), room))
+    room = 1 + triton.cdiv(4 * state, chunk * x.element_size())
+    rest = min(chunks, max(triton.cdiv(TOKENS, batch * chunk), triton.cdiv(chunks, SEGMENTS), room))
     first = chunks - (triton.cdiv(chunks, rest) - 1) * rest
-    begun = _states_in(dx, first * config["chunk"], rest * config["chunk"], (chunks - first) // rest, state)
+    begun = _states_in(dx, first * chunk, rest * chunk, (chunks - first) // rest, state)
     if begun is not None:
         starts(x, B, prep, h0, begun, first, rest, config)
-    scratch = x.new_empty(2, batch, rest, heads, head_dim, state)
+    scratch, left = x.new_empty(2, batch, rest, heads, head_dim, state), shares(x, groups, rest, parts, chunk)
     for stop in range(chunks, 0, -rest):
         length = min(stop, rest)
         segment = (stop - first) // rest
         start = h0 if segment == 0 or begun is None else begun[:, segment - 1]
-        before, after = scratch.flatten(1)[:, : batch * length * heads * head_dim * state].view(
-            2, batch, length, heads, head_dim, state
-        )
-        carries(x, dy, B, C, prep, start, slope, before, after, stop - length, config)
-        shares = gradients(dy, x, B, C, D, prep, before, after, stop - length, dx, dB, dC, parts, config)
-        steps(shares, dt, A, dt_bias, dt_softplus, (low, high), prep, stop - length, ddt, sums, config["chunk"])
+        if length < rest:
+            scratch, left = (
+                scratch.new_empty(2, batch, length, *scratch.shape[3:]),
+                shares(x, groups, length, parts, chunk),
+            )
+        carries(x, dy, B, C, prep, start, slope, *scratch, stop - length, config)
+        gradients(dy, x, B, C, D, prep, *scratch, stop - length, dx, dB, dC, left, parts, config)
+        steps(left, dt, A, dt_bias, dt_softplus, (low, high), prep, stop - length, ddt, sums, chunk)
     dA, dbias, dD = (
         x.new_empty(0) if t is None else total.sum((0, 1)).to(t.dtype)
         for total, t in zip(sums, (A, dt_bias, D), strict=True)

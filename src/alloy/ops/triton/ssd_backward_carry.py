@@ -4,9 +4,9 @@
 Legend as in `alloy.ops.ssd`, and l inclusive sums of d * A inside a chunk (`Prep.logs`), l_Q the last of them:
     forward   S <- exp(l_Q) S + sum_j exp(l_Q - l_j) d_j x_j (outer) B_j
     reversed  G <- exp(l_Q) G + sum_i exp(l_i) dy_i (outer) C_i
-One program walks the chunks of one segment of the sequence with a tile of one head's state on chip, as its transpose
-(STATE, P0 + P1), fp32: head_dim 80 is 64 + 16, so that nothing is padded. Before each chunk's update it writes the carry
-in the inputs' dtype: S as it enters the chunk, G as it comes back to the chunk's end.
+One program walks the chunks of one segment of the sequence with a tile of one head's state on chip in fp32, in two parts of
+P0 and P1 rows: head_dim 80 is 64 + 16, so that nothing is padded. Before each chunk's update it writes the carry in the
+inputs' dtype: S as it enters the chunk, G as it comes back to the chunk's end.
 
 `starts` comes first: all segments at once from a zero state, then a sum over the segments. With their starts known, segments
 can be differentiated one by one, last first, and the carries of one segment are all that is kept.
@@ -111,17 +111,59 @@ def rows(ptr, row, stride, real, p, WIDTH: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _places(n, p, STATE: tl.constexpr):
+    """Where a tile of a state lies in (head_dim, STATE): [n, p], or [p, n] for less than 64 rows p.
+
+    A tile of less than 64 columns would be an operand of wgmma whose descriptors ptxas 12.8 (Triton 3.6) computes from
+    registers that nothing wrote; less than 64 rows are multiplied by mma.sync instead."""
+    if p.shape[0] < 64:
+        places = p[:, None] * STATE + n[None, :]
+    else:
+        places = p[None, :] * STATE + n[:, None]
+    return places
+
+
+@triton.jit
+def _inside(n, p, HEAD_DIM: tl.constexpr, STATE: tl.constexpr):
+    """Which of `_places` are there."""
+    if p.shape[0] < 64:
+        inside = (p < HEAD_DIM)[:, None] & (n < STATE)[None, :]
+    else:
+        inside = (p < HEAD_DIM)[None, :] & (n < STATE)[:, None]
+    return inside
+
+
+@triton.jit
+def _zeros(TILE: tl.constexpr, P: tl.constexpr):
+    """A tile for `_places`."""
+    if P < 64:
+        zeros = tl.zeros((P, TILE), dtype=tl.float32)
+    else:
+        zeros = tl.zeros((TILE, P), dtype=tl.float32)
+    return zeros
+
+
+@triton.jit
 def _save(ptr, acc, n, p, HEAD_DIM: tl.constexpr, STATE: tl.constexpr):
-    """A tile [n, p] of a state's transpose into the state [p, n]."""
-    value = acc.to(ptr.dtype.element_ty)
-    tl.store(ptr + p[None, :] * STATE + n[:, None], value, mask=(n < STATE)[:, None] & (p < HEAD_DIM)[None, :])
+    """Write a tile of a state."""
+    tl.store(ptr + _places(n, p, STATE), acc.to(ptr.dtype.element_ty), mask=_inside(n, p, HEAD_DIM, STATE))
 
 
 @triton.jit
 def _read(ptr, n, p, HEAD_DIM: tl.constexpr, STATE: tl.constexpr):
-    """A tile [n, p] of the transpose of the state [p, n], fp32."""
-    mask = (n < STATE)[:, None] & (p < HEAD_DIM)[None, :]
-    return tl.load(ptr + p[None, :] * STATE + n[:, None], mask=mask, other=0.0).to(tl.float32)
+    """A tile of a state in fp32."""
+    return tl.load(ptr + _places(n, p, STATE), mask=_inside(n, p, HEAD_DIM, STATE), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _update(acc, x, weight, gate, through, P: tl.constexpr, PRECISION: tl.constexpr):
+    """through * acc + sum over tokens of weight * x (outer) gate."""
+    u = (x * weight[:, None]).to(gate.dtype)
+    if P < 64:
+        acc = tl.dot(tl.trans(u), gate, acc * through, input_precision=PRECISION)
+    else:
+        acc = tl.dot(tl.trans(gate), u, acc * through, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -130,7 +172,7 @@ def _walk(
     REVERSED: tl.constexpr, SAVE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HEAD_DIM: tl.constexpr,
     STATE: tl.constexpr, CHUNK: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Carry acc0, acc1 (tiles of one state's transpose) over `count` chunks: v, w are x, B forward and dy, C reversed.
+    """Carry acc0, acc1 (tiles of one state) over `count` chunks: v, w are x, B forward and dy, C reversed.
 
     Returns them and the product of the chunks' decays."""
     own = tl.arange(0, CHUNK)
@@ -162,12 +204,12 @@ def _walk(
             weight = tl.where(segment == (0 if REVERSED else end), weight, 0.0)
         v = v_ptr + tl.cast(begin, tl.int64) * v_token
         w = w_ptr + tl.cast(begin, tl.int64) * w_token
-        gate = tl.trans(rows(w, own, w_token, real, n, STATE, False).to(kind))
+        gate = rows(w, own, w_token, real, n, STATE, False).to(kind)
         x0 = rows(v, own, v_token, real, q0, HEAD_DIM, exact or P1 > 0)
-        acc0 = tl.dot(gate, (x0 * weight[:, None]).to(kind), acc0 * through, input_precision=PRECISION)
+        acc0 = _update(acc0, x0, weight, gate, through, P0, PRECISION)
         if P1 > 0:
             x1 = rows(v, own, v_token, real, q1, HEAD_DIM, exact)
-            acc1 = tl.dot(gate, (x1 * weight[:, None]).to(kind), acc1 * through, input_precision=PRECISION)
+            acc1 = _update(acc1, x1, weight, gate, through, P1, PRECISION)
         total *= through
     return acc0, acc1, total
 
@@ -188,8 +230,8 @@ def _local(
         length = tl.load(lengths_ptr + batch)
     begin = tl.where(segment == 0, 0, first + (segment - 1) * rest)
     count = tl.where(segment == 0, first, rest)
-    acc0 = tl.zeros((TILE, P0), dtype=tl.float32)
-    acc1 = tl.zeros((TILE, P1 if P1 > 0 else 16), dtype=tl.float32)
+    acc0 = _zeros(TILE, P0)
+    acc1 = _zeros(TILE, P1 if P1 > 0 else 16)
     per_head = (batch * heads + head) * padded
     acc0, acc1, total = _walk(
         acc0, acc1, x_ptr + batch * x_batch + head.to(tl.int64) * x_head,
@@ -248,8 +290,8 @@ def _carries(
     out_chunk = heads * (HEAD_DIM * STATE)
     out = batch * count * out_chunk + head * (HEAD_DIM * STATE)
     if is_reversed == 0:
-        acc0 = tl.zeros((TILE, P0), dtype=tl.float32)
-        acc1 = tl.zeros((TILE, P1 if P1 > 0 else 16), dtype=tl.float32)
+        acc0 = _zeros(TILE, P0)
+        acc1 = _zeros(TILE, P1 if P1 > 0 else 16)
         if HAS_START:
             start = start_ptr + batch * start_batch + head * start_head
             acc0 = _read(start, n, p0, HEAD_DIM, STATE)
@@ -263,7 +305,7 @@ def _carries(
     else:
         slope = slope_ptr + (batch * heads + head) * (HEAD_DIM * STATE)
         acc0 = _read(slope, n, p0, HEAD_DIM, STATE)
-        acc1 = tl.zeros((TILE, P1 if P1 > 0 else 16), dtype=tl.float32)
+        acc1 = _zeros(TILE, P1 if P1 > 0 else 16)
         if P1 > 0:
             acc1 = _read(slope, n, p1, HEAD_DIM, STATE)
         acc0, acc1, total = _walk(

@@ -17,16 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.ssd_prep import Prep, narrowest
+from alloy.ops.triton.assembler import narrowest
+from alloy.ops.triton.ssd_prep import Prep
 
 # heads: of one group, in one program; resident: programs that a multiprocessor holds at a time
 tuning.register(
     "ssd_scan",
-    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 1, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "late": 0},
 )
 tuning.register(
     "ssd_carries",
-    {"heads": 1, "num_warps": 8, "num_stages": 1, "resident": 2, "weigh": 0, "vector": 0},
+    {"heads": 1, "num_warps": 4, "num_stages": 1, "resident": 2, "late": 0},
 )
 
 PIECES = 2  # stretches of the first pass in one walk
@@ -67,7 +68,7 @@ def scan(
         x, B, C, CB, D, prep.d, prep.logs, prep.segments, prep.lengths, states, state, None, y,
         seq, groups, chunks, walk, states.shape[1], walk // stretch,
         OUTPUT=True, HAS_CARRY=h0 is not None or walks > 1, HAS_D=D is not None, TOGETHER=together,
-        STAGES=config["num_stages"], WEIGH_B=config["weigh"], VECTOR=config["vector"], num_warps=config["num_warps"], **_common(x, B, C, tile, prep, chunk),
+        STAGES=config["num_stages"], LATE=config["late"], num_warps=config["num_warps"], maxnreg=config.get("maxnreg"), **_common(x, B, C, tile, prep, chunk),
     )  # fmt: skip
     return y, state, states
 
@@ -103,7 +104,7 @@ def carries(
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
             seq, groups, chunks, stretch, count, 1,
             OUTPUT=False, HAS_CARRY=False, HAS_D=False, TOGETHER=together,
-            STAGES=config["num_stages"], WEIGH_B=config["weigh"], VECTOR=config["vector"], num_warps=config["num_warps"], **_common(x, B, B, tile, prep, chunk),
+            STAGES=config["num_stages"], LATE=config["late"], num_warps=config["num_warps"], maxnreg=config.get("maxnreg"), **_common(x, B, B, tile, prep, chunk),
         )  # fmt: skip
     _join[(triton.cdiv(head_dim * width, 1024), heads, batch)](
         out, decays, h0, count, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
@@ -121,20 +122,27 @@ class Tiling(tuple):
 
 
 def tiling(head_dim: int, width: int, dtype: torch.dtype) -> Tiling:
-    """One tile or two of 128 bytes a row, so many as the registers hold beside a state of `width` rows."""
-    columns = narrowest(dtype)
-    two = head_dim > columns and width <= 128 and dtype != torch.float32
-    return Tiling((columns, columns if two else 0, triton.cdiv(head_dim, columns * (1 + two))))
+    """Powers of two that cover head_dim, one or two where that fills less (80 = 64 + 16, not 128), of one program or several:
+    a state of `width` rows and these columns must fit the registers."""
+    least = narrowest(dtype)
+    most = 32768 // dtype.itemsize**2 * 2 // max(64, triton.next_power_of_2(width))
+    first = max(least, min(128 // dtype.itemsize, most, triton.next_power_of_2(head_dim)))
+    if head_dim <= first or 2 * first > most:
+        return Tiling((first, 0, triton.cdiv(head_dim, first)))
+    second = max(least, min(first, triton.next_power_of_2(head_dim - first)))
+    return Tiling((first, second, triton.cdiv(head_dim, first + second)))
 
 
 def cut(chunks: int, programs: int, slots: int) -> tuple[int, int]:
     """(chunks of a walk, chunks of a stretch of the first pass), for `programs` a walk on a GPU that holds `slots` at a time.
 
-    The time of a pass is the number of rounds times the length of a round's walk; the first pass costs 0.4 of the second a
-    token, and spares the last walk."""
+    A pass takes as many rounds as the GPU needs, each as long as one program's chunks and 2 more to begin and end; a chunk of
+    the first pass is 0.4 of one of the second, and the last walk needs none."""
 
     def cost(walks: int) -> float:
-        return (triton.cdiv(programs * walks, slots) + 0.4 * triton.cdiv(programs * (walks - 1), slots)) / walks
+        walk = triton.cdiv(chunks, walks)
+        second = triton.cdiv(programs * walks, slots) * (walk + 2)
+        return second + triton.cdiv(programs * (walks - 1) * PIECES, slots) * (0.4 * walk / PIECES + 2)
 
     walks = min(range(1, max(1, min(64, chunks // 4)) + 1), key=cost)
     stretch = triton.cdiv(chunks, walks * PIECES)
@@ -184,7 +192,7 @@ def _walk(
     x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
     WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WEIGH_B: tl.constexpr, VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """`walk` chunks of TOGETHER heads, or of a part of one head's columns; grid (heads / TOGETHER * parts, walks, batch).
 
@@ -209,7 +217,7 @@ def _walk(
     states = ()
     through = ()
     for h in tl.static_range(TOGETHER):
-        through += (tl.zeros((N,), dtype=tl.float32) if VECTOR else 0.0,)
+        through += (0.0,)
         for t in tl.static_range(TILES):
             p = part * BLOCK + t * FIRST + tl.arange(0, SECOND if t else FIRST)
             if HAS_CARRY:
@@ -222,7 +230,8 @@ def _walk(
     for c in tl.range(begin, end, num_stages=STAGES):
         token = tl.cast(c, tl.int64) * CHUNK
         real = token + i < length
-        b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
+        if not LATE:
+            b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
         x_row = x_ptr + batch * x_batch + token * x_token + head * x_part + i * x_token
         if OUTPUT:
             q = _tile(C_ptr + batch * C_batch + token * C_token + group * C_part + i * C_token, n, real, WIDTH, N)
@@ -240,23 +249,15 @@ def _walk(
             at = (batch * HEADS + head + h) * padded + token
             d = tl.load(d_ptr + at + i)
             logs = tl.load(logs_ptr + at + i) * LOG2E
-            if VECTOR:
-                total = tl.load(logs_ptr + at + CHUNK - 1 + n * 0) * LOG2E
-                into, onto = logs, tl.load(logs_ptr + at + CHUNK - 1 + i * 0) * LOG2E - logs
-            else:
-                total = tl.load(logs_ptr + at + CHUNK - 1) * LOG2E
-                into, onto = logs, total - logs
+            total = tl.load(logs_ptr + at + CHUNK - 1) * LOG2E
+            into, onto = logs, total - logs
             if DOCUMENTS:
                 into = tl.where(own == 0, into, float("-inf"))
                 onto = tl.where(own == last, onto, float("-inf"))
                 total = tl.where(last == 0, total, float("-inf"))
             onto = tl.exp2(onto) * d
             keep = tl.exp2(total)
-            if VECTOR:
-                keep = keep[:, None]
             through_after += (through[h] + total,)
-            if WEIGH_B:
-                weighted = (tl.trans(b) * onto[None, :]).to(b.dtype)
             if OUTPUT:
                 into = tl.exp2(into)
                 decay = tl.exp2(tl.where(seen, logs[:, None] - logs[None, :], float("-inf")))
@@ -273,13 +274,14 @@ def _walk(
                     if DOCUMENTS:
                         y = tl.where(real[:, None], y, 0.0)
                     y_row = y_ptr + ((batch * seq + token) * HEADS + head + h) * HEAD_DIM + i * HEADS * HEAD_DIM
-                    inside = (token + i < seq)[:, None] & (p < HEAD_DIM)[None, :]
-                    tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=inside)
-                if WEIGH_B:
-                    states_after += (tl.dot(weighted, v, s * keep, input_precision=PRECISION),)
-                else:
-                    u = (v * onto[:, None]).to(v.dtype)
-                    states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
+                    fits = (token + i < seq)[:, None]
+                    if HEAD_DIM % BLOCK:
+                        fits &= (p < HEAD_DIM)[None, :]
+                    tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=fits)
+                if LATE and h == 0 and t == 0:
+                    b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
+                u = (v * onto[:, None]).to(v.dtype)
+                states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
         states = states_after
         through = through_after
     for h in tl.static_range(TOGETHER):
@@ -291,10 +293,7 @@ def _walk(
             if not OUTPUT or end == chunks:
                 _write(state_ptr + at, states[h * TILES + t], n, p, WIDTH, HEAD_DIM)
         if not OUTPUT:
-            if VECTOR:
-                tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h + n * 0, tl.exp2(through[h]), mask=n == 0)
-            else:
-                tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
+            tl.store(decays_ptr + (batch * count + number + 1) * HEADS + head + h, tl.exp2(through[h]))
 
 
 @triton.jit
