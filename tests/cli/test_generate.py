@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -287,3 +288,20 @@ def test_piped_chat_gives_one_answer(folder: Path, tmp_path: Path) -> None:
     result = run("chat", tmp_path / "plain", "--max-tokens", 7, "--seed", 1, stdin="hi\n")
     assert result.exit_code == 0, result.output
     assert NO_TEMPLATE in result.stderr
+
+
+def test_weights_of_low_precision(folder: Path) -> None:
+    """The choice and its memory are printed, the answer is the library's, a wrong name is one line."""
+    options = ("--prompt", "ab", "--max-tokens", 12, "--temperature", 0, "--device", "cpu")
+    result = run("generate", folder, *options, "--weights", "int8")
+    assert result.exit_code == 0, result.output
+    want = LLM(folder, device="cpu", weights="int8").generate("ab", SamplingParams(temperature=0, max_tokens=12))[0]
+    assert result.stdout == want.text + "\n"
+    assert re.search(r"weights int8: 0\.\d MiB instead of 0\.\d MiB in float32", result.stderr)
+    assert (
+        "weights bf16"
+        in run("chat", folder, "--max-tokens", 2, "--device", "cpu", "--weights", "bf16", stdin="hi").stderr
+    )
+    wrong = run("generate", folder, *options, "--weights", "int4")
+    assert isinstance(wrong.exception, RequestError)
+    assert 'use one of "bf16", "int8"' in str(wrong.exception)

@@ -71,3 +71,24 @@ def test_window_of_no_tokens(capsys, tmp_path, tokenizer, model) -> None:
     (tmp_path / "a.txt").write_text("text")
     code, _, err = run(capsys, "eval", tmp_path / "model", "--ppl", tmp_path / "a.txt", "--seq", 0)
     assert (code, "seq = 0 leaves no token to predict" in err) == (2, True)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_the_cost_of_weights_is_printed(capsys, tmp_path, tokenizer, model, weights: str) -> None:
+    """Both scores and their difference, in words and as JSON; a random model loses next to nothing."""
+    save(model, tmp_path / "model", tokenizer=tokenizer)
+    (tmp_path / "a.txt").write_text("".join(TEXTS))
+    asked = ("eval", tmp_path / "model", "--ppl", tmp_path / "a.txt", "--device", "cpu", "--weights", weights)
+    code, out, _ = run(capsys, *asked, "--json")
+    assert code == 0
+    printed = json.loads(out)
+    full, low = printed["nats_per_token"], printed["weights"]["nats_per_token"]
+    assert printed["weights"]["name"] == weights
+    assert full != low
+    assert abs(full - low) < 0.01
+    code, out, _ = run(capsys, *asked)
+    assert f"with weights {weights}, and the difference:" in out
+    assert f"{low:.4f} ({low - full:+.5f})" in out
+    code, _, err = run(capsys, *asked[:-1], "int2")
+    assert code != 0
+    assert 'weights = "int2" is not known' in err

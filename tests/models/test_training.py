@@ -6,10 +6,12 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from alloy.models.configs import DecoderConfig, HybridConfig
 from alloy.models.hybrid import HybridLM
 from alloy.models.llama import DecoderLM
+from alloy.ops import use_backend
 from tests.models.zoo import CONFIGS, build, hybrid, random_tokens
 
 DOCUMENTS = torch.tensor([[0] * 6 + [1] * 4 + [-1] * 3, [-1] * 2 + [0] * 11])
@@ -28,8 +30,8 @@ def test_checkpointing_changes_nothing(name: str) -> None:
         calls += 1
 
     model.layers[0].register_forward_pre_hook(count)
-    for checkpointing in (False, True):
-        model.gradient_checkpointing = checkpointing
+    for mode in ("none", "selective", "full"):
+        model.checkpointing = mode
         model.zero_grad()
         out = model(tokens, documents=DOCUMENTS, return_mtp=has_mtp)
         value = out.logits[DOCUMENTS >= 0].square().mean() + sum(r.balance for r in out.routers)
@@ -37,15 +39,28 @@ def test_checkpointing_changes_nothing(name: str) -> None:
         value.backward()
         grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         results.append((value.detach(), grads, [(r.counts, r.balance, r.entropy) for r in out.routers]))
-    assert calls == 3
-    (loss, grads, routers), (loss2, grads2, routers2) = results
-    assert torch.equal(loss, loss2)
-    for a, b in zip(grads, grads2, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, atol=0, rtol=1e-6)
-    for mine, theirs in zip(routers, routers2, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert calls == 5
+    (loss, grads, routers), *others = results
+    for loss2, grads2, routers2 in others:
+        assert torch.equal(loss, loss2)
+        for a, b in zip(grads, grads2, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, atol=0, rtol=1e-6)
+        for mine, theirs in zip(routers, routers2, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_selective_checkpointing_multiplies_once() -> None:
+    """No matmul of a block is computed again, which "full" does to all of them."""
+    model, tokens = build("dense").train(), random_tokens(2, 64)
+    flops: dict[str, int] = {}
+    for mode in ("none", "selective", "full"):
+        model.checkpointing = mode
+        with use_backend("torch"), FlopCounterMode(display=False) as counter:
+            model(tokens, logits=None).last_hidden.square().mean().backward()
+        flops[mode] = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    assert flops["none"] == flops["selective"] < flops["full"]
 
 
 def test_router_stats_count_real_tokens_only() -> None:

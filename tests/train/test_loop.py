@@ -13,6 +13,7 @@ import torch
 from alloy.core.recipe import RunOptions, run
 from alloy.core.runs import RunDir
 from alloy.errors import AlloyError, InterruptedRun, RecipeError
+from alloy.models.registry import load
 from alloy.train.loop import StopSignals
 from alloy.train.recipe import TrainTable, micro_batches
 from tests.train.tiny import curve, losses, tiny, train
@@ -31,7 +32,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("train.micro_batch=1",),
         ("train.micro_batch=6",),
-        ("train.micro_batch=12", "train.checkpointing=true"),
+        ("train.micro_batch=12", "train.checkpointing=full"),
+        ("train.micro_batch=12", "train.checkpointing=selective"),
     ],
 )
 def test_micro_batch_and_checkpointing_leave_the_loss(reference: Path, overrides: tuple[str, ...]) -> None:
@@ -52,6 +54,20 @@ def test_bf16_stays_near_fp32(reference: Path) -> None:
     low = [line["loss"] for line in curve(reference / "bf16") if "loss" in line]
     torch.testing.assert_close(low, whole, rtol=2e-2, atol=0)
     assert low != whole
+
+
+def test_bf16_pure_holds_everything_in_bf16(reference: Path) -> None:
+    """Half the bytes of parameters and moments, the curve near fp32's; the exported model is bf16 with fp32 islands."""
+    train(reference, "pure", "train.precision=bf16-pure", "train.optimizer=adamw")
+    if not (reference / "adamw").exists():
+        train(reference, "adamw", "train.optimizer=adamw")
+    whole = [line["loss"] for line in curve(reference / "adamw") if "loss" in line]
+    low = [line["loss"] for line in curve(reference / "pure") if "loss" in line]
+    torch.testing.assert_close(low, whole, rtol=3e-2, atol=0)
+    model, _ = load(reference / "pure" / "checkpoint")
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    fp32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert fp32 == {name for name in dtypes if name.endswith(("A_log", "dt_bias", ".D"))}
 
 
 def test_training_learns_and_logs(reference: Path) -> None:

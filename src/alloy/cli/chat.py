@@ -24,8 +24,10 @@ from alloy.cli.generate import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     draft_setting,
     stats_line,
+    weights_line,
 )
 from alloy.errors import AlloyError, RequestError
 
@@ -60,6 +62,7 @@ def chat(
     max_model_len: MaxModelLen = None,
     dtype: Dtype = None,
     device: Device = "auto",
+    weights: Weights = None,
 ) -> None:
     """Talk to a model; /help lists what can be typed besides messages."""
     from alloy.engine.core import LLM
@@ -74,7 +77,16 @@ def chat(
         seed=seed,
         thinking_budget=thinking_budget,
     )
-    llm = LLM(model, max_model_len=max_model_len, dtype=dtype, device=device, speculate=draft_setting(speculate))
+    llm = LLM(
+        model,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        device=device,
+        speculate=draft_setting(speculate),
+        weights=weights,
+    )
+    if weights is not None:
+        sys.stderr.write(weights_line(llm) + "\n")
     talk = Conversation(
         llm, params, Console(highlight=False, soft_wrap=True), system, {} if thinking else {"enable_thinking": False}
     )

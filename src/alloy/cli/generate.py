@@ -31,6 +31,10 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampled answers repeatable
 Speculate = Annotated[str, typer.Option(metavar="auto|N", help="Drafts of the MTP layers per step; 0: none.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="bf16|int8", help="Keep the matrices in this precision, on a CPU; default: as loaded."),
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus answer; default: the model's.")]
 
 
@@ -62,6 +66,7 @@ def generate(
     max_model_len: MaxModelLen = None,
     dtype: Dtype = None,
     device: Device = "auto",
+    weights: Weights = None,
 ) -> None:
     """Continue --prompt and print the answer as it comes, or answer every line of --input into --output."""
     if bool(prompt) == (source is not None):
@@ -92,7 +97,17 @@ def generate(
     drafts = draft_setting(speculate)
     from alloy.engine.core import LLM
 
-    llm = LLM(model, max_model_len=max_model_len, dtype=dtype, device=device, max_seqs=max_seqs, speculate=drafts)
+    llm = LLM(
+        model,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        device=device,
+        max_seqs=max_seqs,
+        speculate=drafts,
+        weights=weights,
+    )
+    if weights is not None:
+        sys.stderr.write(weights_line(llm) + "\n")
     if source is not None and target is not None:
         _answer_file(llm, tasks, source, target)
     else:
@@ -125,6 +140,16 @@ def stats_line(stats: "EngineStats") -> str:
         f"{kept / tried:.0%}" for kept, tried in zip(stats.accepted_at, stats.drafted_at, strict=True) if tried
     )
     return f"{prompt}; {answer}; drafts kept {stats.acceptance_rate:.0%} (by position {places})"
+
+
+def weights_line(llm: "LLM") -> str:
+    """The precision of the matrices and the memory it takes, in one line."""
+    from alloy.models.quant import full_bytes, weight_bytes
+
+    model = llm.model
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    now, full = weight_bytes(model) / 2**20, full_bytes(model) / 2**20
+    return f"weights {model.weights}: {now:,.1f} MiB instead of {full:,.1f} MiB in {dtype}"
 
 
 @dataclass(frozen=True)

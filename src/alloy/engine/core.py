@@ -17,6 +17,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from alloy.core.device import resolve_device
 from alloy.engine.codec import THINK, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
 from alloy.engine.graphs import DecodeGraphs, new_pool, obstacle
@@ -28,6 +29,7 @@ from alloy.engine.speculate import DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 from alloy.models.paged import STATE_DTYPES
+from alloy.models.quant import check_place, parse_weights, quantize_weights
 from alloy.models.registry import load
 
 Prompt = str | Items[int]
@@ -58,7 +60,7 @@ class LLM:
         dtype, device: as in `alloy.load`, for a path
         max_seqs: sequences that run at once
         speculate: drafts of the model's MTP layers per step; "auto" measures the best number; 0: none
-        weights: low-precision weights, which this version does not have
+        weights: of a model given as a path, on a CPU: "bf16" or "int8" keeps its matrices in that precision; None: as loaded
         max_step_tokens: prompt tokens per model call; default: 512 on a CPU, else 2048
         graphs: replay decode steps as CUDA graphs where the device and the model's kernels allow it
         state_dtype: of recurrent states: float32, bfloat16, float16, or float16-sr, which rounds stochastically and needs
@@ -79,15 +81,21 @@ class LLM:
         graphs: bool = True,
         state_dtype: str = "float32",
     ) -> None:
-        if weights is not None:
-            raise RequestError(
-                f'weights = "{weights}": weights of low precision are not available yet; leave it out and use dtype'
-            )
+        kind = None if weights is None else parse_weights(weights)
         if isinstance(model, CausalLM):
+            if kind is not None:
+                raise RequestError(
+                    f'weights = "{kind}" would change the model that was given; give its folder, or call '
+                    "alloy.models.quant.quantize_weights on it first"
+                )
             self.model = model
         else:
+            if kind is not None:
+                check_place(kind, resolve_device(device))
             self.model, found = load(model, dtype=dtype, device=device)
             tokenizer = tokenizer or found
+            if kind is not None:
+                quantize_weights(self.model, kind)
         self.tokenizer = tokenizer
         config = self.model.config
         if tokenizer is not None and len(tokenizer) > config.vocab:
@@ -95,8 +103,8 @@ class LLM:
                 f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {config.vocab}"
             )
         self.max_model_len = max_model_len if max_model_len is not None else config.max_positions
-        kind = self.model.embed.weight.device.type
-        self.max_step_tokens = max_step_tokens or STEP_TOKENS.get(kind, STEP_TOKENS_ACCELERATOR)
+        place = self.model.embed.weight.device.type
+        self.max_step_tokens = max_step_tokens or STEP_TOKENS.get(place, STEP_TOKENS_ACCELERATOR)
         self.max_seqs = max_seqs
         for name, value in (("max_model_len", self.max_model_len), ("max_seqs", max_seqs)):
             if value < 1:

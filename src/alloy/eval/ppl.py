@@ -6,7 +6,7 @@ said in losses/likelihood.py, which validation in training shares.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +16,8 @@ from alloy.data.tokens import TextEncoder
 from alloy.errors import DataError
 from alloy.losses.likelihood import document_nats
 from alloy.models.base import CausalLM
+from alloy.models.quant import quantize_weights
+from alloy.ops.quant import Weights
 
 # windows longer than this cost memory and change little
 LONGEST_WINDOW = 4096
@@ -35,6 +37,16 @@ class Score:
     def as_dict(self) -> dict[str, float]:
         """Plain values, for metrics and JSON."""
         return asdict(self)
+
+
+def with_weights(
+    model: CausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document | str], seq: int, weights: Weights
+) -> tuple[Score, Score]:
+    """Scores of the same text before and after the matrices of `model` are turned, in place, into `weights`."""
+    encoder = TextEncoder(tokenizer)
+    before = bits_per_byte(model, tokenizer, documents, seq, encoder)
+    quantize_weights(model, weights)
+    return before, bits_per_byte(model, tokenizer, documents, seq, encoder)
 
 
 def bits_per_byte(

@@ -12,11 +12,11 @@ from typing import Literal, Protocol, Self, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from alloy.errors import RequestError
 from alloy.models.cache import Cache, DenseCache
-from alloy.models.configs import DecoderConfig, HybridConfig, Mixer
+from alloy.models.checkpointing import run_block
+from alloy.models.configs import Checkpointing, DecoderConfig, HybridConfig, Mixer
 from alloy.models.paged import PagedCache
 from alloy.ops.documents import Packing, read_packing, segment_ids
 
@@ -296,6 +296,8 @@ class CausalLM(nn.Module):
     config: HybridConfig | DecoderConfig
     # another library whose numbers are reproduced, set by the loader
     compat: str | None = None
+    # low precision of the matrices, set by `models.quant.quantize_weights`
+    weights: str | None = None
     embed: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
@@ -303,8 +305,8 @@ class CausalLM(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # recompute every block in the backward pass instead of keeping its activations
-        self.gradient_checkpointing = False
+        # what of each block's activations is kept for the backward pass
+        self.checkpointing: Checkpointing = "none"
         # unknown keys of a foreign config.json, written back on save
         self.foreign: dict[str, object] = {}
         # content of generation_config.json, written back on save
@@ -492,13 +494,13 @@ class CausalLM(nn.Module):
     def run_layer(
         self, layer: Layer, residual: Tensor, delta: Tensor | None, layout: Layout, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None, RouterStats | None]:
-        """One block, recomputed in the backward pass if `gradient_checkpointing` is set; residual and delta
+        """One block, partly computed again in the backward pass if `checkpointing` says so; residual and delta
         (batch, seq, hidden)."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        mode = self.checkpointing if self.training else "none"
+        if mode == "full" and delta is not None:
             # one tensor to keep instead of two
-            x = residual if delta is None else residual + delta
-            return checkpoint(layer, x, None, layout, cache, use_reentrant=False, preserve_rng_state=False)
-        return layer(residual, delta, layout, cache)
+            residual, delta = residual + delta, None
+        return run_block(mode, layer, residual, delta, layout, cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -20,6 +20,8 @@ from alloy.core.recipe import Config
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Activation = Literal["relu2", "silu", "gelu", "relu"]
+# how much of a block is computed again in the backward pass of training
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class MambaConfig(Config):

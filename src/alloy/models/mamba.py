@@ -19,9 +19,13 @@ from alloy.models.blocks import Linear
 from alloy.models.cache import Cache, MambaDraft
 from alloy.models.configs import MambaConfig
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi
+from alloy.ops.mamba_scan import mamba_scan, split
 from alloy.ops.mamba_step import mamba_step
 from alloy.ops.norm import gated_rms_norm
 from alloy.ops.ssd import ssd_scan, ssd_step_multi
+
+# of a tensor: where it lies, and how often it was changed in place, where that is counted
+Version = tuple[int, int | None]
 
 
 class ConvWeight(nn.Module):
@@ -80,7 +84,9 @@ class Mamba(nn.Module):
         self.layer = layer
         self.prefill_limit = self.decode_limit = config.time_step_limit
         self._held: Tensor | None = None
-        self._held_version: tuple[int, int | None] = 0, None
+        self._held_version: Version = 0, None
+        self._taps: Tensor | None = None
+        self._taps_version: Version = 0, None
         width = config.inner + config.channels + config.heads
         self.in_proj = Linear(config.hidden, width, config.proj_bias, device=device, dtype=dtype)
         self.conv = ConvWeight(config, device, dtype)
@@ -131,37 +137,53 @@ class Mamba(nn.Module):
 
     def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., channels) -> x (..., heads, head_dim), B and C (..., groups, state), views."""
-        config = self.config
-        wide = config.groups * config.state
-        x, b, c = xbc.split([config.inner, wide, wide], dim=-1)
-        return (
-            x.unflatten(-1, (config.heads, -1)),
-            b.unflatten(-1, (config.groups, -1)),
-            c.unflatten(-1, (config.groups, -1)),
-        )
+        return split(xbc, self.config.inner, self.config.head_dim, self.config.groups)
 
     def _rates(self) -> Tensor:
         """A (heads,)."""
         return -self.A_log.float().exp()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _held_rates(self) -> Tensor:
         """A, computed when A_log changed, and always in the same memory, which captured steps read."""
-        version = self.A_log.data_ptr(), None if self.A_log.is_inference() else self.A_log._version
+        version = _version(self.A_log)
+        if self._held is None or version != self._held_version or version[1] is None:
+            self._hold_rates()
+            self._held_version = version
+        return cast(Tensor, self._held)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _hold_rates(self) -> None:
         if self._held is None or self._held.device != self.A_log.device:
             self._held = self._rates()
-        elif version != self._held_version or version[1] is None:
+        else:
             self._held.copy_(self._rates())
-        self._held_version = version
-        return self._held
+
+    def _held_taps(self) -> Tensor:
+        """The convolution's weight (channels, kernel); on a CPU the channels of a tap lie side by side, as the step reads."""
+        weight, version = self.conv.weight, _version(self.conv.weight)
+        if weight.device.type != "cpu":
+            return weight
+        if self._taps is None or version != self._taps_version or version[1] is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._taps = weight.detach().t().contiguous().t()
+            self._taps_version = version
+        return self._taps
 
     def _scan(self, xbc: Tensor, dt: Tensor, documents: Tensor | None) -> Tensor:
-        xbc = cast(Tensor, causal_conv1d(xbc, self.conv.weight, self.conv.bias, documents=documents))
-        x, B, C = self._split(xbc)
-        limit = self.prefill_limit
-        y = ssd_scan(x, dt, self._rates(), B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, documents=documents)
-        return cast(Tensor, y)
+        return mamba_scan(
+            xbc,
+            dt,
+            self._rates(),
+            self.D,
+            self.dt_bias,
+            self.conv.weight,
+            self.conv.bias,
+            head_dim=self.config.head_dim,
+            groups=self.config.groups,
+            dt_limit=self.prefill_limit,
+            documents=documents,
+        )
 
     def _prefill(self, xbc: Tensor, dt: Tensor, layout: Layout, cache: Cache) -> Tensor:
         # an empty cache holds zeros
@@ -198,7 +220,7 @@ class Mamba(nn.Module):
             projected,
             cache.conv(self.layer),
             cache.ssm(self.layer),
-            self.conv.weight,
+            self._held_taps(),
             self.conv.bias,
             self._held_rates(),
             self.D,
@@ -223,3 +245,8 @@ class Mamba(nn.Module):
         return ssd_step_multi(
             cache.ssm(self.layer), x, dt, draft.A, B, C, self.D, dt_bias=self.dt_bias, dt_limit=limit, slots=slots
         )
+
+
+def _version(x: Tensor) -> Version:
+    """Differs when x (any shape) may have changed."""
+    return x.data_ptr(), None if x.is_inference() else x._version

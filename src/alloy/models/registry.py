@@ -14,7 +14,7 @@ from alloy.core.logging import get_logger
 from alloy.core.registry import Registry
 from alloy.core.runs import atomic_write
 from alloy.core.tokenizer import load_tokenizer, save_tokenizer
-from alloy.errors import CheckpointError, RecipeError
+from alloy.errors import CheckpointError, RecipeError, RequestError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig, HybridConfig
 from alloy.models.hf.config import parse_style, read_config, read_json, write_config
@@ -171,6 +171,11 @@ def save(
         max_shard_bytes: larger models are cut into several files
         progress: called with the bytes of every tensor written
     """
+    if model.weights is not None:
+        raise RequestError(
+            f'a model with weights = "{model.weights}" cannot be saved: what they were rounded from is gone; '
+            "save the model before, and quantise on load"
+        )
     folder, config = Path(path), model.config
     name = str(model.embed.weight.dtype).removeprefix("torch.")
     data = write_config(config, model.foreign, parse_style(config_style), name)

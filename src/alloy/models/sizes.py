@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from alloy.errors import RecipeError, ResourceError
 from alloy.models.configs import (
     AttentionConfig,
+    Checkpointing,
     DecoderConfig,
     HybridConfig,
     LinearConfig,
@@ -475,9 +476,10 @@ def training_bytes(
     ranks: int = 1,
     moments: int = 2,
     dtype: str = "float32",
-    checkpointing: bool = False,
+    parameter_bytes: int = 4,
+    checkpointing: Checkpointing = "none",
 ) -> int:
-    """Estimate of what training takes on one rank: fp32 parameters, gradients and moments, shared by the ranks, and
+    """Estimate of what training takes on one rank: parameters, gradients and moments, shared by the ranks, and
     activations of one micro-batch.
 
     Args:
@@ -486,12 +488,16 @@ def training_bytes(
         ranks: that share parameters, gradients and moments
         moments: of the optimizer (AdamW 2, Muon 1)
         dtype: in which activations are kept
-        checkpointing: only the residual stream and the widest layer are kept
+        parameter_bytes: of one parameter, its gradient and each of its moments
+        checkpointing: "full" keeps only the residual stream and the widest layer, "selective" the results of matmuls too
     """
-    states = (parameters(config) + mtp_parameters(config)) * 4 * (2 + moments) / ranks
+    states = (parameters(config) + mtp_parameters(config)) * parameter_bytes * (2 + moments) / ranks
     mixers = backbone_mixers(config) + list(_mtp_mixers(config))
     inner = [2 * _inner_elements(mixer) for mixer in mixers]
-    per_token = len(mixers) * config.hidden + (
-        max(inner) if checkpointing else sum(inner) + 2 * len(mixers) * config.hidden
-    )
+    kept = {
+        "none": sum(inner) + 2 * len(mixers) * config.hidden,
+        "selective": sum(inner) // 2 + max(inner),
+        "full": max(inner),
+    }
+    per_token = len(mixers) * config.hidden + kept[checkpointing]
     return math.ceil(states + tokens * per_token * dtype_bytes(dtype))

@@ -6,6 +6,7 @@ from alloy.ops.backend import choices, explain, use_backend
 from alloy.ops.conv import causal_conv1d, causal_conv1d_multi, causal_conv1d_step, conv_replay
 from alloy.ops.decode import count_tokens, take_largest
 from alloy.ops.linear import linear
+from alloy.ops.mamba_scan import mamba_scan
 from alloy.ops.mamba_step import mamba_step
 from alloy.ops.moe import (
     expert_counts,
@@ -36,6 +37,7 @@ __all__ = [
     "kv_append",
     "layer_norm_1p",
     "linear",
+    "mamba_scan",
     "mamba_step",
     "moe_experts",
     "moe_step",

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from alloy.ops import backend
 from alloy.ops.conv import causal_conv1d_step
+from alloy.ops.cpu import mamba_step as cpu
 from alloy.ops.norm import gated_rms_norm
 from alloy.ops.slots import check_slots
 from alloy.ops.ssd import ssd_step
 
 
-@torch.no_grad()
 def mamba_step(
     projected: Tensor,
     conv_state: Tensor,
@@ -79,23 +79,13 @@ def mamba_step(
     if sr_seed is not None and ssm_state.dtype != torch.float16:
         raise ValueError(f"mamba_step: sr_seed is for a float16 state, this one is {ssm_state.dtype}; leave it out")
     check_slots(slots, ssm_state, projected.shape[0])
-    return backend.run(
-        "mamba_step",
-        projected,
-        conv_state,
-        ssm_state,
-        conv_weight,
-        conv_bias,
-        A,
-        D,
-        dt_bias,
-        norm_weight,
-        eps,
-        (heads, head_dim, groups, state),
-        dt_limit,
-        slots,
-        sr_seed,
-    )
+    sizes = (heads, head_dim, groups, state)
+    states = (conv_state, ssm_state)
+    given = (*states, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps, sizes, dt_limit, slots, sr_seed)
+    if not torch.is_grad_enabled():
+        return backend.run("mamba_step", projected, *given)
+    with torch.no_grad():
+        return backend.run("mamba_step", projected, *given)
 
 
 def _mamba_step(
@@ -139,5 +129,29 @@ def _mamba_step(
     return gated_rms_norm(y.flatten(1), z, norm_weight, eps, inner // groups)
 
 
+def _mamba_step_cpu(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    sizes: tuple[int, int, int, int],
+    dt_limit: tuple[float, float],
+    slots: Tensor | None,
+    sr_seed: Tensor | None,
+) -> Tensor:
+    """A single row has a path of its own; with more of them the parts are what takes time."""
+    row = (projected, conv_state, ssm_state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps, sizes, dt_limit)
+    if cpu.fits(projected, conv_state, ssm_state, conv_weight, slots):
+        return cpu.mamba_row(*row)
+    return _mamba_step(*row, slots, sr_seed)
+
+
 backend.add("mamba_step", "torch", _mamba_step)
+backend.add("mamba_step", "cpu", _mamba_step_cpu)
 backend.add("mamba_step", "triton", "alloy.ops.triton.mamba_step:mamba_step")

@@ -84,7 +84,7 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_s
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, cast_first: bool) -> tuple[Tensor, Tensor]:
     total = (residual + x).to(residual.dtype)
-    # the norm by what runs on the device: this op has kernels of its own on GPUs alone
+    # the norm by what runs on the device
     return rms_norm(total, weight, eps, cast_first).to(x.dtype), total
 
 
@@ -92,6 +92,7 @@ backend.add("rms_norm", "torch", _rms_norm)
 backend.add("rms_norm", "cpu", cpu.rms_norm)
 backend.add("rms_norm", "triton", "alloy.ops.triton.norm:rms_norm")
 backend.add("add_rms_norm", "torch", _add_rms_norm)
+backend.add("add_rms_norm", "cpu", cpu.add_rms_norm)
 backend.add("add_rms_norm", "triton", "alloy.ops.triton.norm:add_rms_norm")
 backend.add("gated_rms_norm", "torch", _gated_rms_norm)
 backend.add("gated_rms_norm", "cpu", cpu.gated_rms_norm)

@@ -271,7 +271,8 @@ class Trainer(Generic[Batch]):
             _add(totals, loss.sums)
             _add(stats, loss.stats)
         own, totals, stats = totals, self._reduce(totals), self._reduce(stats)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.table.grad_clip)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # the one wait for the device in a step
         *measured, grad_norm = torch.stack([*totals.values(), norm]).tolist()
@@ -279,6 +280,9 @@ class Trainer(Generic[Batch]):
         total = sum(weights[name] * mean for name, mean in means.items())
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             self._refuse_step(total, grad_norm, own, micro, position)
+        if grad_norm > self.table.grad_clip:
+            for gradient in gradients:
+                gradient.mul_(self.table.grad_clip / grad_norm)
         factor = self._set_lr()
         self.optimizers.step()
         extra = self.task.after_step(self.model, stats)

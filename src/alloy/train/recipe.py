@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from alloy.core.recipe import Config, Recipe
 from alloy.errors import RecipeError
+from alloy.models.configs import Checkpointing
+from alloy.train.precision import Precision
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -44,9 +46,9 @@ class TrainTable(Config):
     # lowest AdamW rate; Muon's falls to the same part of its peak
     min_lr: float = 0.0
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    # recompute each block in the backward pass
-    checkpointing: bool = False
+    precision: Precision = "fp32"
+    # what is computed again in the backward pass: nothing, all but matmuls and attention, or whole blocks
+    checkpointing: Checkpointing = "none"
 
     save_every: Positive = 100
     keep_last: Positive = 2

@@ -22,7 +22,7 @@ FEW_ROWS, FEW_INPUTS = 4, 4096
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `alloy.ops.linear`."""
-    if not HAS_ONEDNN or not _is_plain(x, weight) or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
+    if not HAS_ONEDNN or not is_plain(x, weight) or x.numel() == 0 or x.shape[-1] != weight.shape[1]:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
@@ -34,8 +34,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias) if rows * weight.numel() < FEW_PRODUCTS else _product(x, weight, bias)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """fp32 tensors without autocast or a tensor subclass, which know better what a product means."""
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """x (..., inputs) and weight (..., inputs) in fp32, without autocast or a subclass, which know better what a product means."""
     return (
         x.dtype == weight.dtype == torch.float32
         and type(x) is Tensor
@@ -54,8 +54,10 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., inputs) with few rows: parts of the weight as a batch of products."""
     outputs, inputs = weight.shape
     columns = x.reshape(-1, inputs).t().expand(PARTS, -1, -1)  # (parts, inputs, rows)
-    y = torch.bmm(weight.view(PARTS, outputs // PARTS, inputs), columns).view(outputs, -1).t()
-    y = y.contiguous().view(*x.shape[:-1], outputs)
+    y = torch.bmm(weight.view(PARTS, -1, inputs), columns)  # (parts, outputs / parts, rows)
+    if y.shape[2] > 1:
+        y = y.view(outputs, -1).t().contiguous()
+    y = y.view(*x.shape[:-1], outputs)
     return y if bias is None else y + bias
 
 

@@ -5,6 +5,7 @@ all experts is made but the gradients themselves.
 Reference, formulas and papers: `alloy.ops.moe`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.ops.activation import ACTIVATIONS
-from alloy.ops.cpu.linear import linear
+from alloy.ops.cpu.linear import FEW_WEIGHTS, PARTS, is_plain, linear
 from alloy.ops.precision import wide
 
 # pairs an expert, below which reading the weights is what takes time
@@ -28,10 +29,10 @@ def moe_experts(
         return _Experts.apply(x, chosen, weights, up, down, gate, activation)
     if x.shape[0] == 1:
         return _one_token(x, chosen, weights, up, down, gate, activation)
-    return _forward(_Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)[0]
+    return _forward(Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)[0]
 
 
-class _Pairs:
+class Pairs:
     """Token-expert pairs in the order of their experts."""
 
     def __init__(self, chosen: Tensor, num_experts: int) -> None:
@@ -83,16 +84,28 @@ def _one_token(
     """Decode of a single row: each weight is read once, where it lies, and nothing is sorted."""
     act = ACTIVATIONS[activation]
     experts = chosen[0].tolist()
-    inner = torch.cat([linear(x, up[expert]) for expert in experts])  # (top_k, ffn)
-    hidden = act(inner) if gate is None else act(torch.cat([linear(x, gate[expert]) for expert in experts])) * inner
-    total = torch.zeros(x.shape, dtype=wide(x), device=x.device)
-    for row, expert, weight in zip(hidden.split(1), experts, weights[0].tolist(), strict=True):
-        total.add_(linear(row, down[expert]), alpha=weight)
-    return total.to(x.dtype)
+    same = [x] * len(experts)
+    inner = _each(same, experts, up)  # (top_k, ffn)
+    hidden = act(inner) if gate is None else act(_each(same, experts, gate)) * inner
+    y = _each(hidden.split(1), experts, down).to(wide(x))
+    return torch.mm(weights.to(y.dtype), y).to(x.dtype)
+
+
+def _each(rows: Sequence[Tensor], experts: Sequence[int], matrices: Tensor) -> Tensor:
+    """Row i (1, inputs) through expert i of matrices (experts, outputs, inputs): (rows, outputs)."""
+    outputs, inputs = matrices.shape[1:]
+    if not is_plain(rows[0], matrices) or outputs % PARTS or outputs * inputs < FEW_WEIGHTS:
+        return torch.cat([linear(row, matrices[expert]) for row, expert in zip(rows, experts, strict=True)])
+    # as `linear` does for one row, without its questions for each
+    parts = matrices.view(-1, PARTS, outputs // PARTS, inputs)
+    products = [
+        torch.bmm(parts[expert], row.t().expand(PARTS, -1, -1)) for row, expert in zip(rows, experts, strict=True)
+    ]
+    return torch.cat(products).view(len(rows), outputs)
 
 
 def _forward(
-    pairs: _Pairs, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+    pairs: Pairs, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, up x of each pair, gate x of each pair)."""
     act = ACTIVATIONS[activation]
@@ -118,7 +131,7 @@ class _Experts(torch.autograd.Function):
         gate: Tensor | None,
         activation: str,
     ) -> Tensor:
-        y, inner, opened = _forward(_Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)
+        y, inner, opened = _forward(Pairs(chosen, up.shape[0]), x, weights, up, down, gate, activation)
         ctx.save_for_backward(x, chosen, weights, up, down, gate, inner, opened)
         ctx.activation = activation
         return y
@@ -128,7 +141,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, chosen, weights, up, down, gate, inner, opened = ctx.saved_tensors
         act = ACTIVATIONS[ctx.activation]
-        pairs = _Pairs(chosen, up.shape[0])
+        pairs = Pairs(chosen, up.shape[0])
         weight = weights.flatten()[pairs.order][:, None]  # (pairs, 1)
         before = (inner if opened is None else opened).detach().requires_grad_()
         with torch.enable_grad():

@@ -279,7 +279,9 @@ def _walk(
                         fits &= (p < HEAD_DIM)[None, :]
                     tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=fits)
                 if LATE and h == 0 and t == 0:
-                    b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
+                    b = _tile(
+                        B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N
+                    )
                 u = (v * onto[:, None]).to(v.dtype)
                 states_after += (tl.dot(tl.trans(b), u, s * keep, input_precision=PRECISION),)
         states = states_after

@@ -38,7 +38,7 @@ from alloy.ops.documents import segment_ids
 from alloy.ops.moe import update_router_bias
 from alloy.parallel.mesh import World
 from alloy.train.launch import Plan, launch
-from alloy.train.precision import DTYPES
+from alloy.train.precision import DTYPES, parameter_dtype
 from alloy.train.recipe import TrainingRecipe, micro_batches
 
 
@@ -128,6 +128,7 @@ def plan(recipe: PretrainRecipe, ranks: int) -> Plan:
         ranks=ranks,
         moments=2 if table.optimizer == "adamw" else 1,
         dtype="float32" if table.precision == "fp32" else "bfloat16",
+        parameter_bytes=parameter_dtype(table.precision).itemsize,
         checkpointing=table.checkpointing,
     )
     total, active = sizes.parameters(config), sizes.parameters(config, active=True)
@@ -163,7 +164,7 @@ def dry_run(recipe: PretrainRecipe, options: RunOptions) -> RunResult:
     if known.memory_bytes > available:
         raise ResourceError(
             f"the run takes about {known.memory_bytes / 2**30:.1f} GiB a rank and {device} has {available / 2**30:.1f} GiB. "
-            "Lower train.micro_batch or set train.checkpointing=true; more ranks share parameters and optimizer state."
+            "Lower train.micro_batch or set train.checkpointing=full; more ranks share parameters and optimizer state."
         )
     return RunResult(dir=Path(), metrics=rows)
 
@@ -209,13 +210,15 @@ class PretrainTask:
 
     def build_model(self) -> nn.Module:
         """A new model, or the checkpoint's."""
-        recipe = self.recipe
+        recipe, dtype = self.recipe, parameter_dtype(self.recipe.train.precision)
         if isinstance(recipe.model, FromCheckpoint):
-            model, _ = load(resolve(recipe.model.path), dtype=torch.float32, device=self.world.device)
+            model, _ = load(resolve(recipe.model.path), dtype=dtype, device=self.world.device)
         else:
             model = build(self._config(recipe.model), device=self.world.device, dtype=torch.float32)
             model.init_weights(recipe.seed, init=recipe.init.style, dt_range=recipe.init.dt_range)
-        model.gradient_checkpointing = recipe.train.checkpointing
+            # a seed gives the same weights in every format, but for the rounding
+            model.to(dtype)
+        model.checkpointing = recipe.train.checkpointing
         config = model.config
         if self.tokenizer is not None and len(self.tokenizer) > config.vocab:
             raise RecipeError(
