@@ -1,6 +1,6 @@
-"""Run the tests marked `gpu` and keep what they said, with machine, versions and date.
+"""Run the tests of the kernels and of whole models on a GPU and keep what they said, with machine, versions and date.
 
-python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests.json
+python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests.json --processes 8
 """
 
 import argparse
@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# what runs on the GPU where there is one
+PATHS = ["tests/gpu", "tests/ops/triton", "tests/engine/test_graphs.py"]
 
 
 class Recorder:
@@ -31,15 +34,17 @@ def main() -> None:
     """Run, print what pytest prints, write the file; the exit code is pytest's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("paths", nargs="*", default=["tests/gpu"], help="what to collect (default: tests/gpu)")
+    parser.add_argument("--processes", type=int, default=1, help="tests at a time: kernels are compiled on the CPU")
+    parser.add_argument("paths", nargs="*", default=PATHS, help=f"what to collect (default: {' '.join(PATHS)})")
     options = parser.parse_args()
     recorder = Recorder()
-    code = pytest.main(["-m", "gpu", *options.paths], plugins=[recorder])
+    spread = ["-n", str(options.processes)] if options.processes > 1 else []
+    code = pytest.main([*spread, *options.paths], plugins=[recorder])
     machine = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "pydantic")},
+        **{name: version(name) for name in ("torch", "triton", "transformers", "tokenizers", "pydantic")},
         "date": datetime.now(UTC).date().isoformat(),
     }
     options.out.write_text(json.dumps({"machine": machine, "tests": recorder.tests}, indent=1) + "\n")
