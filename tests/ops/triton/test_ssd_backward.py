@@ -1,7 +1,7 @@
 """The scan's backward in Triton against autograd through the reference in float64."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from alloy.ops.ssd import _ssd_scan
 from alloy.ops.triton import tuning
 
 pytest.importorskip("triton")
-from alloy.ops.triton import ssd_backward  # noqa: E402
+from alloy.ops.triton import ssd_backward
 
 OP = "ssd_scan_backward"
 SMALL = {**tuning.CANDIDATES[OP][0], "chunk": 16, "tile": 16}
@@ -21,8 +21,25 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @dataclass
+class Inputs:
+    """Tensors of one scan and the gradients of its results."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    h0: Tensor | None
+    dy: Tensor
+    dstate: Tensor | None
+    documents: Tensor | None
+
+
+@dataclass
 class Case:
-    """Shapes and options of one scan."""
+    """Shapes and options of one scan; `documents` are the lengths of each row's documents, the last one is padding."""
 
     batch: int = 1
     seq: int = 70
@@ -36,88 +53,82 @@ class Case:
     limit: tuple[float, float] = (0.0, math.inf)
     documents: tuple[tuple[int, ...], ...] | None = None
     dstate: bool = True
-    seed: int = 0
 
-    def inputs(self, device: torch.device) -> dict[str, Tensor | None]:
+    def inputs(self, device: torch.device) -> Inputs:
         """Random inputs in the dtypes of a model; padding is NaN; x, B and C are strided views of one projection."""
-        g = torch.Generator().manual_seed(self.seed)
-        widths = (self.heads * self.head_dim, self.groups * self.state, self.groups * self.state)
-        projected = torch.randn(self.batch, self.seq, sum(widths) + 8, generator=g).to(self.dtype)
-        dt = torch.randn(self.batch, self.seq, self.heads, generator=g) - 1
-        dt = (dt if self.softplus else dt.abs() * 0.2).to(self.dtype)
+        g = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g)
+
+        widths = [self.heads * self.head_dim, self.groups * self.state, self.groups * self.state]
+        projected = draw(self.batch, self.seq, sum(widths) + 8)
+        dt = draw(self.batch, self.seq, self.heads)
+        dt = dt - 1 if self.softplus else dt.abs() * 0.2
+        dy = draw(self.batch, self.seq, self.heads, self.head_dim)
+        state = (self.batch, self.heads, self.head_dim, self.state)
+        documents = None
         if self.documents is not None:
-            padding = self.labels() < 0
-            projected[padding], dt[padding] = math.nan, math.nan
-        x, B, C = projected.to(device)[..., : sum(widths)].split(widths, -1)
-        rest = {
-            "A": -torch.rand(self.heads, generator=g) * 3 - 0.05,
-            "D": None if self.plain else torch.randn(self.heads, generator=g),
-            "dt_bias": None if self.plain else torch.randn(self.heads, generator=g).abs() * 0.1,
-            "h0": None if self.plain else torch.randn(self.batch, self.heads, self.head_dim, self.state, generator=g),
-        }
-        return {
-            "x": x.unflatten(-1, (self.heads, -1)),
-            "dt": dt.to(device),
-            "B": B.unflatten(-1, (self.groups, -1)),
-            "C": C.unflatten(-1, (self.groups, -1)),
-            **{name: None if t is None else t.to(device) for name, t in rest.items()},
-        }
-
-    def labels(self) -> Tensor:
-        """documents as a tensor, each row given as lengths: the last is padding."""
-        assert self.documents is not None, "a case with documents"
-        rows = [[*range(len(lengths) - 1), -1] for lengths in self.documents]
-        return torch.stack(
-            [torch.tensor(r).repeat_interleave(torch.tensor(n)) for r, n in zip(rows, self.documents, strict=True)]
-        ).to(torch.int32)
+            documents = torch.tensor(
+                [[i if i < len(row) - 1 else -1 for i, n in enumerate(row) for _ in range(n)] for row in self.documents]
+            )
+            for t in (projected, dt, dy):
+                t[documents < 0] = math.nan
+        x, B, C = projected.to(device, self.dtype)[..., : sum(widths)].split(widths, -1)
+        return Inputs(
+            x=x.unflatten(-1, (self.heads, -1)),
+            dt=dt.to(device, self.dtype),
+            A=(-torch.rand(self.heads, generator=g) * 3 - 0.05).to(device),
+            B=B.unflatten(-1, (self.groups, -1)),
+            C=C.unflatten(-1, (self.groups, -1)),
+            D=None if self.plain else draw(self.heads).to(device),
+            dt_bias=None if self.plain else draw(self.heads).abs().mul(0.1).to(device),
+            h0=None if self.plain else draw(*state).to(device),
+            dy=dy.to(device, self.dtype),
+            dstate=draw(*state).to(device) if self.dstate else None,
+            documents=None if documents is None else documents.to(device, torch.int32),
+        )
 
 
-def outputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Random gradients of y and of the final state; NaN for padding."""
-    g = torch.Generator().manual_seed(case.seed + 1)
-    dy = torch.randn(case.batch, case.seq, case.heads, case.head_dim, generator=g).to(case.dtype)
-    if case.documents is not None:
-        dy[case.labels() < 0] = math.nan
-    dstate = torch.randn(case.batch, case.heads, case.head_dim, case.state, generator=g)
-    return dy.to(device), dstate.to(device) if case.dstate else None
-
-
-def run(case: Case, device: torch.device) -> dict[str, Tensor]:
-    i = case.inputs(device)
-    dy, dstate = outputs(case, device)
-    documents = None if case.documents is None else case.labels().to(device)
+def run(case: Case, i: Inputs) -> dict[str, Tensor]:
+    """The kernels' gradients by name."""
     got = ssd_backward.backward(
-        dy, dstate, i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["dt_bias"], case.softplus, case.limit, i["h0"],
-        documents, 64,
-    )  # fmt: skip
-    order = ("x", "dt", "A", "B", "C", "D", "dt_bias", "h0")
-    assert all((g is None) == (i[name] is None) for name, g in zip(order, got, strict=True))
-    return {name: g for name, g in zip(order, got, strict=True) if g is not None}
+        i.dy, i.dstate, i.x, i.dt, i.A, i.B, i.C, i.D, i.dt_bias, case.softplus, case.limit, i.h0, i.documents, 64
+    )
+    assert all((g is None) == (vars(i)[name] is None) for name, g in zip(NAMES, got, strict=True))
+    return {name: g for name, g in zip(NAMES, got, strict=True) if g is not None}
 
 
-def reference(case: Case, device: torch.device) -> dict[str, Tensor]:
-    i = {name: None if t is None else t.double().requires_grad_() for name, t in case.inputs(device).items()}
-    documents = None if case.documents is None else case.labels().to(device)
+def reference(case: Case, i: Inputs) -> dict[str, Tensor]:
+    """Autograd's in float64 by name."""
+    wide = {name: t.double().requires_grad_() for name in NAMES if (t := vars(i)[name]) is not None}
+    j = replace(i, **wide)
     y, state = _ssd_scan(
-        i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["dt_bias"], case.softplus, case.limit, i["h0"],
-        documents, 64, True,
-    )  # fmt: skip
-    dy, dstate = outputs(case, device)
-    if documents is not None:
-        dy = torch.where(segment_ids(documents)[1][..., None, None], dy, 0)
+        j.x, j.dt, j.A, j.B, j.C, j.D, j.dt_bias, case.softplus, case.limit, j.h0, i.documents, 64, True
+    )
+    dy = i.dy if i.documents is None else torch.where(segment_ids(i.documents)[1][..., None, None], i.dy, 0)
     loss = (y * dy.double()).sum()
-    if dstate is not None:
-        loss = loss + (state * dstate.double()).sum()
-    given = {name: t for name, t in i.items() if t is not None}
-    return dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
+    if i.dstate is not None:
+        loss = loss + (state * i.dstate.double()).sum()
+    return dict(zip(wide, torch.autograd.grad(loss, list(wide.values())), strict=True))
+
+
+def errors(case: Case, device: torch.device) -> dict[str, float]:
+    """|got - want| / |want| by name."""
+    i = case.inputs(device)
+    got, want = run(case, i), reference(case, i)
+    return {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
 
 
 def check(case: Case, device: torch.device) -> None:
-    tolerance = 1e-4 if case.dtype == torch.float32 else 1e-2
-    got, want = run(case, device), reference(case, device)
-    assert got.keys() == want.keys()
-    errors = {name: float((got[name].double() - want[name]).norm() / want[name].norm()) for name in want}
-    assert all(error < tolerance for error in errors.values()), errors
+    found = errors(case, device)
+    assert all(error < (1e-4 if case.dtype == torch.float32 else 1e-2) for error in found.values()), found
+
+
+def check_repetition(case: Case, device: torch.device) -> None:
+    i = case.inputs(device)
+    first, second = run(case, i), run(case, i)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 CASES = {
@@ -135,53 +146,51 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks and segments, so that few tokens cross many of them."""
-    monkeypatch.setattr(ssd_backward, "TOKENS", 1)
+    monkeypatch.setattr(ssd_backward, "SCRATCH", 0)
     monkeypatch.setattr(ssd_backward, "HEADS", 2)
     with tuning.override(OP, SMALL):
         check(CASES[name], device)
 
 
 def test_gradients_are_the_same_each_time(device: torch.device) -> None:
-    case = Case(seq=80)
     with tuning.override(OP, SMALL):
-        first, second = run(case, device), run(case, device)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+        check_repetition(Case(), device)
 
 
 def test_an_expanded_gradient_is_taken(device: torch.device) -> None:
     """The gradient of a sum has strides of zero."""
-    i = Case(plain=True).inputs(device)
-    args = (i["x"], i["dt"], i["A"], i["B"], i["C"], None, None, True, (0.0, math.inf), None, None, 64)
-    ones = i["x"].new_ones(i["x"].shape)
+    case = Case(plain=True, seq=40)
+    i = case.inputs(device)
+    ones = torch.ones_like(i.dy)
     with tuning.override(OP, SMALL):
-        want = ssd_backward.backward(ones, None, *args)
-        got = ssd_backward.backward(ones[:1, :1, :1, :1].expand_as(ones), None, *args)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None)
+        want = run(case, replace(i, dy=ones))
+        got = run(case, replace(i, dy=ones[:1, :1, :1, :1].expand_as(ones)))
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", tuning.CANDIDATES[OP], ids=str)
-@pytest.mark.parametrize(("head_dim", "state"), [(80, 128), (64, 128)])
+@pytest.mark.parametrize(
+    ("op", "config"), [(op, config) for op in (f"{OP}/64", f"{OP}/128") for config in tuning.CANDIDATES[op]]
+)
 def test_every_configuration(
-    head_dim: int, state: int, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    op: str, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssd_backward, "TOKENS", 1)
-    documents = ((300, 64, 20, 128, 500, 40),)
-    with tuning.override(OP, config):
-        for dtype in (torch.bfloat16, torch.float16):
-            check(Case(seq=1052, heads=16, head_dim=head_dim, state=state, dtype=dtype), device)
-        case = Case(seq=1052, heads=16, head_dim=head_dim, state=state, dtype=torch.bfloat16, documents=documents)
+    monkeypatch.setattr(ssd_backward, "SCRATCH", 2**22)
+    case = Case(seq=1052, heads=16, head_dim=64 if op.endswith("/64") else 80, state=128, dtype=torch.bfloat16)
+    with tuning.override(op, config):
         check(case, device)
-        first, second = run(case, device), run(case, device)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+        check(replace(case, documents=((300, 64, 20, 128, 500, 40),)), device)
+        check(replace(case, dtype=torch.float16), device)
+        check_repetition(case, device)
 
 
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("head_dim", "state", "groups"), [(16, 16, 1), (32, 256, 2), (48, 64, 4), (64, 64, 8), (96, 32, 1), (128, 128, 2)]
+    ("head_dim", "state", "groups"),
+    [(16, 16, 1), (32, 256, 2), (48, 64, 4), (64, 64, 8), (96, 32, 1), (112, 64, 2), (128, 128, 2)],
 )
 def test_shapes(head_dim: int, state: int, groups: int, dtype: torch.dtype, device: torch.device) -> None:
     check(Case(batch=2, seq=333, heads=8, head_dim=head_dim, state=state, groups=groups, dtype=dtype), device)

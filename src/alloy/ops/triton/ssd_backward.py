@@ -1,10 +1,13 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 """Backward of the SSD scan: everything from the inputs alone, with scratch for one segment of the sequence at a time.
 
-The sequence is cut into segments of some 2048 tokens. A first pass finds the state at the start of each; then, last
-segment first, one kernel finds the states before its chunks and the gradients of the states behind them, and one kernel
-all gradients inside the chunks. Segments are as long as it takes to fill the machine, not longer: two states a chunk are
-kept, four times the bytes of x at head_dim 80, state 128 and chunks of 64 tokens.
+A first pass finds the state at the start of each segment, all at once. Then, last segment first, one kernel finds the states
+before its chunks and the gradients of the states behind them, two kernels all gradients inside the chunks, and a small one
+those of the step sizes. Two states a chunk are kept of one segment: with chunks of 64 tokens, head_dim 80 and state 128 they
+take four times the bytes of its x.
+
+Differs from the appendix of performance.md: the states are cut off after every segment instead of kept for the whole sequence.
+Tuned on an H200 (Triton 3.6, bf16, batch 1, 64k tokens, without the forward): MEASURED
 """
 
 import torch
@@ -17,24 +20,32 @@ from alloy.ops.triton.ssd_backward_chunk import gradients, shares
 from alloy.ops.triton.ssd_backward_step import steps
 from alloy.ops.triton.ssd_prep import prepare
 
-# tokens of all rows in one segment, at least: enough programs to fill the machine
-TOKENS = 8192
-# segments of a sequence, at most: each costs launches
-SEGMENTS = 8
+# bytes for the states of one segment: more of them fill the machine better and cost fewer launches
+SCRATCH = 2**28
 # heads that one program walks; more of them share a group's sums over heads, fewer fill the machine with less scratch
 HEADS = 16
 
-# chunk: tokens of a chunk; tile, warps, stages: of the kernels that carry states; token_*, sum_*: of those inside chunks (registers: at most)
+# chunk: tokens of a chunk; tile, warps, stages, registers (at most): of the kernels that carry states; token_*, sum_*: of those
+# inside chunks. Chunks of 32 tokens serve every shape: they make no narrow operands of wgmma (see ssd_backward_carry.py)
 tuning.register(
     "ssd_scan_backward",
-    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "token_warps": 4, "token_stages": 1,
-     "sum_warps": 4, "sum_stages": 1, "sum_registers": 255},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "token_warps": 4, "token_stages": 2,
-     "sum_warps": 4, "sum_stages": 1, "sum_registers": 168},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "token_warps": 4, "token_stages": 2,
-     "sum_warps": 4, "sum_stages": 2, "sum_registers": 255},
-    {"chunk": 128, "tile": 128, "warps": 8, "stages": 3, "token_warps": 4, "token_stages": 2,
-     "sum_warps": 8, "sum_stages": 2, "sum_registers": 255},
+    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 255,
+     "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1},
+)  # fmt: skip
+# two buffers of a token's tiles beside another program's fit the shared memory up to head_dim 64 only
+tuning.register(
+    "ssd_scan_backward/64",
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 3, "sum_warps": 4, "sum_stages": 3},
+    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
+)  # fmt: skip
+tuning.register(
+    "ssd_scan_backward/128",
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
+    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
 )  # fmt: skip
 
 
@@ -59,8 +70,18 @@ def backward(
     Args:
         dy: (batch, seq, heads, head_dim), gradient of y
         dstate: (batch, heads, head_dim, state), gradient of the final state, or None
-
-    The other arguments are those of `alloy.ops.ssd_scan`; the kernels choose their own chunks.
+        x: (batch, seq, heads, head_dim)
+        dt: (batch, seq, heads)
+        A: (heads,)
+        B: (batch, seq, groups, state)
+        C: (batch, seq, groups, state)
+        D: (heads,)
+        dt_bias: (heads,)
+        dt_softplus: as in `alloy.ops.ssd_scan`
+        dt_limit: as in `alloy.ops.ssd_scan`
+        h0: (batch, heads, head_dim, state)
+        documents: int (batch, seq)
+        chunk: not used: the kernels choose their own chunks
 
     Returns:
         gradients of x, dt, A, B, C, D, dt_bias, h0; None for what was None
@@ -95,7 +116,10 @@ def _backward(
     """`backward` with empty tensors for the gradients of what is None."""
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
-    config = dict(tuning.pick("ssd_scan_backward", f"{head_dim}-{state}-{str(x.dtype).removeprefix('torch.')}"))
+    op = "ssd_scan_backward"
+    if 64 <= head_dim <= 128 and 64 <= state <= 128 and x.element_size() == 2:
+        op += "/64" if head_dim == 64 else "/128"
+    config = tuning.pick(op, f"{head_dim}-{state}")
     chunk = config["chunk"]
     # an expanded gradient, as of a sum, has no rows to be read
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
@@ -112,7 +136,11 @@ def _backward(
     sums = x.new_empty(3, batch, chunks, heads, dtype=torch.float32)
     # a segment's dx, less the last chunk, has room for a state in fp32
     room = 1 + triton.cdiv(4 * state, chunk * x.element_size())
-    rest = min(chunks, max(triton.cdiv(TOKENS, batch * chunk), triton.cdiv(chunks, SEGMENTS), room))
+    fitting = SCRATCH // (2 * batch * heads * head_dim * state * x.element_size())
+    # two programs a multiprocessor run at a time: no segment ends with a few of them
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    wave = max(1, 2 * processors // (batch * groups * parts))
+    rest = min(chunks, max(fitting // wave * wave or fitting, room))
     first = chunks - (triton.cdiv(chunks, rest) - 1) * rest
     begun = _states_in(dx, first * chunk, rest * chunk, (chunks - first) // rest, state)
     if begun is not None:
@@ -127,8 +155,9 @@ def _backward(
                 scratch.new_empty(2, batch, length, *scratch.shape[3:]),
                 shares(x, groups, length, parts, chunk),
             )
-        carries(x, dy, B, C, prep, start, slope, *scratch, stop - length, config)
-        gradients(dy, x, B, C, D, prep, *scratch, stop - length, dx, dB, dC, left, parts, config)
+        before, after = scratch
+        carries(x, dy, B, C, prep, start, slope, before, after, stop - length, config)
+        gradients(dy, x, B, C, D, prep, before, after, stop - length, dx, dB, dC, left, parts, config)
         steps(left, dt, A, dt_bias, dt_softplus, (low, high), prep, stop - length, ddt, sums, chunk)
     dA, dbias, dD = (
         x.new_empty(0) if t is None else total.sum((0, 1)).to(t.dtype)

@@ -12,12 +12,12 @@ inputs' dtype: S as it enters the chunk, G as it comes back to the chunk's end.
 can be differentiated one by one, last first, and the carries of one segment are all that is kept.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton.ssd_prep import Prep
+from alloy.ops.triton.tuning import Config
 
 
 def tiles(head_dim: int) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def tiles(head_dim: int) -> tuple[int, int]:
 
 
 def starts(
-    x: Tensor, B: Tensor, prep: Prep, h0: Tensor | None, out: Tensor, first: int, rest: int, config: dict
+    x: Tensor, B: Tensor, prep: Prep, h0: Tensor | None, out: Tensor, first: int, rest: int, config: Config
 ) -> None:
     """States at the start of every segment but the first.
 
@@ -40,7 +40,7 @@ def starts(
         out: fp32 (batch, segments - 1, heads, head_dim, state), contiguous in its last three dims
         first: chunks of the first segment
         rest: chunks of each other segment
-        config: `chunk`, and of these kernels `tile`, `warps`, `stages`
+        config: `chunk`, and of these kernels `tile`, `warps`, `stages`, `registers`
     """
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
@@ -53,7 +53,7 @@ def starts(
         seq, prep.d.shape[2], heads, groups, first, rest, *x.stride()[:3], *B.stride()[:3], *out.stride()[:2],
         HEAD_DIM=head_dim, STATE=state, HAS_DOCUMENTS=prep.segments is not None,
         CHUNK=config["chunk"], P0=p0, P1=p1, TILE=tile, PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"],
+        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"],
     )  # fmt: skip
     block = 1024
     _join[(triton.cdiv(head_dim * state, block), heads, batch)](
@@ -64,7 +64,7 @@ def starts(
 
 def carries(
     x: Tensor, dy: Tensor, B: Tensor, C: Tensor, prep: Prep, start: Tensor | None, slope: Tensor, before: Tensor,
-    after: Tensor, first: int, config: dict,
+    after: Tensor, first: int, config: Config,
 ) -> None:  # fmt: skip
     """States before, and gradients of the states behind, every chunk of one segment.
 
@@ -92,7 +92,7 @@ def carries(
         *(start.stride()[:2] if start is not None else (0, 0)),
         HEAD_DIM=head_dim, STATE=state, HAS_START=start is not None, HAS_DOCUMENTS=prep.segments is not None,
         CHUNK=config["chunk"], P0=p0, P1=p1, TILE=tile, PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"],
+        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"],
     )  # fmt: skip
 
 
@@ -116,11 +116,7 @@ def _places(n, p, STATE: tl.constexpr):
 
     A tile of less than 64 columns would be an operand of wgmma whose descriptors ptxas 12.8 (Triton 3.6) computes from
     registers that nothing wrote; less than 64 rows are multiplied by mma.sync instead."""
-    if p.shape[0] < 64:
-        places = p[:, None] * STATE + n[None, :]
-    else:
-        places = p[None, :] * STATE + n[:, None]
-    return places
+    return p[:, None] * STATE + n[None, :] if p.shape[0] < 64 else p[None, :] * STATE + n[:, None]
 
 
 @triton.jit
@@ -136,11 +132,7 @@ def _inside(n, p, HEAD_DIM: tl.constexpr, STATE: tl.constexpr):
 @triton.jit
 def _zeros(TILE: tl.constexpr, P: tl.constexpr):
     """A tile for `_places`."""
-    if P < 64:
-        zeros = tl.zeros((P, TILE), dtype=tl.float32)
-    else:
-        zeros = tl.zeros((TILE, P), dtype=tl.float32)
-    return zeros
+    return tl.zeros((P, TILE), dtype=tl.float32) if P < 64 else tl.zeros((TILE, P), dtype=tl.float32)
 
 
 @triton.jit
@@ -193,10 +185,7 @@ def _walk(
         logs = tl.load(logs_ptr + begin + own)
         last = tl.load(logs_ptr + begin + CHUNK - 1)
         through = tl.exp(last)
-        if REVERSED:
-            weight = tl.exp(logs)
-        else:
-            weight = tl.exp(last - logs) * tl.load(d_ptr + begin + own)
+        weight = tl.exp(logs) if REVERSED else tl.exp(last - logs) * tl.load(d_ptr + begin + own)
         if HAS_DOCUMENTS:
             segment = tl.load(segments_ptr + begin + own)
             end = tl.load(segments_ptr + begin + CHUNK - 1)
@@ -308,7 +297,7 @@ def _carries(
         acc1 = _zeros(TILE, P1 if P1 > 0 else 16)
         if P1 > 0:
             acc1 = _read(slope, n, p1, HEAD_DIM, STATE)
-        acc0, acc1, total = _walk(
+        acc0, acc1, _ = _walk(
             acc0, acc1, dy_ptr + batch * dy_batch + head.to(tl.int64) * dy_head,
             C_ptr + batch * C_batch + group * C_group,
             d_ptr + per_head, logs_ptr + per_head, segments_ptr, after_ptr + out, out_chunk, dy_token, C_token,

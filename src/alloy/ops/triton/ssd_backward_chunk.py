@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Gradients inside one chunk of the SSD scan, given the state S before it and the gradient G of the state behind it.
 
 Legend as in `alloy.ops.ssd`, and for tokens i >= j of one chunk of one head (performance.md, appendix A):
@@ -23,17 +23,16 @@ from torch import Tensor
 
 from alloy.ops.triton.ssd_backward_carry import precision, rows, tiles
 from alloy.ops.triton.ssd_prep import Prep
+from alloy.ops.triton.tuning import Config
 
-# tokens whose dx one program of `_tokens` writes
-BLOCK = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Shares(NamedTuple):
     """What the kernels of one segment leave to each other: of what the gradients of d and l are made, and Z.
 
-    vectors: fp32 (6, batch, heads, chunks * chunk): E_i dy_i . S C_i; sum_j K_ji L_ji d_j P_ji, j in i's block of the chunk;
-        x_j . F_j G B_j; x_j . sum_i P_ji L_ji dy_i; x_j . dy_j; the second again, j in the block before i's
+    vectors: fp32 (5, batch, heads, chunks * chunk): E_i dy_i . S C_i; sum_j K_ji L_ji d_j P_ji; x_j . F_j G B_j;
+        x_j . sum_i P_ji L_ji dy_i; x_j . dy_j
     flow: fp32 (batch, heads, chunks, rows), with <S, G> as the sum over the rows
     crossed: (batch, chunks, groups * parts, chunk, chunk), Z
     """
@@ -47,7 +46,7 @@ def shares(x: Tensor, groups: int, chunks: int, parts: int, chunk: int) -> Share
     """Room for the shares of `chunks` chunks of x (batch, seq, heads, head_dim)."""
     batch, _, heads, head_dim = x.shape
     return Shares(
-        x.new_empty(6, batch, heads, chunks * chunk, dtype=torch.float32),
+        x.new_empty(5, batch, heads, chunks * chunk, dtype=torch.float32),
         x.new_empty(batch, heads, chunks, sum(tiles(head_dim)), dtype=torch.float32),
         x.new_empty(batch, chunks, groups * parts, chunk, chunk),
     )
@@ -55,7 +54,7 @@ def shares(x: Tensor, groups: int, chunks: int, parts: int, chunk: int) -> Share
 
 def gradients(
     dy: Tensor, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, prep: Prep, before: Tensor, after: Tensor, first: int,
-    dx: Tensor, dB: Tensor, dC: Tensor, left: Shares, parts: int, config: dict,
+    dx: Tensor, dB: Tensor, dC: Tensor, left: Shares, parts: int, config: Config,
 ) -> None:  # fmt: skip
     """Write the gradients of x, B and C for the chunks of one segment.
 
@@ -81,10 +80,7 @@ def gradients(
     chunk, chunks = config["chunk"], before.shape[1]
     begin, end = first * chunk, min((first + chunks) * chunk, seq)
     outs = (dB[:, begin:end], dC[:, begin:end])
-    if parts > 1:
-        parted = [x.new_empty(parts, *t.shape, dtype=torch.float32) for t in outs]
-    else:
-        parted = [t[None] for t in outs]
+    parted = [t[None] if parts == 1 else x.new_empty(parts, *t.shape, dtype=torch.float32) for t in outs]
     p0, p1 = tiles(head_dim)
     sizes = (seq, prep.d.shape[2], heads, groups, first, heads // (groups * parts))
     strides = (*dy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3])
@@ -92,14 +88,13 @@ def gradients(
         "HEAD_DIM": head_dim, "STATE": state, "HAS_DOCUMENTS": prep.segments is not None, "CHUNK": chunk, "P0": p0, "P1": p1,
         "N": max(16, triton.next_power_of_2(state)), "PARTS": parts, "PRECISION": precision(x),
     }  # fmt: skip
-    block = min(chunk, BLOCK)
-    _tokens[(groups * parts, chunks * (chunk // block), batch)](
+    _tokens[(groups * parts, chunks, batch)](
         dy, x, B, C, D, *prep, after, dx, left.crossed, left.vectors, *sizes, *strides, left.vectors.stride(0),
-        **settings, HAS_D=D is not None, STAGES=config["token_stages"], BLOCK=block, num_warps=config["token_warps"],
+        **settings, HAS_D=D is not None, STAGES=config["token_stages"], num_warps=config["token_warps"],
     )  # fmt: skip
     _sums[(groups * parts * 2, chunks, batch)](
         dy, x, B, C, *prep, before, after, left.crossed, *parted, left.vectors, left.flow, *sizes, *strides, *parted[0].stride()[:2],
-        **settings, STAGES=config["sum_stages"], num_warps=config["sum_warps"], maxnreg=config["sum_registers"],
+        **settings, STAGES=config["sum_stages"], num_warps=config["sum_warps"],
     )  # fmt: skip
     if parts > 1:
         for out, part in zip(outs, parted, strict=True):
@@ -122,115 +117,68 @@ def _tokens(
     dy_batch, dy_token, dy_head, x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, vector,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx and Z of BLOCK tokens j of a chunk, `share` heads of a group; grid (groups * parts, chunks * blocks, batch).
-
-    A chunk of two blocks has a program for the first, whose tokens give to both, and one for the second."""
-    walker, group = tl.program_id(0), tl.program_id(0) // PARTS
-    blocks: tl.constexpr = CHUNK // BLOCK
-    chunks = tl.num_programs(1) // blocks
-    place, block, batch = tl.program_id(1) // blocks, tl.program_id(1) % blocks, tl.program_id(2).to(tl.int64)
-    length = seq
-    if HAS_DOCUMENTS:
-        length = tl.load(lengths_ptr + batch)
-    begin = ((first + place) * CHUNK + block * BLOCK).to(tl.int64)
-    if HAS_DOCUMENTS:
-        segments_ptr += batch * padded + begin
-    chunk = batch * chunks + place
-    B_ptr += batch * B_batch + begin * B_token + group * B_group
-    C_ptr += batch * C_batch + begin * C_token + group * C_group
-    dy_ptr += batch * dy_batch + begin * dy_token + walker.to(tl.int64) * share * dy_head
-    x_ptr += batch * x_batch + begin * x_token + walker.to(tl.int64) * share * x_head
-    per_head = (batch * heads + walker * share) * padded + begin
-    after_ptr += (chunk * heads + walker * share) * (HEAD_DIM * STATE)
-    dx_ptr += ((batch * seq + begin) * heads + walker * share) * HEAD_DIM
-    vectors_ptr += ((batch * heads + walker * share) * chunks + place) * CHUNK + block * BLOCK
-    crossed_ptr += ((chunk * tl.num_programs(0) + walker) * CHUNK + block * BLOCK) * CHUNK + block * BLOCK
-    if HAS_D:
-        D_ptr += walker * share
-    if blocks == 1 or block == 1:
-        _block(
-            dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr + per_head, logs_ptr + per_head, segments_ptr, after_ptr, dx_ptr,
-            crossed_ptr, vectors_ptr, length - begin, seq - begin, padded, heads, chunks, share, dy_token, dy_head,
-            x_token, x_head, B_token, C_token, vector, BLOCK - 1, False,
-            HEAD_DIM, STATE, HAS_D, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES, BLOCK,
-        )  # fmt: skip
-        if blocks == 2:
-            # what the first block's tokens would be given by the second's
-            own = tl.arange(0, BLOCK)
-            zeros = tl.zeros((BLOCK, BLOCK), dtype=crossed_ptr.dtype.element_ty)
-            tl.store(crossed_ptr - BLOCK + own[:, None] * CHUNK + own[None, :], zeros)
-    else:
-        _block(
-            dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr + per_head, logs_ptr + per_head, segments_ptr, after_ptr, dx_ptr,
-            crossed_ptr, vectors_ptr, length - begin, seq - begin, padded, heads, chunks, share, dy_token, dy_head,
-            x_token, x_head, B_token, C_token, vector, CHUNK - 1, True,
-            HEAD_DIM, STATE, HAS_D, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _block(
-    dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, after_ptr, dx_ptr, crossed_ptr, vectors_ptr,
-    length, written, padded, heads, chunks, share, dy_token, dy_head, x_token, x_head, B_token, C_token, vector,
-    LAST: tl.constexpr, PAIR: tl.constexpr,
-    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Pointers are at the block's first token and the program's first head; LAST is the chunk's last token from there.
-
-    PAIR: the block gives to the next one, too."""
-    own, n = tl.arange(0, BLOCK), tl.arange(0, N)
+    """dx and Z of one chunk, `share` heads of a group; grid (groups * parts, chunks of the segment, batch)."""
+    group = tl.program_id(0) // PARTS
+    place, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = ((first + place) * CHUNK).to(tl.int64)
+    own, n = tl.arange(0, CHUNK), tl.arange(0, N)
     q0, q1 = tl.arange(0, P0), P0 + tl.arange(0, P1 if P1 > 0 else 16)
     exact: tl.constexpr = P0 + P1 == HEAD_DIM
     exact0: tl.constexpr = exact or P1 > 0
     exact_n: tl.constexpr = N == STATE
     kind = x_ptr.dtype.element_ty
-    real, real2 = own < length, own + BLOCK < length
+    length = seq
+    if HAS_DOCUMENTS:
+        length = tl.load(lengths_ptr + batch)
+    written = begin + own < seq
+    real = begin + own < length
     visible = own[:, None] <= own[None, :]
     same = own[:, None] == own[None, :]
     if HAS_DOCUMENTS:
+        segments_ptr += batch * padded + begin
         segment = tl.load(segments_ptr + own)
-        final = tl.load(segments_ptr + LAST)
+        final = tl.load(segments_ptr + CHUNK - 1)
         visible = visible & (segment[:, None] == segment[None, :])
-    b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
-    c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
+    b = rows(B_ptr + batch * B_batch + begin * B_token + group * B_group, own, B_token, real, n, STATE, exact_n).to(
+        kind
+    )
+    c = rows(C_ptr + batch * C_batch + begin * C_token + group * C_group, own, C_token, real, n, STATE, exact_n).to(
+        kind
+    )
     product = tl.where(visible, tl.dot(b, tl.trans(c), input_precision=PRECISION), 0.0)
-    crossed = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    if PAIR:
-        c2 = rows(C_ptr, own + BLOCK, C_token, real2, n, STATE, exact_n).to(kind)
-        product2 = tl.dot(b, tl.trans(c2), input_precision=PRECISION)
-        crossed2 = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        if HAS_DOCUMENTS:
-            visible2 = segment[:, None] == tl.load(segments_ptr + BLOCK + own)[None, :]
-            product2 = tl.where(visible2, product2, 0.0)
+    crossed = tl.zeros((CHUNK, CHUNK), dtype=tl.float32)
+    dy_ptr += batch * dy_batch + begin * dy_token
+    x_ptr += batch * x_batch + begin * x_token
+    d_ptr += batch * heads * padded + begin
+    logs_ptr += batch * heads * padded + begin
+    after_ptr += (batch * tl.num_programs(1) + place) * heads * (HEAD_DIM * STATE)
+    dx_ptr += (batch * seq + begin) * heads * HEAD_DIM
     for step in tl.range(0, share, num_stages=STAGES):
-        head = tl.cast(step, tl.int64)
-        x_at, dy_at, after_at = x_ptr + head * x_head, dy_ptr + head * dy_head, after_ptr + step * (HEAD_DIM * STATE)
+        head = tl.program_id(0) * share + step
+        x_at, dy_at = x_ptr + head.to(tl.int64) * x_head, dy_ptr + head.to(tl.int64) * dy_head
         x0 = rows(x_at, own, x_token, real, q0, HEAD_DIM, exact0)
         y0 = rows(dy_at, own, dy_token, real, q0, HEAD_DIM, exact0).to(kind)
-        g0 = _state(after_at, q0, n, HEAD_DIM, STATE, exact0, exact_n)
-        if PAIR:
-            z0 = rows(dy_at, own + BLOCK, dy_token, real2, q0, HEAD_DIM, exact0).to(kind)
+        g0 = _state(after_ptr + head * (HEAD_DIM * STATE), q0, n, HEAD_DIM, STATE, exact0, exact_n)
         if P1 > 0:
             x1 = rows(x_at, own, x_token, real, q1, HEAD_DIM, exact)
             y1 = rows(dy_at, own, dy_token, real, q1, HEAD_DIM, exact).to(kind)
-            g1 = _state(after_at, q1, n, HEAD_DIM, STATE, exact, exact_n)
-            if PAIR:
-                z1 = rows(dy_at, own + BLOCK, dy_token, real2, q1, HEAD_DIM, exact).to(kind)
-        d = tl.load(d_ptr + head * padded + own)
-        logs = tl.load(logs_ptr + head * padded + own) * LOG2_E
-        onto = tl.exp2(tl.load(logs_ptr + head * padded + LAST) * LOG2_E - logs)
+            g1 = _state(after_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
+        d = tl.load(d_ptr + head.to(tl.int64) * padded + own)
+        logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own) * LOG2_E
+        onto = tl.exp2(tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1) * LOG2_E - logs)
         if HAS_DOCUMENTS:
             onto = tl.where(segment == final, onto, 0.0)
-        vectors_at = vectors_ptr + step * (chunks * CHUNK) + own
+        vectors_at = vectors_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * CHUNK + own
 
         inner = tl.dot(x0, tl.trans(y0), input_precision=PRECISION)
         if P1 > 0:
             inner = tl.dot(x1, tl.trans(y1), inner, input_precision=PRECISION)
         if HAS_D:
-            tl.store(vectors_at + 4 * vector, tl.sum(tl.where(same, inner, 0.0), 1))
+            skipped = tl.sum(x0.to(tl.float32) * y0, 1)
+            if P1 > 0:
+                skipped += tl.sum(x1.to(tl.float32) * y1, 1)
+            tl.store(vectors_at + 4 * vector, skipped)
         # never positive; what is not visible is masked in `product` and, after the loop, in `crossed`
         decay = tl.exp2(tl.minimum(logs[None, :] - logs[:, None], 0.0))
         inner *= decay
@@ -238,49 +186,26 @@ def _block(
         decay *= product
         # the gradient of l is a difference of these two sums, in which most terms cancel: they must be of the same numbers
         inner *= product
-        kept = tl.sum(inner, 1)
+        tl.store(vectors_at + 3 * vector, tl.sum(inner, 1))
         tl.store(vectors_at + vector, tl.sum(inner * d[:, None], 0))
         mixed = decay * d[:, None]
         if HAS_D:
-            mixed = tl.where(same, mixed + tl.load(D_ptr + step).to(tl.float32), mixed)
+            mixed = tl.where(same, mixed + tl.load(D_ptr + head).to(tl.float32), mixed)
         mixed = mixed.to(kind)
-        if PAIR:
-            inner = tl.dot(x0, tl.trans(z0), input_precision=PRECISION)
-            if P1 > 0:
-                inner = tl.dot(x1, tl.trans(z1), inner, input_precision=PRECISION)
-            logs2 = tl.load(logs_ptr + head * padded + BLOCK + own) * LOG2_E
-            decay = tl.exp2(logs2[None, :] - logs[:, None])
-            inner *= decay
-            crossed2 += inner * d[:, None]
-            decay *= product2
-            inner *= product2
-            kept += tl.sum(inner, 1)
-            tl.store(vectors_at + 5 * vector + BLOCK, tl.sum(inner * d[:, None], 0))
-            mixed2 = (decay * d[:, None]).to(kind)
-        tl.store(vectors_at + 3 * vector, kept)
 
-        at = dx_ptr + step * HEAD_DIM + own[:, None] * (heads * HEAD_DIM)
+        at = dx_ptr + head * HEAD_DIM + own[:, None] * (heads * HEAD_DIM)
         grad0 = tl.dot(b, tl.trans(g0), input_precision=PRECISION) * onto[:, None]
         given = tl.sum(grad0 * x0, 1)
         grad0 = tl.dot(mixed, y0, grad0 * d[:, None], input_precision=PRECISION)
-        if PAIR:
-            grad0 = tl.dot(mixed2, z0, grad0, input_precision=PRECISION)
-        mask = (own < written)[:, None]
-        tl.store(at + q0[None, :], grad0.to(kind), mask=mask & (q0 < HEAD_DIM)[None, :])
+        tl.store(at + q0[None, :], grad0.to(kind), mask=written[:, None] & (q0 < HEAD_DIM)[None, :])
         if P1 > 0:
             grad1 = tl.dot(b, tl.trans(g1), input_precision=PRECISION) * onto[:, None]
             given += tl.sum(grad1 * x1, 1)
             grad1 = tl.dot(mixed, y1, grad1 * d[:, None], input_precision=PRECISION)
-            if PAIR:
-                grad1 = tl.dot(mixed2, z1, grad1, input_precision=PRECISION)
-            tl.store(at + q1[None, :], grad1.to(kind), mask=mask & (q1 < HEAD_DIM)[None, :])
+            tl.store(at + q1[None, :], grad1.to(kind), mask=written[:, None] & (q1 < HEAD_DIM)[None, :])
         tl.store(vectors_at + 2 * vector, given)
-    out = crossed_ptr + own[:, None] * CHUNK + own[None, :]
-    tl.store(out, tl.where(visible, crossed, 0.0).to(kind))
-    if PAIR:
-        if HAS_DOCUMENTS:
-            crossed2 = tl.where(visible2, crossed2, 0.0)
-        tl.store(out + BLOCK, crossed2.to(kind))
+    out = crossed_ptr + ((batch * tl.num_programs(1) + place) * tl.num_programs(0) + tl.program_id(0)) * CHUNK * CHUNK
+    tl.store(out + own[:, None] * CHUNK + own[None, :], tl.where(visible, crossed, 0.0).to(kind))
 
 
 @triton.jit
@@ -345,7 +270,8 @@ def _side(
     if HAS_DOCUMENTS:
         segment = tl.load(segments_ptr + own)
         final = tl.load(segments_ptr + CHUNK - 1)
-    c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
+    if READS:
+        c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
     acc = tl.zeros((CHUNK, N), dtype=tl.float32)
     for step in tl.range(0, share, num_stages=STAGES):
         head = walker * share + step
@@ -373,10 +299,9 @@ def _side(
                 read += tl.sum(tl.dot(c, tl.trans(m1), input_precision=PRECISION) * v1, 1)
             tl.store(share_ptr + to * CHUNK + own, read * weight)
         else:
-            # the diagonal of S G^T: a product of matrices that stay in shared memory
+            # element by element: a tile that is an operand of dots alone gets one more buffer, and then two programs do not fit
             s0 = _state(other_ptr + head * (HEAD_DIM * STATE), q0, n, HEAD_DIM, STATE, exact0, exact_n)
-            across = tl.dot(s0, tl.trans(m0), input_precision=PRECISION)
-            tl.store(share_ptr + to * (P0 + P1) + q0, tl.sum(tl.where(q0[:, None] == q0[None, :], across, 0.0), 1))
+            tl.store(share_ptr + to * (P0 + P1) + q0, tl.sum(s0.to(tl.float32) * m0.to(tl.float32), 1))
             if P1 > 0:
                 s1 = _state(other_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
                 tl.store(share_ptr + to * (P0 + P1) + q1, tl.sum(s1.to(tl.float32) * m1.to(tl.float32), 1))
@@ -385,6 +310,7 @@ def _side(
         b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
         acc = tl.dot(tl.trans(crossed), b, acc, input_precision=PRECISION)
     else:
+        c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
         acc = tl.dot(crossed, c, acc, input_precision=PRECISION)
     mask = (own < written)[:, None] & (n < STATE)[None, :]
     tl.store(out_ptr + own[:, None] * (groups * STATE) + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)

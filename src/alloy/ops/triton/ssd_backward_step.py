@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.cpu.ssd import NO_LIMIT
-from alloy.ops.triton.ssd_backward_chunk import BLOCK, Shares
+from alloy.ops.triton.ssd_backward_chunk import Shares
 from alloy.ops.triton.ssd_prep import Prep, softplus
 
 HEADS_BLOCK = 16
@@ -44,7 +44,7 @@ def steps(
         shares.vectors, shares.flow, dt, A, dt_bias, prep.d, prep.logs, prep.segments, prep.lengths, ddt, sums,
         seq, prep.d.shape[2], heads, first, sums.shape[2], width, *dt.stride(), low=dt_limit[0], high=dt_limit[1],
         HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, LIMITED=tuple(dt_limit) != NO_LIMIT,
-        HAS_DOCUMENTS=prep.segments is not None, CHUNK=chunk, BLOCK=min(chunk, BLOCK), HEADS=HEADS_BLOCK, ROWS=triton.next_power_of_2(width),
+        HAS_DOCUMENTS=prep.segments is not None, CHUNK=chunk, HEADS=HEADS_BLOCK, ROWS=triton.next_power_of_2(width),
         num_warps=4,
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def _steps(
     vectors_ptr, flow_ptr, dt_ptr, A_ptr, bias_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, ddt_ptr, sums_ptr,
     seq, padded, heads, first, all_chunks, width, dt_batch, dt_token, dt_head, low, high,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one chunk; grid (chunks of the segment, blocks of heads, batch)."""
     place, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -72,8 +72,6 @@ def _steps(
     vector = batches * heads * chunks * CHUNK
     at = vectors_ptr + ((batch * heads + head[:, None]) * chunks + place) * CHUNK + own[None, :]
     dl = tl.load(at, mask=real, other=0.0) + tl.load(at + vector, mask=real, other=0.0)
-    if CHUNK > BLOCK:
-        dl += tl.load(at + 5 * vector, mask=real & (own >= BLOCK)[None, :], other=0.0)
     given = tl.load(at + 2 * vector, mask=real, other=0.0)
     dd = given + tl.load(at + 3 * vector, mask=real, other=0.0)
     skipped = tl.load(at + 4 * vector, mask=real, other=0.0)
