@@ -128,7 +128,7 @@ def _key(x: Tensor, width: int) -> str:
     return f"{x.shape[-1]}x{width}-{str(x.dtype).removeprefix('torch.')}"
 
 
-def _common(x: Tensor, B: Tensor, C: Tensor, prep: Prep, chunk: int, config: tuning.Config) -> dict[str, object]:
+def _common(x: Tensor, B: Tensor, C: Tensor, prep: Prep, chunk: int, config: tuning.Config) -> dict:
     """Strides, sizes and options for `_walk`. Strides of tokens are compiled in, so that a tile needs one address."""
     tensors = (("x", x), ("B", B), ("C", C))
     strides = {f"{name}_{of}": t.stride(i) for name, t in tensors for i, of in enumerate(("batch", "token", "part"))}
