@@ -14,7 +14,7 @@ from alloy.ops.triton import tuning
 pytest.importorskip("triton")
 from alloy.ops.triton import ssd_backward
 
-OP = "ssd_scan_backward"
+OP, WIDE = "ssd_scan_backward", "ssd_scan_backward/wide"
 SMALL = {**tuning.CANDIDATES[OP][0], "chunk": 16, "tile": 16}
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "h0")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -170,24 +170,22 @@ def test_an_expanded_gradient_is_taken(device: torch.device) -> None:
 
 @gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("op", "config"), [(op, config) for op in (f"{OP}/64", f"{OP}/128") for config in tuning.CANDIDATES[op]]
-)
+@pytest.mark.parametrize("config", [*tuning.CANDIDATES[WIDE], *tuning.CANDIDATES[OP]], ids=str)
+@pytest.mark.parametrize(("head_dim", "state"), ssd_backward.WIDE)
 def test_every_configuration(
-    op: str, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, state: int, config: tuning.Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssd_backward, "SCRATCH", 2**22)
-    case = Case(seq=1052, heads=16, head_dim=64 if op.endswith("/64") else 80, state=128, dtype=torch.bfloat16)
-    with tuning.override(op, config):
+    case = Case(seq=1052, heads=16, head_dim=head_dim, state=state, dtype=torch.bfloat16)
+    with tuning.override(WIDE, config):
         check(case, device)
         check(replace(case, documents=((300, 64, 20, 128, 500, 40),)), device)
-        check(replace(case, dtype=torch.float16), device)
         check_repetition(case, device)
 
 
 @gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "state", "groups"),
     [(16, 16, 1), (32, 256, 2), (48, 64, 4), (64, 64, 8), (96, 32, 1), (112, 64, 2), (128, 128, 2)],

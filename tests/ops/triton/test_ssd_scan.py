@@ -108,7 +108,7 @@ SMALL = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", SMALL)
 def test_scan_equals_reference(shape: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    """Values and all gradients, at widths that are sums of powers of two and at others."""
+    """Values and all gradients, at widths that fill their tiles and at others."""
     compare(make(device, dtype, **shape), *tolerances(dtype))
 
 

@@ -6,8 +6,10 @@ before its chunks and the gradients of the states behind them, two kernels all g
 those of the step sizes. Two states a chunk are kept of one segment: with chunks of 64 tokens, head_dim 80 and state 128 they
 take four times the bytes of its x.
 
-Differs from the appendix of performance.md: the states are cut off after every segment instead of kept for the whole sequence.
-Tuned on an H200 (Triton 3.6, bf16, batch 1, 64k tokens, without the forward): MEASURED
+Differs: the appendix of performance.md keeps or recomputes the states of the whole sequence; here they go with their segment.
+Measured on an H200 (Triton 3.6, bf16, 8 groups, state 128, segments of 8,192 tokens, without the forward): 65,536 tokens of
+128 heads of 80 take 11.2 ms, of 64 heads of 64 4.5 ms; 4 rows of 4,096 tokens of the latter 1.1 ms. Gradients differ from
+float64 by 2.5e-3, and repetitions give the same bits.
 """
 
 import torch
@@ -25,28 +27,24 @@ SCRATCH = 2**28
 # heads that one program walks; more of them share a group's sums over heads, fewer fill the machine with less scratch
 HEADS = 16
 
-# chunk: tokens of a chunk; tile, warps, stages, registers (at most): of the kernels that carry states; token_*, sum_*: of those
-# inside chunks. Chunks of 32 tokens serve every shape: they make no narrow operands of wgmma (see ssd_backward_carry.py)
+# chunk: tokens of a chunk; tile, warps, stages, registers (at most; 0: as many as they want): of the kernels that carry states;
+# token_*, sum_*: of those inside chunks. Chunks of 32 tokens serve every shape, they make no narrow operands of wgmma
+# (ssd_backward_carry.py); chunks of 64 serve the shapes for which each candidate was checked on a GPU
 tuning.register(
     "ssd_scan_backward",
-    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 255,
+    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 0,
      "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1},
 )  # fmt: skip
-# two buffers of a token's tiles beside another program's fit the shared memory up to head_dim 64 only
 tuning.register(
-    "ssd_scan_backward/64",
+    "ssd_scan_backward/wide",
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 0,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 3, "sum_warps": 4, "sum_stages": 3},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
     {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
 )  # fmt: skip
-tuning.register(
-    "ssd_scan_backward/128",
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
-    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
-)  # fmt: skip
+WIDE = ((64, 128), (80, 128))
 
 
 def backward(
@@ -116,10 +114,8 @@ def _backward(
     """`backward` with empty tensors for the gradients of what is None."""
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
-    op = "ssd_scan_backward"
-    if 64 <= head_dim <= 128 and 64 <= state <= 128 and x.element_size() == 2:
-        op += "/64" if head_dim == 64 else "/128"
-    config = tuning.pick(op, f"{head_dim}-{state}")
+    is_wide = (head_dim, state) in WIDE and x.dtype == torch.bfloat16
+    config = tuning.pick("ssd_scan_backward/wide" if is_wide else "ssd_scan_backward", f"{head_dim}-{state}")
     chunk = config["chunk"]
     # an expanded gradient, as of a sum, has no rows to be read
     dy = dy if dy.stride(3) == 1 else dy.contiguous()

@@ -53,7 +53,7 @@ def starts(
         seq, prep.d.shape[2], heads, groups, first, rest, *x.stride()[:3], *B.stride()[:3], *out.stride()[:2],
         HEAD_DIM=head_dim, STATE=state, HAS_DOCUMENTS=prep.segments is not None,
         CHUNK=config["chunk"], P0=p0, P1=p1, TILE=tile, PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"],
+        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"] or None,
     )  # fmt: skip
     block = 1024
     _join[(triton.cdiv(head_dim * state, block), heads, batch)](
@@ -92,7 +92,7 @@ def carries(
         *(start.stride()[:2] if start is not None else (0, 0)),
         HEAD_DIM=head_dim, STATE=state, HAS_START=start is not None, HAS_DOCUMENTS=prep.segments is not None,
         CHUNK=config["chunk"], P0=p0, P1=p1, TILE=tile, PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"],
+        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"] or None,
     )  # fmt: skip
 
 

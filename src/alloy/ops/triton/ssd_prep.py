@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.cpu.ssd import NO_LIMIT
-from alloy.ops.triton.assembler import narrowest
 
 HEADS_BLOCK = 32
 
@@ -90,12 +89,20 @@ def products(B: Tensor, C: Tensor, chunk: int, lengths: Tensor | None = None) ->
     batch, seq, groups, state = B.shape
     chunks = triton.cdiv(seq, chunk)
     out = B.new_empty(batch, groups, chunks, chunk, chunk)
-    block = max(narrowest(B.dtype), min(64, triton.next_power_of_2(state)))
+    block = narrowest(B.dtype)
     _products[(chunks, groups, batch)](
         B, C, out, lengths, seq, state, *B.stride()[:3], *C.stride()[:3],
         HAS_LENGTHS=lengths is not None, CHUNK=chunk, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def narrowest(dtype: torch.dtype) -> int:
+    """Columns that an operand of a matrix product must have, filled with zeros: 128 bytes a row.
+
+    The ptxas 12.8 of Triton 3.6 miscompiles the shared memory addresses of narrower operands of wgmma (12.9 does not): the
+    64-bit sum of an address and the bits that stand for rows of 32 or 64 bytes reads a register that was never written."""
+    return 128 // dtype.itemsize
 
 
 @triton.jit
