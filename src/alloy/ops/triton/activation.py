@@ -26,8 +26,8 @@ from alloy.ops.triton.elementary import accumulator, num_blocks, sigmoid
 for _op in ("relu2", "relu2_backward", "silu_mul", "silu_mul_backward"):
     tuning.register(
         _op,
-        {"BLOCK": 2048, "num_warps": 4},
         {"BLOCK": 1024, "num_warps": 4},
+        {"BLOCK": 2048, "num_warps": 4},
         {"BLOCK": 4096, "num_warps": 4},
         {"BLOCK": 4096, "num_warps": 8},
         {"BLOCK": 1024, "num_warps": 2},
