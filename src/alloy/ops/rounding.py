@@ -1,7 +1,7 @@
 """Stochastic rounding to float16: up or down by chance, so that many small changes of a state are right on average.
 
 The chance is Philox-4x32 with five rounds, keyed by the seed; a counter yields four words for eight neighbouring elements,
-each of which takes the upper 13 bits of one half: float16 has 13 bits less than float32. Kernels draw the same bits.
+each of which takes the first or last 13 bits of one: float16 has 13 bits less than float32. Kernels draw the same bits.
 
 Paper: Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), section 3.3. Five rounds for states in float16:
 NVIDIA's Nemotron repository, notes on the quantisation of Nemotron 3 Super.
@@ -49,7 +49,7 @@ def round_to_half(x: Tensor, seed: Tensor, rows: Tensor) -> Tensor:
     blocks = -(-state // SHARE)
     first = torch.arange(heads * head_dim * blocks, device=x.device)
     words = torch.stack(philox(seed, first, rows.long()[:, None], ROUNDS), -1)  # (batch, counters, 4)
-    chance = torch.stack([words >> 3 & 0x1FFF, words >> 19], -1)
+    chance = torch.stack([words & 0x1FFF, words >> 19], -1)
     chance = chance.view(batch, heads, head_dim, blocks * SHARE)[..., :state].to(torch.int32)
     # float16 below its smallest normal number is evenly spaced, as above it up to twice that number
     size = x.abs()

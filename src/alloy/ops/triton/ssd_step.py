@@ -57,13 +57,13 @@ def round_to_half(value, seed, slot, first, BLOCK_P: tl.constexpr, BLOCK_N: tl.c
     zero = tl.zeros_like(counter)
     a, b, c, d = tl.philox(seed, counter, zero + slot, zero, zero, 5)
     words = tl.join(tl.join(a, c), tl.join(b, d))
-    # 13 bits of each half of a word, followed by three zeros
-    chance = (tl.join(words, words >> 16) & 0xFFF8).to(tl.int32, bitcast=True).reshape(BLOCK_P, BLOCK_N)
-    # times 2^-112, a float32's bits but for the last 13 are float16's, subnormal numbers too; 2^-96 is then infinity
-    size = tl.minimum(tl.abs(value) * 1.925929944387236e-34, 1.262177448353619e-29)
+    chance = tl.join(words & 0x1FFF, words >> 19).to(tl.int32, bitcast=True).reshape(BLOCK_P, BLOCK_N)
+    # float16 below its smallest normal number, 2^-14, is evenly spaced, as above it up to twice that number
+    small = tl.abs(value) < 0.00006103515625
     sign = value.to(tl.int32, bitcast=True) & -2147483648
-    bits = (size.to(tl.int32, bitcast=True) * 8 + chance) | sign
-    return (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    offset = tl.where(small, sign | 0x38800000, 0).to(tl.float32, bitcast=True)
+    bits = ((value + offset).to(tl.int32, bitcast=True) + chance) & -8192
+    return (bits.to(tl.float32, bitcast=True) - offset).to(tl.float16)
 
 
 @triton.jit
