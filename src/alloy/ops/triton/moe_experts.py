@@ -53,15 +53,13 @@ def moe_step(
     shared_gate: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """As `alloy.ops.moe_step`: two launches for few tokens; else the shared expert's output is where the sum begins."""
+    """As `alloy.ops.moe_step`: two launches for few tokens."""
     shared = (shared_up, shared_down, shared_gate)
-    step = 16 // x.element_size()
-    if x.shape[0] == 0 or x.dtype == torch.float64 or up.shape[1] % step or up.shape[2] % step:
+    few = 0 < x.shape[0] <= FEW_TOKENS and x.dtype != torch.float64
+    if not few or not all(t is None or t.is_contiguous() for t in shared):
         return reference.step(x, chosen, weights, up, down, gate, *shared, activation)
     _check(x, up, down, gate, activation)
-    if x.shape[0] <= FEW_TOKENS and all(t is None or t.is_contiguous() for t in shared):
-        return _step(x, chosen, weights, up, down, gate, *shared, activation)
-    return _experts(x, chosen, weights, up, down, gate, activation, reference.shared_expert(x, *shared, activation))
+    return _step(x, chosen, weights, up, down, gate, *shared, activation)
 
 
 def _pad(matrices: Tensor, step: int) -> Tensor:
@@ -86,31 +84,17 @@ def _check(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation:
 
 @torch.library.custom_op("alloy::moe_experts", mutates_args=())
 def _experts(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    activation: str,
-    base: Tensor | None = None,
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
-    """Without gradients, added to base (tokens, width)."""
-    if x.shape[0] <= FEW_TOKENS and base is None:
+    """Without gradients."""
+    if x.shape[0] <= FEW_TOKENS:
         return pairs_experts(x, chosen, weights, up, down, gate, activation)
-    return _forward(x, chosen, weights, up, down, gate, activation, keep=False, base=base)[0]
+    return _forward(x, chosen, weights, up, down, gate, activation, keep=False)[0]
 
 
 @_experts.register_fake
 def _(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    activation: str,
-    base: Tensor | None = None,
+    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -174,7 +158,6 @@ def _forward(
     gate: Tensor | None,
     activation: str,
     keep: bool,
-    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Plan]:
     """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
     tokens, top_k = chosen.shape
@@ -182,9 +165,7 @@ def _forward(
     plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(x) if keep else 1)
     hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
     rows = product(hidden, down, plan, block, transposed=True)
-    base = None if base is None else base.contiguous()
-    y = combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype, base=base)
-    return y, inner, opened, plan
+    return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan
 
 
 @torch.library.custom_op("alloy::moe_experts_backward", mutates_args=())

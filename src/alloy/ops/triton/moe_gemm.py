@@ -3,7 +3,7 @@
 
 Every kernel is a fixed number of programs that walk over tiles; how many there are, and of which experts, is read from the
 plan. Tiles of one expert follow each other, those that share a stretch of its matrix first, so that both operands are found
-in the L2. What is done to a product (activation, its derivative, the routing weight) is done before it is stored.
+in the L2. The activation is taken before a product is stored.
 
 Legend: F ffn, D width; BM x BN is a tile of the product, BK the stretch of a step.
 """
