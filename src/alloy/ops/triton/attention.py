@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.attention import BLOCK
-from alloy.ops.triton import chain, tuning
+from alloy.ops.triton import tuning
 
 # `programs` is how many the length is split for, `least` the fewest blocks of a share
 tuning.register(
@@ -67,7 +66,6 @@ def _attn_decode(
         "SPLITS": splits,
         "LEAST": config["least"],
         "BLOCK": BLOCK,
-        **chain.options(q, batch),
     }
     _share[(batch * kv_heads, splits)](
         q,
@@ -116,7 +114,6 @@ def _kv_append(kv: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor,
         TALL=triton.next_power_of_2(heads),
         WIDTH=triton.next_power_of_2(head_dim),
         BLOCK=BLOCK,
-        **chain.options(kv, batch * seq),
         num_warps=4 if heads * head_dim > 512 else 1,
     )
 
@@ -168,12 +165,8 @@ def _share(
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Softmax and weighted values over one share of the keys of one (row, head of keys)."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     row, head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     slot = tl.load(slots + row)
     if slot < 0:
@@ -242,12 +235,8 @@ def _join(
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """The shares of one query and head as one; zeros for a row without a slot."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     row, head, r = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     d, s = tl.arange(0, WIDTH), tl.arange(0, SPLITS)
     slot = tl.load(slots + row)
@@ -298,12 +287,8 @@ def _append(
     TALL: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """All heads of one token."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     token, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row)
     if slot < 0:
