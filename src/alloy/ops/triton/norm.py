@@ -7,6 +7,9 @@ of which only the last is masked; it reads the weight once, and the next rows ar
 each program writes its own share of the weight's gradient, and a second kernel adds the shares up: no atomics, equal bits on
 repetition.
 
+H200, bf16, share of what a copy moves a second (4.25 TB/s), forward and backward: width 4480 0.88 and 0.89; sum and norm of 4480
+0.90 and 0.95; gated, 8 groups of 1280, 0.94 and 0.78.
+
 Formulas: `alloy.ops.norm`.
 """
 
@@ -28,29 +31,26 @@ _VECTOR = 8
 _SPAN = 1280
 # shared memory that a program may fill, so that two fit a multiprocessor
 _SHARED = 96 * 1024
-# warps: of a program, for each span of channels; warps_per_sm: of all programs, which share the rows
-_FORWARD = (
-    {"warps": 1, "warps_per_sm": 16, "STAGES": 2},
-    {"warps": 1, "warps_per_sm": 32, "STAGES": 2},
-    {"warps": 1, "warps_per_sm": 16, "STAGES": 1},
-    {"warps": 1, "warps_per_sm": 16, "STAGES": 3},
-    {"warps": 2, "warps_per_sm": 16, "STAGES": 2},
-    {"warps": 2, "warps_per_sm": 32, "STAGES": 2},
-)
-_BACKWARD = (
-    {"warps": 1, "warps_per_sm": 8, "STAGES": 3},
-    {"warps": 1, "warps_per_sm": 16, "STAGES": 3},
-    {"warps": 2, "warps_per_sm": 8, "STAGES": 3},
-    {"warps": 2, "warps_per_sm": 16, "STAGES": 3},
-    {"warps": 4, "warps_per_sm": 8, "STAGES": 3},
-    {"warps": 2, "warps_per_sm": 16, "STAGES": 2},
-)
+# warps: of a program, at least; warps_per_sm: of all programs, which share the rows
 for _op in ("rms_norm", "add_rms_norm", "gated_rms_norm"):
-    tuning.register(_op, *_FORWARD)
-for _op in ("rms_norm", "add_rms_norm"):
-    tuning.register(f"{_op}_backward", *_BACKWARD)
-# the gate's values take more registers
-tuning.register("gated_rms_norm_backward", _BACKWARD[4], *_BACKWARD[:4], _BACKWARD[5])
+    tuning.register(
+        _op,
+        {"warps": 1, "warps_per_sm": 16, "STAGES": 2},
+        {"warps": 2, "warps_per_sm": 16, "STAGES": 2},
+        {"warps": 4, "warps_per_sm": 16, "STAGES": 2},
+        {"warps": 4, "warps_per_sm": 16, "STAGES": 1},
+        {"warps": 4, "warps_per_sm": 32, "STAGES": 2},
+        {"warps": 8, "warps_per_sm": 32, "STAGES": 2},
+    )
+    tuning.register(
+        f"{_op}_backward",
+        {"warps": 4, "warps_per_sm": 8, "STAGES": 3},
+        {"warps": 4, "warps_per_sm": 8, "STAGES": 2},
+        {"warps": 4, "warps_per_sm": 16, "STAGES": 2},
+        {"warps": 2, "warps_per_sm": 16, "STAGES": 2},
+        {"warps": 8, "warps_per_sm": 16, "STAGES": 2},
+        {"warps": 1, "warps_per_sm": 16, "STAGES": 2},
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> Tensor:
@@ -207,7 +207,7 @@ def _plan(op: str, x: Tensor, groups: int) -> tuple[int, dict[str, Any]]:
     """How many programs share the rows of a group, and a kernel's constants."""
     size = x.shape[-1] // groups
     config = dict(tuning.pick(op, str(size)))
-    warps = min(config.pop("warps") * power_of_2(num_blocks(size, _SPAN)), 32)
+    warps = min(max(config.pop("warps"), power_of_2(num_blocks(size, _SPAN))), 32)
     chunk = min(power_of_2(size), 32 * _VECTOR * warps)
     rows = 32 * _VECTOR * warps // chunk
     programs = max(_num_sms(x.device) * config.pop("warps_per_sm") // (warps * groups), 1)
