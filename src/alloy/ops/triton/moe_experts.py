@@ -144,8 +144,7 @@ def _experts_kept(
 def _(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> list[Tensor]:
-    sizes = (chosen.numel(), up.shape[0])
-    plan = empty_plan(chosen, up.shape[0], block_rows(*sizes, x.dtype), align_rows(*sizes, x))
+    plan = empty_plan(chosen, up.shape[0], block_rows(chosen.numel(), up.shape[0], x.dtype), align_rows(x))
     kept = (plan.order.numel(), up.shape[1])
     return [x.new_empty(x.shape), x.new_empty(kept), x.new_empty(0 if gate is None else kept), *plan]
 
@@ -162,9 +161,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Plan]:
     """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
     tokens, top_k = chosen.shape
-    sizes = (chosen.numel(), up.shape[0])
-    block = block_rows(*sizes, x.dtype)
-    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(*sizes, x) if keep else 1)
+    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
+    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(x) if keep else 1)
     hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
     rows = product(hidden, down, plan, block, transposed=True)
     return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan

@@ -9,31 +9,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.triton import tuning
 from alloy.ops.triton.moe_gemm import act
 
 # beyond these, tokens share so many experts that sorting them and reading each expert once wins
-FEW_TOKENS = 4
+FEW_TOKENS = 2
 
-tuning.register(
-    "moe_pairs_up",
-    {"BN": 8, "BK": 256, "EARLY": 0, "num_warps": 4},
-    {"BN": 8, "BK": 256, "EARLY": 1, "num_warps": 4},
-    {"BN": 8, "BK": 512, "EARLY": 1, "num_warps": 4},
-    {"BN": 4, "BK": 512, "EARLY": 1, "num_warps": 4},
-    {"BN": 8, "BK": 512, "EARLY": 1, "num_warps": 8},
-)
-tuning.register(
-    "moe_pairs_down",
-    {"BN": 4, "BK": 512, "EARLY": 0, "num_warps": 4},
-    {"BN": 4, "BK": 512, "EARLY": 1, "num_warps": 4},
-    {"BN": 4, "BK": 256, "EARLY": 1, "num_warps": 4},
-    {"BN": 2, "BK": 1024, "EARLY": 1, "num_warps": 4},
-    {"BN": 4, "BK": 512, "EARLY": 2, "num_warps": 4},
-    {"BN": 4, "BK": 256, "EARLY": 2, "num_warps": 4},
-)
+tuning.register("moe_pairs_up", {"BN": 8, "BK": 256, "num_warps": 4}, {"BN": 8, "BK": 512, "num_warps": 4})
+tuning.register("moe_pairs_down", {"BN": 4, "BK": 512, "num_warps": 4}, {"BN": 2, "BK": 1024, "num_warps": 4})
 
 
 def pairs_experts(
@@ -66,7 +50,7 @@ def pairs_up(
     """Hidden values fp32 of each pair (tokens * top_k, ffn) and of the shared expert (tokens, shared_ffn)."""
     tokens, top_k = chosen.shape
     _, ffn, width = up.shape
-    config = _config("moe_pairs_up", up)
+    config = tuning.pick("moe_pairs_up", f"{ffn}x{width}")
     out = torch.empty(tokens * top_k, ffn, dtype=torch.float32, device=x.device)
     shared_ffn = 0 if shared_up is None else shared_up.shape[0]
     shared = None if shared_up is None else out.new_empty(tokens, shared_ffn)
@@ -104,7 +88,7 @@ def pairs_down(
     """Sum of each token's pairs of hidden (tokens * top_k, ffn) through `down`, weighted, and of shared: (tokens, width)."""
     tokens, top_k = chosen.shape
     _, width, ffn = down.shape
-    config = _config("moe_pairs_down", down)
+    config = tuning.pick("moe_pairs_down", f"{width}x{ffn}")
     out = down.new_empty(tokens, width)
     shared_ffn = 0 if shared is None else shared.shape[1]
     grid = (triton.cdiv(width, config["BN"]), tokens)
@@ -126,27 +110,6 @@ def pairs_down(
     return out
 
 
-def _config(op: str, matrices: Tensor) -> dict[str, int]:
-    """Its configuration; a kernel starts before the one in front of it has ended where the GPU can do that."""
-    config = dict(tuning.pick(op, f"{matrices.shape[1]}x{matrices.shape[2]}"))
-    if not matrices.is_cuda or tuning.arch() == "sm_80":
-        config["EARLY"] = 0
-    return {**config, "launch_pdl": config["EARLY"] > 0}
-
-
-@triton.jit
-def prefetch(pointers):
-    """Ask for the 128 bytes around each pointer."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit
 def pairs_up_kernel(
     x,
@@ -166,13 +129,8 @@ def pairs_up_kernel(
     ACTIVATION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """BN rows of one pair's expert, or of the shared expert for one token; these come last."""
-    if EARLY:
-        # all that this reads may be of the kernel before; the next one waits for this to end
-        gdc_wait()
-        gdc_launch_dependents()
     program = tl.program_id(0)
     stretches = tl.cdiv(F, BN)
     pairs = tokens * TOP_K
@@ -233,21 +191,11 @@ def pairs_down_kernel(
     PARTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """BN outputs of one token; the loads of a step are of all its experts, the shared one cut in `PARTS`."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN, BK), tl.float32)
-    if EARLY > 1:
-        # the first matrices on their way to the L2 while `pairs_up_kernel` ends: what was chosen is older than that
-        line = tl.minimum(tl.arange(0, BK // 64) * 64, F - 1)
-        row = tl.minimum(n, D - 1)
-        for j in tl.static_range(TOP_K):
-            prefetch(down + (tl.load(chosen + token * TOP_K + j) * D + row[:, None]) * F + line[None, :])
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     for k in range(0, F, BK):
         at = k + tl.arange(0, BK)
         inside = (n < D)[:, None] & (at < F)[None, :]
