@@ -5,6 +5,9 @@ Keys are read once for all queries that share them: the query heads of a group t
 one tile. The length is split among programs whose number is fixed when the call is made, and whose shares follow from the
 lengths on the device; a second kernel joins the shares in a fixed order, so that a result is the same bits each time.
 
+H200, bf16, 8,192 tokens, keys and values a second against a copy (4.25 TB/s): 64 rows of 40 heads on 8 of 128 0.89 to 1.02,
+with four queries a row 0.81 to 0.97; 64 rows of 32 on 2 0.79 to 0.88; 8 rows of 40 on 8 0.77 to 0.83; one row 0.4.
+
 Paper: Flash-Decoding (Dao et al., 2023), pytorch.org/blog/flash-decoding; online softmax (Milakov and Gimelshein, 2018)
 arXiv:1805.02867
 """
