@@ -95,6 +95,14 @@ def test_groups_queries_and_windows(
     assert error(y, case.want(window=window, scale=0.4)) < 1e-5
 
 
+def test_many_shares_are_joined(device: torch.device) -> None:
+    """More shares than are joined at a time, the last of them short, beside a row of one share."""
+    case = Case(device, [2300, 7], queries=2, heads=2, kv_heads=1)
+    with use_backend("triton"):
+        y = case.run()
+    assert error(y, case.want()) < 1e-5
+
+
 def test_append_writes_its_places_only(device: torch.device) -> None:
     """New keys and values behind each row, across blocks; nothing else changes, padding rows write nothing."""
     case = Case(device, [63, 5, -1, 128], queries=7, kv_heads=3, head_dim=12)

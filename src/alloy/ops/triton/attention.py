@@ -5,6 +5,9 @@ Keys are read once for all queries that share them: the query heads of a group t
 one tile. The length is split among programs whose number is fixed when the call is made, and whose shares follow from the
 lengths on the device; a second kernel joins the shares in a fixed order, so that a result is the same bits each time.
 
+H200, bf16, 8,192 tokens, keys and values a second against a copy (4.25 TB/s): 64 rows of 40 heads on 8 of 128 0.89 to 1.02,
+with four queries a row 0.81 to 0.97; 64 rows of 32 on 2 0.79 to 0.88; 8 rows of 40 on 8 0.77 to 0.83; one row 0.4.
+
 Paper: Flash-Decoding (Dao et al., 2023), pytorch.org/blog/flash-decoding; online softmax (Milakov and Gimelshein, 2018)
 arXiv:1805.02867
 """
@@ -13,10 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.attention import BLOCK
-from alloy.ops.triton import chain, tuning
+from alloy.ops.triton import tuning
 
 # `programs` is how many the length is split for, `least` the fewest blocks of a share
 tuning.register(
@@ -67,7 +69,6 @@ def _attn_decode(
         "SPLITS": splits,
         "LEAST": config["least"],
         "BLOCK": BLOCK,
-        **chain.options(q, batch),
     }
     _share[(batch * kv_heads, splits)](
         q,
@@ -116,7 +117,6 @@ def _kv_append(kv: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor,
         TALL=triton.next_power_of_2(heads),
         WIDTH=triton.next_power_of_2(head_dim),
         BLOCK=BLOCK,
-        **chain.options(kv, batch * seq),
         num_warps=4 if heads * head_dim > 512 else 1,
     )
 
@@ -168,12 +168,8 @@ def _share(
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Softmax and weighted values over one share of the keys of one (row, head of keys)."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     row, head, split = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     slot = tl.load(slots + row)
     if slot < 0:
@@ -242,12 +238,8 @@ def _join(
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """The shares of one query and head as one; zeros for a row without a slot."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     row, head, r = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS, tl.program_id(1)
     d, s = tl.arange(0, WIDTH), tl.arange(0, SPLITS)
     slot = tl.load(slots + row)
@@ -298,12 +290,8 @@ def _append(
     TALL: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """All heads of one token."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     token, row = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row)
     if slot < 0:

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from alloy.ops.triton import tuning
 
-# launches for more rows than this fill the device for longer than a start takes
-FEW_ROWS = 64
 
-
-def options(x: Tensor, rows: int = 1) -> dict[str, bool]:
+def options(x: Tensor) -> dict[str, bool]:
     """What a launch of a kernel with the constant CHAINED is given, for kernels that run where x (any shape) is."""
-    if x.is_cuda and rows <= FEW_ROWS and tuning.arch() != "sm_80":
+    if x.is_cuda and tuning.arch() != "sm_80":
         return {"CHAINED": True, "launch_pdl": True}
     return {"CHAINED": False}

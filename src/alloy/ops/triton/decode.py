@@ -5,9 +5,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from alloy.ops.triton import chain
 
 # ids that one program looks at
 BLOCK = 4096
@@ -26,51 +23,26 @@ def count_tokens(lengths: Tensor, slots: Tensor, count: int) -> None:
 @torch.library.custom_op("alloy::take_largest", mutates_args=("logits", "chosen", "tokens"))
 def _take_largest(scores: Tensor, logits: Tensor, chosen: Tensor, tokens: Tensor) -> None:
     rows, vocab = scores.shape
-    parts, chained = triton.cdiv(vocab, BLOCK), chain.options(scores, rows)
+    parts = triton.cdiv(vocab, BLOCK)
     peaks = torch.empty(rows, parts, dtype=torch.float32, device=scores.device)
     places = torch.empty(rows, parts, dtype=torch.int32, device=scores.device)
     _part[(parts, rows)](
-        scores,
-        logits,
-        peaks,
-        places,
-        vocab,
-        parts,
-        scores.stride(0),
-        logits.stride(0),
-        BLOCK=BLOCK,
-        **chained,
-        num_warps=8,
+        scores, logits, peaks, places, vocab, parts, scores.stride(0), logits.stride(0), BLOCK=BLOCK, num_warps=8
     )
     _whole[(rows,)](
-        peaks,
-        places,
-        chosen,
-        tokens,
-        parts,
-        chosen.stride(0),
-        tokens.stride(0),
-        WIDTH=triton.next_power_of_2(parts),
-        **chained,
+        peaks, places, chosen, tokens, parts, chosen.stride(0), tokens.stride(0), WIDTH=triton.next_power_of_2(parts)
     )
 
 
 @torch.library.custom_op("alloy::count_tokens", mutates_args=("lengths",))
 def _count_tokens(lengths: Tensor, slots: Tensor, count: int) -> None:
     rows = slots.numel()
-    _count[(1,)](
-        lengths, slots, rows, count, WIDTH=triton.next_power_of_2(rows), **chain.options(slots, rows), num_warps=1
-    )
+    _count[(1,)](lengths, slots, rows, count, WIDTH=triton.next_power_of_2(rows), num_warps=1)
 
 
 @triton.jit
-def _part(
-    scores, logits, peaks, places, vocab, parts, scores_row, logits_row, BLOCK: tl.constexpr, CHAINED: tl.constexpr
-):
+def _part(scores, logits, peaks, places, vocab, parts, scores_row, logits_row, BLOCK: tl.constexpr):
     """The largest of one block of one row; NaN counts as infinite."""
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = part * BLOCK + tl.arange(0, BLOCK)
     inside = i < vocab
@@ -83,10 +55,7 @@ def _part(
 
 
 @triton.jit
-def _whole(peaks, places, chosen, tokens, parts, chosen_row, tokens_row, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
+def _whole(peaks, places, chosen, tokens, parts, chosen_row, tokens_row, WIDTH: tl.constexpr):
     row = tl.program_id(0)
     i = tl.arange(0, WIDTH)
     value = tl.load(peaks + row * parts + i, mask=i < parts, other=float("-inf"))
@@ -98,10 +67,7 @@ def _whole(peaks, places, chosen, tokens, parts, chosen_row, tokens_row, WIDTH: 
 
 
 @triton.jit
-def _count(lengths, slots, rows, count, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
+def _count(lengths, slots, rows, count, WIDTH: tl.constexpr):
     i = tl.arange(0, WIDTH)
     slot = tl.load(slots + i, mask=i < rows, other=-1)
     held = tl.load(lengths + slot, mask=slot >= 0, other=0)

@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.precision import wide
-from alloy.ops.triton import chain, tuning
+from alloy.ops.triton import tuning
 from alloy.ops.triton.elementary import accumulator, num_blocks, power_of_2, sigmoid
 
 # elements of a chunk for each thread: 16 bytes of a 16-bit dtype
@@ -244,9 +243,8 @@ def _forward(
     programs, config = _plan(op, x, groups)
     seq = x.shape[-2] if x.dim() > 1 else 1
     _forward_kernel[(programs * groups,)](
-        *_rows(x), *_rows(other), weight, y, total, inverse, rows, seq, programs, eps, CAST=cast_first,
-        **chain.options(x, rows), **config,
-    )  # fmt: skip
+        *_rows(x), *_rows(other), weight, y, total, inverse, rows, seq, programs, eps, CAST=cast_first, **config
+    )
 
 
 def _backward(
@@ -285,7 +283,7 @@ def _place(x, x_batch, x_row, row, seq):
 def _forward_kernel(
     x, x_batch, x_row, other, other_batch, other_row, weight, y, total, inverse, rows, seq, programs, eps,
     CAST: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, CHAINED: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """`other`: with `total` the residual, without it the gate."""
     group = tl.program_id(0) % GROUPS
@@ -294,9 +292,6 @@ def _forward_kernel(
     for i in tl.static_range(CHUNKS):
         real = i * CHUNK + tl.arange(0, CHUNK) < SIZE
         weights = weights + (tl.load(weight + column + i * CHUNK, mask=real, other=0.0),)
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
     for first in tl.range(tl.program_id(0) // GROUPS * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         x_place = _place(x, x_batch, x_row, row, seq) + column[None, :]
