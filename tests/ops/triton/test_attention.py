@@ -112,7 +112,9 @@ def test_append_writes_its_places_only(device: torch.device) -> None:
     assert not torch.equal(case.kv.nan_to_num(), before.nan_to_num())
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float16), (80, torch.bfloat16), (128, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(32, torch.bfloat16), (64, torch.float16), (80, torch.bfloat16), (128, torch.bfloat16)]
+)
 @pytest.mark.parametrize("config", tuning.CANDIDATES["attn_decode"], ids=lambda c: "-".join(map(str, c.values())))
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -120,7 +122,7 @@ def test_narrow_dtypes_at_length(
     device: torch.device, head_dim: int, dtype: torch.dtype, config: tuning.Config
 ) -> None:
     """Thousands of keys, real head counts."""
-    for heads, kv_heads, queries in ((40, 8, 1), (32, 2, 8 if head_dim == 128 else 4)):
+    for heads, kv_heads, queries in ((40, 8, 1), (32, 2, 8 if head_dim in (32, 128) else 4)):
         case = Case(device, [5000, 1, -1, 8191, 777], queries, heads, kv_heads, head_dim, dtype)
         with use_backend("triton"), tuning.override("attn_decode", config):
             y, again = case.run(), case.run()

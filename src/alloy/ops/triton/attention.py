@@ -61,7 +61,8 @@ def _attn_decode(
         "GROUP": heads // kv_heads,
         "QUERIES": queries,
         "D": head_dim,
-        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+        # Triton 3.6's assembler for sm_90 misreads warp group operands of less than 128 bytes a row
+        "WIDTH": max(64 if rows > 32 else 16, triton.next_power_of_2(head_dim)),
         "WINDOW": window,
         "SPLITS": splits,
         "LEAST": config["least"],

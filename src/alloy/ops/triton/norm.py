@@ -48,7 +48,10 @@ _BACKWARD = (
 )
 for _op in ("rms_norm", "add_rms_norm", "gated_rms_norm"):
     tuning.register(_op, *_FORWARD)
+for _op in ("rms_norm", "add_rms_norm"):
     tuning.register(f"{_op}_backward", *_BACKWARD)
+# the gate's values take more registers
+tuning.register("gated_rms_norm_backward", _BACKWARD[4], *_BACKWARD[:4], _BACKWARD[5])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> Tensor:
