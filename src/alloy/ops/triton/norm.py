@@ -7,6 +7,9 @@ of which only the last is masked; it reads the weight once, and the next rows ar
 each program writes its own share of the weight's gradient, and a second kernel adds the shares up: no atomics, equal bits on
 repetition.
 
+H200, bf16, share of what a copy moves a second (4.25 TB/s), forward and backward: width 4480 0.88 and 0.89; sum and norm of 4480
+0.90 and 0.95; gated, 8 groups of 1280, 0.94 and 0.78.
+
 Formulas: `alloy.ops.norm`.
 """
 
