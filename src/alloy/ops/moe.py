@@ -219,10 +219,15 @@ def step(
     activation: str,
 ) -> Tensor:
     """As `alloy.ops.moe_step`, one after the other, each by its own op."""
+    y = moe_experts(x, chosen, weights, up, down, gate, activation)
+    return y + shared_expert(x, shared_up, shared_down, shared_gate, activation)
+
+
+def shared_expert(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """One expert of all tokens: x (tokens, width), up and gate (ffn, width), down (width, ffn) -> (tokens, width)."""
     act = ACTIVATIONS[activation]
-    inner = linear(x, shared_up)
-    inner = act(inner) if shared_gate is None else act(linear(x, shared_gate)) * inner
-    return moe_experts(x, chosen, weights, up, down, gate, activation) + linear(inner, shared_down)
+    inner = linear(x, up)
+    return linear(act(inner) if gate is None else act(linear(x, gate)) * inner, down)
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:

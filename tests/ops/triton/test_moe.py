@@ -114,19 +114,19 @@ def gemm_cases() -> list[tuple[str, dict[str, int], int]]:
         "moe_gemm_64": 100,
         "moe_gemm_128": 300,
         "moe_wgrad": 300,
-        "moe_pairs_up": 3,
-        "moe_pairs_down": 3,
+        "moe_pairs_up": 2,
+        "moe_pairs_down": 2,
     }
     return [(op, config, n) for op, n in tokens.items() for config in tuning.CANDIDATES[op]]
 
 
-@pytest.mark.parametrize("case", range(19))
+@pytest.mark.parametrize("case", range(12))
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_configuration(device: torch.device, case: int, gated: bool) -> None:
     """Gradients of every configuration; the interpreter multiplies fp16 but not bf16."""
     tuning = pytest.importorskip("alloy.ops.triton.tuning")
     cases = gemm_cases()
-    assert len(cases) <= 19
+    assert len(cases) <= 12
     if case >= len(cases):
         pytest.skip("no such configuration")
     op, config, tokens = cases[case]
@@ -134,11 +134,7 @@ def test_every_configuration(device: torch.device, case: int, gated: bool) -> No
     with tuning.override(op, config):
         if on_cuda:
             check_experts(device, tokens, 4, 2, 320, 584, torch.bfloat16, gated, "silu" if gated else "relu2")
-        elif (
-            (op, config["BN"]) in (("moe_gemm_128", 128), ("moe_wgrad", 128))
-            and config.get("BM", 128) == 128
-            and not gated
-        ):
+        elif op == "moe_gemm_128" and config["BN"] == 128 and not gated:
             # the interpreter sees few rows, and one configuration whose rows are sorted beforehand
             check_experts(device, 70, 1, 1, 72, 136, torch.float16)
         else:
@@ -354,17 +350,6 @@ def test_is_captured_in_a_graph(device: torch.device, tokens: int) -> None:
         graph.replay()
         for a, b in zip(found, run(), strict=True):
             assert torch.equal(a, b)
-
-
-@gpu
-@on_gpu
-@pytest.mark.parametrize("used", [1, 5])
-def test_many_rows_go_through_the_library(device: torch.device, used: int) -> None:
-    """PyTorch's grouped product in bf16, with experts that nobody chose."""
-    gemm = pytest.importorskip("alloy.ops.triton.moe_gemm")
-    chosen = pick(3000, used, 1, device)
-    assert gemm.uses_library(3000, 7, torch.empty(0, device=device, dtype=torch.bfloat16))
-    check_experts(device, 3000, 7, 1, 320, 584, torch.bfloat16, chosen=chosen)
 
 
 @gpu

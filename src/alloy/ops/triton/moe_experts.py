@@ -53,13 +53,15 @@ def moe_step(
     shared_gate: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """As `alloy.ops.moe_step`: two launches for few tokens."""
+    """As `alloy.ops.moe_step`: two launches for few tokens; else the shared expert's output is where the sum begins."""
     shared = (shared_up, shared_down, shared_gate)
-    few = 0 < x.shape[0] <= FEW_TOKENS and x.dtype != torch.float64
-    if not few or not all(t is None or t.is_contiguous() for t in shared):
+    step = 16 // x.element_size()
+    if x.shape[0] == 0 or x.dtype == torch.float64 or up.shape[1] % step or up.shape[2] % step:
         return reference.step(x, chosen, weights, up, down, gate, *shared, activation)
     _check(x, up, down, gate, activation)
-    return _step(x, chosen, weights, up, down, gate, *shared, activation)
+    if x.shape[0] <= FEW_TOKENS and all(t is None or t.is_contiguous() for t in shared):
+        return _step(x, chosen, weights, up, down, gate, *shared, activation)
+    return _experts(x, chosen, weights, up, down, gate, activation, reference.shared_expert(x, *shared, activation))
 
 
 def _pad(matrices: Tensor, step: int) -> Tensor:
@@ -84,17 +86,31 @@ def _check(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation:
 
 @torch.library.custom_op("alloy::moe_experts", mutates_args=())
 def _experts(
-    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """Without gradients."""
-    if x.shape[0] <= FEW_TOKENS:
+    """Without gradients, added to base (tokens, width)."""
+    if x.shape[0] <= FEW_TOKENS and base is None:
         return pairs_experts(x, chosen, weights, up, down, gate, activation)
-    return _forward(x, chosen, weights, up, down, gate, activation, keep=False)[0]
+    return _forward(x, chosen, weights, up, down, gate, activation, keep=False, base=base)[0]
 
 
 @_experts.register_fake
 def _(
-    x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    base: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -144,8 +160,7 @@ def _experts_kept(
 def _(
     x: Tensor, chosen: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None, activation: str
 ) -> list[Tensor]:
-    sizes = (chosen.numel(), up.shape[0])
-    plan = empty_plan(chosen, up.shape[0], block_rows(*sizes, x.dtype), align_rows(*sizes, x))
+    plan = empty_plan(chosen, up.shape[0], block_rows(chosen.numel(), up.shape[0], x.dtype), align_rows(x))
     kept = (plan.order.numel(), up.shape[1])
     return [x.new_empty(x.shape), x.new_empty(kept), x.new_empty(0 if gate is None else kept), *plan]
 
@@ -159,15 +174,17 @@ def _forward(
     gate: Tensor | None,
     activation: str,
     keep: bool,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Plan]:
     """y, up x and gate x of the sorted pairs (empty without `keep`), and the plan."""
     tokens, top_k = chosen.shape
-    sizes = (chosen.numel(), up.shape[0])
-    block = block_rows(*sizes, x.dtype)
-    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(*sizes, x) if keep else 1)
+    block = block_rows(chosen.numel(), up.shape[0], x.dtype)
+    plan = make_plan(chosen.contiguous(), up.shape[0], block, align_rows(x) if keep else 1)
     hidden, inner, opened = up_product(x, plan, block, top_k, up, gate, activation, keep)
     rows = product(hidden, down, plan, block, transposed=True)
-    return combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype), inner, opened, plan
+    base = None if base is None else base.contiguous()
+    y = combine(rows, plan, weights.contiguous(), (tokens, top_k), x.dtype, base=base)
+    return y, inner, opened, plan
 
 
 @torch.library.custom_op("alloy::moe_experts_backward", mutates_args=())

@@ -9,7 +9,6 @@ Legend: F ffn, D width; BM x BN is a tile of the product, BK the stretch of a st
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,17 +31,11 @@ tuning.register("moe_gemm_64", *_configs((128, 64, 0, 1, 2, 4, 4), (256, 64, 1, 
 tuning.register("moe_gemm_128", *_configs((128, 64, 1, 1, 2, 4, 3), (256, 64, 1, 1, 1, 8, 3)))
 # here a tile of the product is BM x BN of an expert's matrix, and BK are rows
 tuning.register(
-    "moe_wgrad_fp32",
-    {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "WHOLE": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2},
+    "moe_wgrad_fp32", {"BM": 64, "BN": 64, "BK": 16, "FLATTEN": 0, "per_sm": 4, "num_warps": 4, "num_stages": 2}
 )
 tuning.register(
-    "moe_wgrad",
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 0, "per_sm": 2, "num_warps": 4, "num_stages": 3},
-    {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 1, "per_sm": 2, "num_warps": 4, "num_stages": 2},
-    {"BM": 256, "BN": 128, "BK": 64, "FLATTEN": 1, "WHOLE": 1, "per_sm": 1, "num_warps": 8, "num_stages": 3},
+    "moe_wgrad", {"BM": 128, "BN": 128, "BK": 64, "FLATTEN": 1, "per_sm": 2, "num_warps": 4, "num_stages": 3}
 )
-# rows an expert from which PyTorch's grouped product (CUTLASS, bf16) is faster, timed on sm_90
-_LIBRARY_ROWS = 384
 
 
 def block_rows(pairs: int, num_experts: int, dtype: torch.dtype) -> int:
@@ -53,16 +46,8 @@ def block_rows(pairs: int, num_experts: int, dtype: torch.dtype) -> int:
     return 64 if mean <= 64 or dtype == torch.float32 else 128
 
 
-def uses_library(pairs: int, num_experts: int, x: Tensor) -> bool:
-    """Whether products other than `up_product` of x (tokens, width) are PyTorch's own."""
-    enough = pairs >= _LIBRARY_ROWS * num_experts
-    return enough and x.dtype == torch.bfloat16 and x.is_cuda and tuning.arch() == "sm_90"
-
-
-def align_rows(pairs: int, num_experts: int, x: Tensor) -> int:
+def align_rows(x: Tensor) -> int:
     """What an expert's share of the rows of x (tokens, width) is a multiple of, for `weight_gradient`: its step."""
-    if uses_library(pairs, num_experts, x):
-        return 1
     return 16 if x.dtype == torch.float32 else 64
 
 
@@ -136,8 +121,6 @@ def product(
 ) -> Tensor:
     """rows (rows, k) times each row's expert of matrices (experts, m, k) if `transposed`, else (experts, k, m): (rows, m)."""
     experts = matrices.shape[0]
-    if uses_library(plan.place.numel(), experts, rows):
-        return F.grouped_mm(rows, matrices.transpose(1, 2) if transposed else matrices, offs=plan.starts[1:])
     outputs, inputs = matrices.shape[1:] if transposed else (matrices.shape[2], matrices.shape[1])
     config = gemm_config(block, rows, (outputs, inputs), "down" if transposed else "dx")
     per_sm, bn, bk = config.pop("per_sm"), config["BN"], config["BK"]
@@ -196,19 +179,14 @@ def weight_gradient(left: Tensor, right: Tensor, plan: Plan, like: Tensor) -> Te
 
     The plan is aligned to `align_rows`, and rows without a pair are zero in `left`.
     """
-    if uses_library(plan.place.numel(), like.shape[0], left):
-        return F.grouped_mm(left.t(), right, offs=plan.starts[1:])
     op = "moe_wgrad_fp32" if left.dtype == torch.float32 else "moe_wgrad"
     config = dict(tuning.pick(op, f"{like.shape[1]}x{like.shape[2]}"))
     per_sm, bk = config.pop("per_sm"), config["BK"]
     out = torch.empty_like(like)
-    target = out
-    if config["WHOLE"]:
-        target = TensorDescriptor(out, list(out.shape), list(out.stride()), [1, config["BM"], config["BN"]])
     weight_gradient_kernel[(programs(left.device, per_sm),)](
         rows_of(left, bk, config["BM"]),
         rows_of(right, bk, config["BN"]),
-        target,
+        out,
         plan.starts,
         *like.shape,
         PRECISION=_precision(left),
@@ -423,7 +401,6 @@ def weight_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """Tiles of left^T right over each expert's rows, which are whole steps."""
     MT = tl.cdiv(M, BM)
@@ -438,12 +415,8 @@ def weight_gradient_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for row in range(first, stop, BK):
             acc = tl.dot(left.load([row, m]).T, right.load([row, n]), acc, input_precision=PRECISION)
-        if WHOLE:
-            # in one piece: what reaches over the matrix's edge is cut off
-            out.store([expert, m, n], acc.to(out.dtype).reshape(1, BM, BN))
-        else:
-            rows = m + tl.arange(0, BM)
-            cols = n + tl.arange(0, BN)
-            inside = (rows < M)[:, None] & (cols < N)[None, :]
-            at = (expert.to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
-            tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+        rows = m + tl.arange(0, BM)
+        cols = n + tl.arange(0, BN)
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        at = (expert.to(tl.int64) * M + rows[:, None]) * N + cols[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)

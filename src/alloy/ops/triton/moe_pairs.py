@@ -15,24 +15,19 @@ from alloy.ops.triton import tuning
 from alloy.ops.triton.moe_gemm import act
 
 # beyond these, tokens share so many experts that sorting them and reading each expert once wins
-FEW_TOKENS = 4
+FEW_TOKENS = 2
 
 tuning.register(
     "moe_pairs_up",
-    {"BN": 8, "BK": 256, "EARLY": 0, "num_warps": 4},
-    {"BN": 8, "BK": 256, "EARLY": 1, "num_warps": 4},
     {"BN": 8, "BK": 512, "EARLY": 1, "num_warps": 4},
+    {"BN": 8, "BK": 512, "EARLY": 0, "num_warps": 4},
     {"BN": 4, "BK": 512, "EARLY": 1, "num_warps": 4},
-    {"BN": 8, "BK": 512, "EARLY": 1, "num_warps": 8},
 )
 tuning.register(
     "moe_pairs_down",
-    {"BN": 4, "BK": 512, "EARLY": 0, "num_warps": 4},
     {"BN": 4, "BK": 512, "EARLY": 1, "num_warps": 4},
-    {"BN": 4, "BK": 256, "EARLY": 1, "num_warps": 4},
+    {"BN": 4, "BK": 512, "EARLY": 0, "num_warps": 4},
     {"BN": 2, "BK": 1024, "EARLY": 1, "num_warps": 4},
-    {"BN": 4, "BK": 512, "EARLY": 2, "num_warps": 4},
-    {"BN": 4, "BK": 256, "EARLY": 2, "num_warps": 4},
 )
 
 
@@ -135,19 +130,6 @@ def _config(op: str, matrices: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def prefetch(pointers):
-    """Ask for the 128 bytes around each pointer."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def pairs_up_kernel(
     x,
     chosen,
@@ -239,12 +221,6 @@ def pairs_down_kernel(
     token = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN, BK), tl.float32)
-    if EARLY > 1:
-        # the first matrices on their way to the L2 while `pairs_up_kernel` ends: what was chosen is older than that
-        line = tl.minimum(tl.arange(0, BK // 64) * 64, F - 1)
-        row = tl.minimum(n, D - 1)
-        for j in tl.static_range(TOP_K):
-            prefetch(down + (tl.load(chosen + token * TOP_K + j) * D + row[:, None]) * F + line[None, :])
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()

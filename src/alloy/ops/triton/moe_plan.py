@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# most programs that share a sort, pairs below which one program does it alone
+# most programs that share a sort; pairs up to which each is compared with all others, and how many a program has then
 _PROGRAMS = 128
 _ALONE = 512
+_OWN = 16
 # rows that a program of `gather` moves
 _ROWS = 4
 
@@ -48,18 +49,20 @@ def empty_plan(chosen: Tensor, num_experts: int, block: int, align: int) -> Plan
 def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> Plan:
     """Sort the pairs of chosen int64 (tokens, top_k), each in [0, num_experts), with blocks of `block` rows."""
     plan = empty_plan(chosen, num_experts, block, align)
+    pairs, width = chosen.numel(), triton.next_power_of_2(num_experts)
+    if align == 1 and pairs <= _ALONE:
+        grid = (1 + triton.cdiv(pairs, _OWN),)
+        rank_kernel[grid](
+            chosen, *plan, pairs, num_experts, plan.blocks.numel(), BLOCK=block, WIDTH=width, STEP=64, OWN=_OWN
+        )
+        return plan
     if align > 1:
         plan.order.fill_(-1)
-    pairs, width = chosen.numel(), triton.next_power_of_2(num_experts)
-    programs = 1 if pairs <= _ALONE else min(_PROGRAMS, triton.cdiv(pairs, _ALONE))
-    # one program has a multiprocessor to itself
-    num_warps = 8 if programs == 1 else 4
-    step = max(16, 2048 * num_warps // width)
+    programs = min(_PROGRAMS, triton.cdiv(pairs, _ALONE))
+    step = max(16, 8192 // width)
     share = triton.cdiv(triton.cdiv(pairs, programs), step) * step
     counts = torch.empty(programs, width, dtype=torch.int32, device=chosen.device)
-    sizes = {"WIDTH": width, "STEP": step, "num_warps": num_warps}
-    if programs > 1:
-        count_kernel[(programs,)](chosen, counts, pairs, share, **sizes)
+    count_kernel[(programs,)](chosen, counts, pairs, share, WIDTH=width, STEP=step)
     place_kernel[(programs,)](
         chosen,
         counts,
@@ -71,7 +74,8 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
         plan.blocks.numel(),
         BLOCK=block,
         ALIGN=align,
-        **sizes,
+        WIDTH=width,
+        STEP=step,
     )
     return plan
 
@@ -92,17 +96,91 @@ def combine(
     shape: tuple[int, int],
     dtype: torch.dtype,
     more: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given, and of its rows of `more`: (tokens, width).
+    """Sum of each token's rows (rows, width), times weights (tokens, top_k) if given: (tokens, width), for `shape` (tokens, top_k).
 
-    `shape` is (tokens, top_k).
+    Rows of `more` (rows, width) are added to those of `rows`, and `base` (tokens, width) to the sum.
     """
     tokens, top_k = shape
     out = torch.empty(tokens, rows.shape[1], dtype=dtype, device=rows.device)
     width = min(1024, triton.next_power_of_2(rows.shape[1]))
     grid = (triton.cdiv(rows.shape[1], width) * tokens,)
-    combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, WIDTH=width)
+    combine_kernel[grid](rows, more, base, plan.place, weights, out, rows.shape[1], TOP_K=top_k, WIDTH=width)
     return out
+
+
+@triton.jit
+def write_tables(
+    total,
+    starts,
+    block_starts,
+    blocks,
+    num_experts,
+    room,
+    program,
+    programs,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """What follows from how many rows each expert has; programs share the table of blocks."""
+    experts = tl.arange(0, WIDTH)
+    num_blocks = (total + BLOCK - 1) // BLOCK
+    block_ends = tl.cumsum(num_blocks, 0)
+    if program == 0:
+        ends = tl.cumsum(total, 0)
+        real = experts < num_experts
+        tl.store(starts + experts, ends - total, mask=real)
+        tl.store(starts + experts + 1, ends, mask=experts == num_experts - 1)
+        tl.store(block_starts + experts, block_ends - num_blocks, mask=real)
+        tl.store(block_starts + experts + 1, block_ends, mask=experts == num_experts - 1)
+    for first in range(program * STEP, room, programs * STEP):
+        block = first + tl.arange(0, STEP)
+        expert = tl.sum((block[:, None] >= block_ends[None, :]).to(tl.int32), 1)
+        tl.store(blocks + block, expert, mask=block < room)
+
+
+@triton.jit
+def rank_kernel(
+    chosen,
+    order,
+    place,
+    starts,
+    block_starts,
+    blocks,
+    pairs,
+    num_experts,
+    room,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    OWN: tl.constexpr,
+):
+    """A pair's row is how many pairs come before it; the first program writes the tables."""
+    program = tl.program_id(0)
+    if program == 0:
+        experts = tl.arange(0, WIDTH)
+        hits = tl.zeros((WIDTH, STEP), tl.int32)
+        for first in range(0, pairs, STEP):
+            other = first + tl.arange(0, STEP)
+            expert = tl.load(chosen + other, mask=other < pairs, other=-1).to(tl.int32)
+            hits += (experts[:, None] == expert[None, :]).to(tl.int32)
+        write_tables(
+            tl.sum(hits, 1), starts, block_starts, blocks, num_experts, room, 0, 1, BLOCK, WIDTH, max(16, 8192 // WIDTH)
+        )
+    else:
+        pair = (program - 1) * OWN + tl.arange(0, OWN)
+        mine = tl.load(chosen + pair, mask=pair < pairs, other=0).to(tl.int32)
+        before = tl.zeros((OWN, STEP), tl.int32)
+        for first in range(0, pairs, STEP):
+            other = first + tl.arange(0, STEP)
+            expert = tl.load(chosen + other, mask=other < pairs, other=WIDTH).to(tl.int32)[None, :]
+            earlier = (expert == mine[:, None]) & (other[None, :] < pair[:, None])
+            before += ((expert < mine[:, None]) | earlier).to(tl.int32)
+        at = tl.sum(before, 1)
+        tl.store(order + at, pair, mask=pair < pairs)
+        tl.store(place + pair, at, mask=pair < pairs)
 
 
 @triton.jit
@@ -110,12 +188,12 @@ def count_kernel(chosen, counts, pairs, share, WIDTH: tl.constexpr, STEP: tl.con
     """How many of each program's `share` pairs go to each expert."""
     program = tl.program_id(0)
     experts = tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), tl.int32)
+    hits = tl.zeros((STEP, WIDTH), tl.int32)
     for first in range(program * share, (program + 1) * share, STEP):
         pair = first + tl.arange(0, STEP)
         expert = tl.load(chosen + pair, mask=pair < pairs, other=-1).to(tl.int32)
-        total += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
-    tl.store(counts + program * WIDTH + experts, total)
+        hits += (expert[:, None] == experts[None, :]).to(tl.int32)
+    tl.store(counts + program * WIDTH + experts, tl.sum(hits, 0))
 
 
 @triton.jit
@@ -140,34 +218,16 @@ def place_kernel(
     """The rows of each program's pairs: after all pairs of earlier experts and this expert's pairs of earlier programs."""
     program = tl.program_id(0)
     experts = tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), tl.int32)
-    row = tl.zeros((WIDTH,), tl.int32)
-    if programs == 1:
-        for first in range(0, pairs, STEP):
-            pair = first + tl.arange(0, STEP)
-            expert = tl.load(chosen + pair, mask=pair < pairs, other=-1).to(tl.int32)
-            total += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
-    else:
-        for first in range(0, programs, STEP):
-            other = (first + tl.arange(0, STEP))[:, None]
-            count = tl.load(counts + other * WIDTH + experts[None, :], mask=other < programs, other=0)
-            total += tl.sum(count, 0)
-            row += tl.sum(tl.where(other < program, count, 0), 0)
-    total = (total + ALIGN - 1) // ALIGN * ALIGN
-    row += tl.cumsum(total, 0) - total
-    num_blocks = (total + BLOCK - 1) // BLOCK
-    block_ends = tl.cumsum(num_blocks, 0)
-    if program == 0:
-        ends = tl.cumsum(total, 0)
-        real = experts < num_experts
-        tl.store(starts + experts, ends - total, mask=real)
-        tl.store(starts + experts + 1, ends, mask=experts == num_experts - 1)
-        tl.store(block_starts + experts, block_ends - num_blocks, mask=real)
-        tl.store(block_starts + experts + 1, block_ends, mask=experts == num_experts - 1)
-    for first in range(program * STEP, room, programs * STEP):
-        block = first + tl.arange(0, STEP)
-        expert = tl.sum((block[:, None] >= block_ends[None, :]).to(tl.int32), 1)
-        tl.store(blocks + block, expert, mask=block < room)
+    every = tl.zeros((STEP, WIDTH), tl.int32)
+    earlier = tl.zeros((STEP, WIDTH), tl.int32)
+    for first in range(0, programs, STEP):
+        other = (first + tl.arange(0, STEP))[:, None]
+        count = tl.load(counts + other * WIDTH + experts[None, :], mask=other < programs, other=0)
+        every += count
+        earlier += tl.where(other < program, count, 0)
+    total = (tl.sum(every, 0) + ALIGN - 1) // ALIGN * ALIGN
+    row = tl.sum(earlier, 0) + tl.cumsum(total, 0) - total
+    write_tables(total, starts, block_starts, blocks, num_experts, room, program, programs, BLOCK, WIDTH, STEP)
     for first in range(program * share, (program + 1) * share, STEP):
         pair = first + tl.arange(0, STEP)
         expert = tl.load(chosen + pair, mask=pair < pairs, other=-1).to(tl.int32)
@@ -193,7 +253,7 @@ def gather_kernel(x, order, out, rows, width, stride_x, top_k, ROWS: tl.constexp
 
 
 @triton.jit
-def combine_kernel(rows, more, place, weights, out, width, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+def combine_kernel(rows, more, base, place, weights, out, width, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
     """One stretch of one token, whose rows are summed in fp32."""
     stretches = tl.cdiv(width, WIDTH)
     token = tl.program_id(0) // stretches
@@ -208,4 +268,6 @@ def combine_kernel(rows, more, place, weights, out, width, TOP_K: tl.constexpr, 
         if weights is not None:
             value *= tl.load(weights + token * TOP_K + j).to(tl.float32)
         total += value
+    if base is not None:
+        total += tl.load(base + token.to(tl.int64) * width + at, mask=inside, other=0).to(tl.float32)
     tl.store(out + token.to(tl.int64) * width + at, total.to(out.dtype.element_ty), mask=inside)
