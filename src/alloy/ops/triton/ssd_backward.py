@@ -26,15 +26,26 @@ SCRATCH = 2**28
 HEADS = 16
 
 # chunk: tokens of a chunk; tile, warps, stages, registers (at most): of the kernels that carry states; token_*, sum_*: of those
-# inside chunks. The first serves every shape: chunks of 32 tokens make no narrow operands of wgmma (ssd_backward_carry.py)
+# inside chunks. Chunks of 32 tokens serve every shape: they make no narrow operands of wgmma (see ssd_backward_carry.py)
 tuning.register(
     "ssd_scan_backward",
     {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 255,
      "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1},
+)  # fmt: skip
+# two buffers of a token's tiles beside another program's fit the shared memory up to head_dim 64 only
+tuning.register(
+    "ssd_scan_backward/64",
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+     "token_warps": 4, "token_stages": 3, "sum_warps": 4, "sum_stages": 3},
     {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
+)  # fmt: skip
+tuning.register(
+    "ssd_scan_backward/128",
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
+    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 3},
 )  # fmt: skip
 
 
@@ -105,7 +116,10 @@ def _backward(
     """`backward` with empty tensors for the gradients of what is None."""
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
-    config = dict(tuning.pick("ssd_scan_backward", f"{head_dim}-{state}-{str(x.dtype).removeprefix('torch.')}"))
+    op = "ssd_scan_backward"
+    if 64 <= head_dim <= 128 and 64 <= state <= 128 and x.element_size() == 2:
+        op += "/64" if head_dim == 64 else "/128"
+    config = tuning.pick(op, f"{head_dim}-{state}")
     chunk = config["chunk"]
     # an expanded gradient, as of a sum, has no rows to be read
     dy = dy if dy.stride(3) == 1 else dy.contiguous()
@@ -123,7 +137,10 @@ def _backward(
     # a segment's dx, less the last chunk, has room for a state in fp32
     room = 1 + triton.cdiv(4 * state, chunk * x.element_size())
     fitting = SCRATCH // (2 * batch * heads * head_dim * state * x.element_size())
-    rest = min(chunks, max(fitting, room))
+    # two programs a multiprocessor run at a time: no segment ends with a few of them
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    wave = max(1, 2 * processors // (batch * groups * parts))
+    rest = min(chunks, max(fitting // wave * wave or fitting, room))
     first = chunks - (triton.cdiv(chunks, rest) - 1) * rest
     begun = _states_in(dx, first * chunk, rest * chunk, (chunks - first) // rest, state)
     if begun is not None:

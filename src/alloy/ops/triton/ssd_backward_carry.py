@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton.ssd_prep import Prep
+from alloy.ops.triton.tuning import Config
 
 
 def tiles(head_dim: int) -> tuple[int, int]:
@@ -27,7 +28,7 @@ def tiles(head_dim: int) -> tuple[int, int]:
 
 
 def starts(
-    x: Tensor, B: Tensor, prep: Prep, h0: Tensor | None, out: Tensor, first: int, rest: int, config: dict
+    x: Tensor, B: Tensor, prep: Prep, h0: Tensor | None, out: Tensor, first: int, rest: int, config: Config
 ) -> None:
     """States at the start of every segment but the first.
 
@@ -63,7 +64,7 @@ def starts(
 
 def carries(
     x: Tensor, dy: Tensor, B: Tensor, C: Tensor, prep: Prep, start: Tensor | None, slope: Tensor, before: Tensor,
-    after: Tensor, first: int, config: dict,
+    after: Tensor, first: int, config: Config,
 ) -> None:  # fmt: skip
     """States before, and gradients of the states behind, every chunk of one segment.
 

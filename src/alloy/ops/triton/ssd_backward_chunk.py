@@ -23,6 +23,7 @@ from torch import Tensor
 
 from alloy.ops.triton.ssd_backward_carry import precision, rows, tiles
 from alloy.ops.triton.ssd_prep import Prep
+from alloy.ops.triton.tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -53,7 +54,7 @@ def shares(x: Tensor, groups: int, chunks: int, parts: int, chunk: int) -> Share
 
 def gradients(
     dy: Tensor, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, prep: Prep, before: Tensor, after: Tensor, first: int,
-    dx: Tensor, dB: Tensor, dC: Tensor, left: Shares, parts: int, config: dict,
+    dx: Tensor, dB: Tensor, dC: Tensor, left: Shares, parts: int, config: Config,
 ) -> None:  # fmt: skip
     """Write the gradients of x, B and C for the chunks of one segment.
 
@@ -174,7 +175,10 @@ def _tokens(
         if P1 > 0:
             inner = tl.dot(x1, tl.trans(y1), inner, input_precision=PRECISION)
         if HAS_D:
-            tl.store(vectors_at + 4 * vector, tl.sum(tl.where(same, inner, 0.0), 1))
+            skipped = tl.sum(x0.to(tl.float32) * y0, 1)
+            if P1 > 0:
+                skipped += tl.sum(x1.to(tl.float32) * y1, 1)
+            tl.store(vectors_at + 4 * vector, skipped)
         # never positive; what is not visible is masked in `product` and, after the loop, in `crossed`
         decay = tl.exp2(tl.minimum(logs[None, :] - logs[:, None], 0.0))
         inner *= decay
@@ -266,7 +270,8 @@ def _side(
     if HAS_DOCUMENTS:
         segment = tl.load(segments_ptr + own)
         final = tl.load(segments_ptr + CHUNK - 1)
-    c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
+    if READS:
+        c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
     acc = tl.zeros((CHUNK, N), dtype=tl.float32)
     for step in tl.range(0, share, num_stages=STAGES):
         head = walker * share + step
@@ -294,10 +299,9 @@ def _side(
                 read += tl.sum(tl.dot(c, tl.trans(m1), input_precision=PRECISION) * v1, 1)
             tl.store(share_ptr + to * CHUNK + own, read * weight)
         else:
-            # the diagonal of S G^T: a product of matrices that stay in shared memory
+            # element by element: a tile that is an operand of dots alone gets one more buffer, and then two programs do not fit
             s0 = _state(other_ptr + head * (HEAD_DIM * STATE), q0, n, HEAD_DIM, STATE, exact0, exact_n)
-            across = tl.dot(s0, tl.trans(m0), input_precision=PRECISION)
-            tl.store(share_ptr + to * (P0 + P1) + q0, tl.sum(tl.where(q0[:, None] == q0[None, :], across, 0.0), 1))
+            tl.store(share_ptr + to * (P0 + P1) + q0, tl.sum(s0.to(tl.float32) * m0.to(tl.float32), 1))
             if P1 > 0:
                 s1 = _state(other_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
                 tl.store(share_ptr + to * (P0 + P1) + q1, tl.sum(s1.to(tl.float32) * m1.to(tl.float32), 1))
@@ -306,6 +310,7 @@ def _side(
         b = rows(B_ptr, own, B_token, real, n, STATE, exact_n).to(kind)
         acc = tl.dot(tl.trans(crossed), b, acc, input_precision=PRECISION)
     else:
+        c = rows(C_ptr, own, C_token, real, n, STATE, exact_n).to(kind)
         acc = tl.dot(crossed, c, acc, input_precision=PRECISION)
     mask = (own < written)[:, None] & (n < STATE)[None, :]
     tl.store(out_ptr + own[:, None] * (groups * STATE) + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
