@@ -80,3 +80,26 @@ def test_refuses(change: dict[str, object], message: str) -> None:
     slots = torch.tensor(change["slots"]) if "slots" in change else None
     with pytest.raises(ValueError, match=message):
         mamba_step(*given.values(), *WEIGHTS, 1e-5, **options, dt_limit=LIMIT, slots=slots)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("limit", [(0.0, math.inf), LIMIT])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_path_of_a_single_row(rows: int, has_bias: bool, limit: tuple[float, float], dtype: torch.dtype) -> None:
+    """Output and both states over several tokens, in states laid out as a cache has them: as the reference in float64."""
+    weight, bias, A, D, dt_bias, norm = WEIGHTS
+    wide = (weight, bias if has_bias else None, A, D, dt_bias, norm)
+    fixed = [None if t is None else t.to(dtype) for t in wide]
+    conv = draw(rows, KERNEL - 1, CHANNELS, seed=7).to(dtype).transpose(1, 2)
+    ssm = draw(rows, HEADS, HEAD_DIM, STATE, seed=8).to(dtype)
+    twin_conv, twin_ssm = conv.double().clone(), ssm.double().clone()
+    bound = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for token in range(4):
+        projected = draw(rows, INNER + CHANNELS + HEADS, seed=9 + token)
+        y = mamba_step(projected.to(dtype), conv, ssm, *fixed, 1e-5, **SIZES, dt_limit=limit)
+        with use_backend("torch"):
+            want = mamba_step(projected, twin_conv, twin_ssm, *wide, 1e-5, **SIZES, dt_limit=limit)
+        torch.testing.assert_close(y, want.to(dtype), **bound)
+        torch.testing.assert_close(conv, twin_conv.to(dtype), **bound)
+        torch.testing.assert_close(ssm, twin_ssm.to(dtype), **bound)

@@ -168,3 +168,18 @@ def test_router_bias_moves_against_the_load() -> None:
     bias = torch.tensor([0.5, 0.0, -0.25])
     update_router_bias(bias, torch.tensor([9, 4, 5]), 0.125)
     assert bias.tolist() == [0.375, 0.125, -0.125]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_one_token_through_large_experts(gated: bool) -> None:
+    """Experts so large that their weights are read in parts, against float64."""
+    up, down = draw(5, 256, 520).detach(), draw(5, 520, 256, seed=1).detach()
+    gate = draw(5, 256, 520, seed=2).detach() if gated else None
+    x, weights = draw(1, 520, seed=3).detach(), draw(1, 3, seed=4).detach()
+    chosen = torch.tensor([[4, 0, 2]])
+    with use_backend("torch"):
+        want = moe_experts(x, chosen, weights, up, down, gate)
+    given = [None if t is None else t.float() for t in (up, down, gate)]
+    with torch.no_grad():
+        got = moe_experts(x.float(), chosen, weights.float(), *given)
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4 * float(want.abs().max()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alloy.ops import gated_rms_norm, layer_norm_1p, rms_norm, use_backend
+from alloy.ops import add_rms_norm, gated_rms_norm, layer_norm_1p, rms_norm, use_backend
 
 BACKENDS = ("torch", "cpu")
 
@@ -104,3 +104,20 @@ def test_gated_rms_norm_refuses_groups_that_do_not_divide() -> None:
     """Both numbers are in the message."""
     with pytest.raises(ValueError, match="width 10 is not a multiple of group_size = 4"):
         gated_rms_norm(torch.zeros(1, 10), torch.zeros(1, 10), torch.zeros(10), 1e-5, 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cast_first", [False, True])
+def test_sum_and_norm(backend: str, rows: int, cast_first: bool) -> None:
+    """The sum in the residual's dtype and its norm, for one row, which has a path of its own, and for several."""
+    x, residual, weight = (t.detach() for t in (draw(rows, 24), draw(1, rows, 24)[0], draw(24)))
+    total = x + residual
+    want = total / torch.sqrt((total**2).mean(-1, keepdim=True) + 1e-5) * weight
+    with use_backend(backend), torch.no_grad():
+        normed, kept = add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5, cast_first)
+        torch.testing.assert_close(normed, want.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, total.float())
+        normed, kept = add_rms_norm(x.bfloat16(), residual.float(), weight.bfloat16(), 1e-5, cast_first)
+        assert (normed.dtype, kept.dtype) == (torch.bfloat16, torch.float32)
+        torch.testing.assert_close(normed.double(), want, rtol=3e-2, atol=3e-2)

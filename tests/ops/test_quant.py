@@ -83,6 +83,7 @@ def test_products(kind: Weights, shape: tuple[int, int], rows: tuple[int, ...], 
     assert (narrow - truth).norm() <= 1.5e-2 * truth.norm()
 
 
+@pytest.mark.skipif(not has_vnni(), reason="the kernel for large int8 matrices needs VNNI")
 def test_rows_do_not_meet() -> None:
     """A row has its own unit: beside rows of other sizes, zeros and NaN its answer stays what it is alone."""
     low = lay_out(quantize(draw(2050, 1040), "int8"))
