@@ -339,6 +339,8 @@ def mamba_step(
     sr_seed: Tensor | None,
 ) -> Tensor:
     """As `alloy.ops.mamba_step`; float64 is the reference's."""
+    # as it is on a GPU; the interpreter gets what a model keeps for a CPU
+    conv_weight = conv_weight.contiguous()
     given = (projected, conv_state, ssm_state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps)
     if wide(projected) is torch.float64 or wide(ssm_state) is torch.float64:
         return reference(*given, sizes, dt_limit, slots, sr_seed)
