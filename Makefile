@@ -38,7 +38,8 @@ $(RUN_STAMP):
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@extra=$$($(BIN)/python -c 'import torch; print("" if torch.version.cuda else ",interpreter")'); \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev$$extra]"
 	@touch $@
 
 demo: $(RUN_STAMP)

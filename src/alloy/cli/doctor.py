@@ -20,6 +20,7 @@ _PACKAGES = (
 _EXTRAS = {
     "track": "TensorBoard as a metric sink (log.tensorboard = true)",
     "dev": "tests and checks of this repository",
+    "interpreter": "tests of the GPU kernels on machines without a GPU",
 }
 _ADVICE = (
     "GOMP_SPINCOUNT is not set: when other programs share the cores, steps may take several times as long. "
