@@ -187,10 +187,12 @@ def test_json_lines_come_back_the_same(tmp_path: Path) -> None:
     assert read_run(path) == some_run()
 
 
-def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    """The message names the file."""
+@pytest.mark.parametrize("row", [None, '{"case": "a"}', '{"case": "a", "label": "b", "name": "c", "ms": "1"}'])
+def test_what_is_no_result_is_refused(row: str | None, tmp_path: Path) -> None:
+    """The message names the file; so too where a row is damaged."""
     path = tmp_path / "x.jsonl"
-    path.write_text('{"a": 1}\n')
+    head = '{"kind": "run", "ceilings": {"bytes_per_s": 1.0, "flops_per_s": {}}}'
+    path.write_text('{"a": 1}\n' if row is None else f"{head}\n{row}\n")
     with pytest.raises(DataError, match=r"x.jsonl is not a result of `alloy bench --json`"):
         read_run(path)
 

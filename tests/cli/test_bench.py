@@ -79,6 +79,14 @@ def test_slower_rows_end_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
+def test_a_comparison_without_common_rows_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A check that compared nothing has not passed."""
+    old = earlier(tmp_path / "old.jsonl", 1.0)
+    assert run("good", "--only", "one", "--no-peers", "--quick", "--compare", old) == 1
+    assert "error: nothing was compared: the earlier run has none of these rows" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing else is printed there; wrong numbers of ours end with 1."""
     assert run("bad", "--quick", "--only", "wrong", "--json", "-") == 1
@@ -98,6 +106,10 @@ def test_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str]) -> No
         (["conv"], 3, "conv needs a CUDA device, and there is none. Cases for this machine: cpu"),
         (["good", "--autotune"], 3, "no kernel of these cases has candidates"),
         (["good", "--compare", "/nowhere/old.jsonl"], 2, "/nowhere/old.jsonl"),
+        (["good", "--plot", "roof.png"], 2, '--plot = "roof.png": the plot is SVG; choose a name that ends in .svg'),
+        (["good", "--peer", "torch", "--no-peers"], 2, "--peer and --no-peers exclude each other"),
+        (["good", "--json", "/"], 2, "/: Is a directory; a folder stands where a file is wanted"),
+        (["good", "--only", "three"], 2, "no problem of good has 'three' in its label"),
     ],
 )
 def test_what_cannot_be_run(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,19 @@ def test_info_of_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a number of tokens" in capsys.readouterr().err
 
 
+def test_info_of_numbers_that_mean_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are refused with and without --gpu-mem, before anything is printed."""
+    for option, value, message in (
+        ("--tp", 0, "tp = 0 must be at least 1"),
+        ("--prefill-chunk", 0, "prefill_chunk = 0 must be at least 1"),
+        ("--graphs", -1, "graphs = -1 must be at least 0"),
+        ("--gpu-mem", 22, '--gpu-mem = "22" is 22 bytes. Write a unit, such as 22GiB'),
+    ):
+        assert run("model", "info", "qwen3-8b", option, value) == 2
+        output = capsys.readouterr()
+        assert (output.out, output.err) == ("", f"error: {message}\n")
+
+
 def test_init_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A random checkpoint passes its own check, is reproducible, and tied where the size is."""
     for name in ("tiny-mtp", "tiny-qwen3", "tiny-puzzle"):

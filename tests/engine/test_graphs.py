@@ -126,6 +126,10 @@ def test_buckets_and_obstacles() -> None:
         LLM(model, state_dtype="float16-sr")
     with pytest.raises(RequestError, match='state_dtype = "int8"'):
         LLM(model, state_dtype="int8")
+    with pytest.raises(RequestError, match="max_step_tokens = 0 must be at least 1"):
+        LLM(model, max_step_tokens=0)
+    with pytest.raises(RequestError, match='speculate = some must be "auto" or a number'):
+        LLM(model, speculate="some")  # pyright: ignore[reportArgumentType]  what a user may write
 
 
 def captured(model: CausalLM) -> CausalLM:

@@ -540,6 +540,17 @@ def test_step_with_a_narrow_state(backend: str) -> None:
     assert torch.equal(narrow, wide.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_drafts_over_a_narrow_state(dtype: torch.dtype) -> None:
+    """Verification reads a narrow state and computes in fp32."""
+    i = make(batch=2, seq=3).to(torch.float32)
+    narrow = i.h0.detach().to(dtype)
+    found, want = (
+        ssd_step_multi(h0, i.x, i.dt, i.A, i.B, i.C, i.D, dt_bias=i.dt_bias) for h0 in (narrow, narrow.float())
+    )
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
 def test_states_of_another_shape_or_type_are_refused() -> None:
     """Before anything is written."""
     i = make(batch=1, seq=1)

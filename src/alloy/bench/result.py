@@ -98,9 +98,23 @@ def read_run(path: Path) -> Run:
         known = {f.name for f in fields(Row)}
         ceilings = Ceilings(**head.pop("ceilings"))
         machine = {key: value for key, value in head.items() if key != "kind"}
-        return Run(machine, ceilings, [Row(**{k: v for k, v in row.items() if k in known}) for row in rows])
+        run = Run(machine, ceilings, [Row(**{k: v for k, v in row.items() if k in known}) for row in rows])
+        # what a comparison calculates with
+        damaged = [row for row in run.rows if not _is_sound(row)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a result of `alloy bench --json`: {error}") from error
+        raise DataError(_foreign(path)) from error
+    if damaged:
+        raise DataError(_foreign(path))
+    return run
+
+
+def _is_sound(row: Row) -> bool:
+    numbers = all(value is None or type(value) in (int, float) for value in (row.ms, row.fraction))
+    return numbers and all(type(value) is str for value in row.key)
+
+
+def _foreign(path: Path) -> str:
+    return f"{path} is not a result of `alloy bench --json`, or it is damaged; give a file which that option wrote"
 
 
 def slower(new: Iterable[Row], old: Iterable[Row]) -> list[str]:

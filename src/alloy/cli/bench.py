@@ -1,5 +1,7 @@
 """`alloy bench`: how fast the operations and models are, beside other packages and against this machine's limits."""
 
+import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -42,6 +44,13 @@ def bench(
     if list_cases:
         _list()
         return
+    if peer and no_peers:
+        raise RecipeError("--peer and --no-peers exclude each other; give one of them")
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise RecipeError(f'--plot = "{plot}": the plot is SVG; choose a name that ends in .svg')
+    for target in (None if json_path in (None, "-") else Path(json_path), plot):
+        if target is not None:
+            _check_target(target)
     size: Size = "quick" if quick else "full"
     plan = Plan(_chosen(cases or []), _device(), size, _peers(peer or [], no_peers, quick), only or [])
     if autotune:
@@ -54,6 +63,11 @@ def bench(
         run_cases(plan, _progress, found.append)
     except (KeyboardInterrupt, InterruptedRun) as error:
         interrupted = error
+    if interrupted is None and plan.only and not found[0].rows:
+        raise RecipeError(
+            f"no problem of {', '.join(plan.cases)} has {' or '.join(map(repr, plan.only))} in its label; --only takes a part "
+            'of what the column "problem" shows'
+        )
     for run in found:
         _show(run, json_path)
         if plot is not None:
@@ -63,6 +77,9 @@ def bench(
             _progress(f"plot in {plot}")
     if interrupted is not None:
         raise interrupted
+    for name in plan.peers or []:
+        if not any(row.name.split("/")[0] == name for row in found[0].rows):
+            _progress(f"no problem here is solved by {name}")
     _judge(found[0], earlier)
 
 
@@ -70,6 +87,15 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_target(path: Path) -> None:
+    """Refuse a file that could not be written, before hours of measurements."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _chosen(names: list[str]) -> dict[str, Case]:
@@ -170,6 +196,10 @@ def _judge(run: Run, earlier: Run | None) -> None:
     """Exit code 1 for wrong numbers of ours, and for rows that became slower."""
     wrong = [f"{row.case} {row.label}: {row.status}, {row.message}" for row in run.rows if _is_broken(row)]
     late = slower(run.rows, earlier.rows) if earlier else []
+    if earlier and not {row.key for row in run.rows} & {row.key for row in earlier.rows}:
+        wrong.append(
+            "nothing was compared: the earlier run has none of these rows; compare with a run of the same cases"
+        )
     if wrong or late:
         raise AlloyError("\n".join([*wrong, *late]))
 

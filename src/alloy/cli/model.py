@@ -52,6 +52,8 @@ def info(
         dtype, kv_dtype or dtype, state_dtype, prefill_chunk=prefill_chunk, tp=tp, ep=ep, graphs=graphs
     )
     device = sizes.parse_bytes(gpu_mem) if gpu_mem is not None else None
+    if device and device < 2**20:
+        raise RecipeError(f'--gpu-mem = "{gpu_mem}" is {device} bytes. Write a unit, such as 22GiB')
     facts = describe(model, config, batch, tokens, setting)
     fit = sizes.fits(config, device, batch, tokens, setting) if device is not None else None
     if fit:

@@ -114,7 +114,7 @@ def _read_jsonl(file: Path, column: str) -> Iterator[Document]:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{file}:{number}: not JSON ({error.msg} at column {error.colno}); mend or remove this line."
+                f"{file}:{number}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno}); mend or remove this line."
             ) from error
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: a JSON {type(row).__name__} where an object is wanted, one per line.")

@@ -104,15 +104,17 @@ class LLM:
             )
         self.max_model_len = max_model_len if max_model_len is not None else config.max_positions
         place = self.model.embed.weight.device.type
-        self.max_step_tokens = max_step_tokens or STEP_TOKENS.get(place, STEP_TOKENS_ACCELERATOR)
+        if max_step_tokens is None:
+            max_step_tokens = STEP_TOKENS.get(place, STEP_TOKENS_ACCELERATOR)
+        self.max_step_tokens = max_step_tokens
         self.max_seqs = max_seqs
-        for name, value in (("max_model_len", self.max_model_len), ("max_seqs", max_seqs)):
-            if value < 1:
-                raise RequestError(f"{name} = {value} must be at least 1")
+        for name in ("max_model_len", "max_seqs", "max_step_tokens"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} = {getattr(self, name)} must be at least 1")
         self.speculate: int | Literal["auto"] = speculate
         if speculate == "auto":
             self.speculate = "auto" if self.model.has_mtp else 0
-        elif speculate < 0:
+        elif not isinstance(speculate, int) or speculate < 0:  # pyright: ignore[reportUnnecessaryIsInstance]  users err
             raise RequestError(f'speculate = {speculate} must be "auto" or a number of tokens from 0')
         elif speculate and not self.model.has_mtp:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")

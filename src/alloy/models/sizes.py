@@ -240,7 +240,8 @@ def divide(mixer: Mixer, tp: int, ep: int = 1) -> Mixer:
     update = {name: size // tp for name, size in parts.items()}
     if isinstance(mixer, MoEConfig):
         if mixer.num_experts % ep:
-            raise RecipeError(f"ep = {ep} does not divide num_experts = {mixer.num_experts}")
+            usable = ", ".join(str(n) for n in range(1, mixer.num_experts + 1) if mixer.num_experts % n == 0)
+            raise RecipeError(f"ep = {ep} does not divide num_experts = {mixer.num_experts}; use one of {usable}")
         update["num_experts"] = mixer.num_experts // ep
     return mixer.model_copy(update=update)
 
@@ -402,6 +403,7 @@ def memory(
 ) -> Memory:
     """Bytes to serve `batch` sequences of `context` tokens; with `device_bytes` also what a GPU of that size keeps."""
     s = setting or Setting()
+    _check(config, batch, context, s)
     mtp = s.mtp and bool(_mtp_mixers(config))
     step = decode_bytes(config, batch, s.dtype, s.tp)
     pools = s.graphs if device_bytes else 0
@@ -425,11 +427,6 @@ def fits(
     The largest context stops at the model's own max_positions or the asked context, whichever is longer.
     """
     s = setting or Setting()
-    for name, value in (("batch", batch), ("context", context), ("prefill_chunk", s.prefill_chunk)):
-        if value < 1:
-            raise RecipeError(f"{name} = {value} must be at least 1")
-    if s.tp < 1 or s.ep < 1 or s.graphs < 0:
-        raise RecipeError(f"tp = {s.tp}, ep = {s.ep}, graphs = {s.graphs}: ranks are at least 1, graphs at least 0")
 
     def inside(sequences: int, tokens: int) -> bool:
         return memory(config, sequences, tokens, s, device_bytes).total <= device_bytes
@@ -442,6 +439,18 @@ def fits(
         largest_batch=_largest(lambda sequences: inside(sequences, context), 1 << 20),
         largest_context=_largest(lambda tokens: inside(batch, tokens), max(config.max_positions, context)),
     )
+
+
+def _check(config: AnyConfig, batch: int, context: int, s: Setting) -> None:
+    """Refuse numbers that mean nothing."""
+    ranks = {"tp": s.tp, "ep": s.ep}
+    for name, value in {"batch": batch, "context": context, "prefill_chunk": s.prefill_chunk, **ranks}.items():
+        if value < 1:
+            raise RecipeError(f"{name} = {value} must be at least 1")
+    if s.graphs < 0:
+        raise RecipeError(f"graphs = {s.graphs} must be at least 0")
+    if s.ep > 1 and not any(isinstance(mixer, MoEConfig) for mixer in backbone_mixers(config)):
+        raise RecipeError(f"ep = {s.ep}, but the model has no routed experts to share; use 1")
 
 
 def _largest(holds: Callable[[int], bool], limit: int) -> int:

@@ -338,9 +338,12 @@ def _ssd_step_multi(
 def _read_state(before: Tensor, C: Tensor) -> Tensor:
     """C_i . S for the queries C (batch, groups, tokens, state): (batch, groups, tokens, heads a group * head_dim).
 
-    The states of slots need not lie next to each other; row by row they are read where they are, without a copy."""
+    The states of slots need not lie next to each other; row by row they are read where they are, without a copy where they
+    have the dtype of C."""
     groups = C.shape[1]
-    rows = [c @ row.view(groups, -1, row.shape[-1]).transpose(1, 2) for c, row in zip(C, before, strict=True)]
+    rows = [
+        c @ row.to(c.dtype).view(groups, -1, row.shape[-1]).transpose(1, 2) for c, row in zip(C, before, strict=True)
+    ]
     return torch.stack(rows)
 
 
