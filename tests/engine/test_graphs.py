@@ -10,6 +10,7 @@ from alloy.engine.graphs import DecodeGraphs, buckets_for, new_pool, obstacle
 from alloy.engine.request import Output, SamplingParams
 from alloy.errors import RequestError, ResourceError
 from alloy.models.base import CausalLM
+from alloy.models.mamba import Mamba
 from alloy.models.paged import StaticView
 from tests.engine.conftest import build
 from tests.engine.test_llm import GREEDY, TIE, prompts, same_until_tie
@@ -109,6 +110,38 @@ def test_a_batch_that_stays_needs_no_uploads() -> None:
     assert graphs.replays == {1: 0, 2: 0, 4: 12}
 
 
+def test_weights_that_change_reach_the_graphs() -> None:
+    """In place: what is derived from them keeps its memory. Elsewhere: the graphs are given up."""
+    model = build("hybrid")
+    llm = with_calls(model)
+    llm.generate(prompts(2), GREEDY)
+    mixers = [m for m in model.modules() if isinstance(m, Mamba)]
+    held = [m.held_rates() for m in mixers]
+    with torch.no_grad():
+        for m in mixers:
+            m.A_log.add_(0.5)
+    graphs = llm.graphs
+    assert graphs is not None
+    assert graphs.refresh()
+    for m, rates in zip(mixers, held, strict=True):
+        torch.testing.assert_close(rates, -m.A_log.exp(), atol=0, rtol=1e-6)
+        assert m.held_rates() is rates
+    with torch.no_grad():
+        weights = {name: t * 1.5 for name, t in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    got = tokens(llm.generate(prompts(3), GREEDY))
+    assert llm.graphs is None
+    assert got == tokens(LLM(model, graphs=False).generate(prompts(3), GREEDY))
+
+
+def test_samples_that_do_not_fit_leave_nothing_behind() -> None:
+    """A prompt fits the cache, its copies for further samples do not."""
+    llm = with_calls(build("hybrid"), blocks=3)
+    with pytest.raises(ResourceError, match="blocks of 64 tokens are needed"):
+        llm.generate([5] * 70, SamplingParams(n=3, max_tokens=4, ignore_eos=True))
+    assert_idle(llm)
+
+
 def test_buckets_and_obstacles() -> None:
     """Buckets hold all slots; on a CPU nothing is captured."""
     assert buckets_for(1) == (1,)
@@ -187,6 +220,23 @@ def test_buckets_agree_and_drafts_mix_with_replays() -> None:
         same = sum(a == b for a, b in zip(got, want, strict=True))
         # two best logits may be as good as equal
         assert same >= 8
+
+
+@pytest.mark.gpu
+@cuda
+def test_replays_follow_a_trained_model() -> None:
+    """Weights changed in place between two calls, decay rates above all, and weights that were replaced."""
+    model = captured(build("hybrid"))
+    llm = LLM(model, max_seqs=3, speculate=0)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    llm.generate(prompts(3), params)
+    for assign in (False, True):
+        with torch.no_grad():
+            weights = {name: t * 1.5 for name, t in model.state_dict().items()}
+        model.load_state_dict(weights, assign=assign)
+        want = tokens(LLM(model, max_seqs=3, speculate=0, graphs=False).generate(prompts(3), params))
+        assert tokens(llm.generate(prompts(3), params)) == want
+        assert llm.graphs is not None
 
 
 @pytest.mark.gpu

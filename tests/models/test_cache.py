@@ -24,6 +24,19 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_steps_follow_a_model_that_was_moved() -> None:
+    """A move or cast may put other weights where the old ones lay, which no counter of changes shows."""
+    model, tokens = build("dense"), random_tokens(2, 4)
+    for _ in range(2):
+        cache = model.new_cache(batch=2)
+        parts = [run(model, cache, tokens[:, i : i + 1]) for i in range(4)]
+        close(torch.cat(parts, 1), model(tokens).logits)
+        for p in model.parameters():
+            p.data.mul_(1.5)
+        model.float()
+
+
 def test_every_registered_kind_is_here() -> None:
     """The tests below and in test_layout.py run over CONFIGS."""
     assert {config.kind for config in CONFIGS.values()} == set(MODELS.names())

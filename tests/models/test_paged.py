@@ -105,6 +105,24 @@ def test_long_rows_cross_blocks(name: str) -> None:
     assert view.lengths.tolist() == [75, 26]
 
 
+@torch.no_grad()
+def test_a_fork_without_room_takes_nothing() -> None:
+    """Two blocks are free, three copies of a sequence of one need three."""
+    model = build("latent_mtp")
+    pool = model.new_paged_cache(slots=4, blocks=3, max_tokens=40)
+    view = pool.view(pool.open(1))
+    run(model, view, random_tokens(1, 5))
+    with pytest.raises(ResourceError, match="the cache is full"):
+        pool.fork(view.rows[0], 3)
+    assert (pool.slots_free, pool.blocks_free) == (3, 2)
+    pool.reset()
+    assert (pool.slots_free, pool.blocks_free) == (4, 3)
+    assert pool.mtp is not None
+    assert pool.mtp.blocks_free == 3
+    pool.reset()
+    assert pool.slots_free == 4
+
+
 @pytest.mark.parametrize("name", ["latent_mtp", "puzzle", "qwen3"])
 @torch.no_grad()
 def test_rows_fork_and_leave(name: str) -> None:

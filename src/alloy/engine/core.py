@@ -309,6 +309,10 @@ class LLM:
             self.model.train(was_training)
 
     def _capture(self) -> DecodeGraphs | None:
+        if self.graphs is not None and not self.graphs.refresh():
+            # their memory is free before that of new ones is taken
+            self.graphs = None
+            self._may_capture = obstacle(self.model) is None
         if self.graphs is None and self._may_capture:
             was_training = self.model.training
             self.model.eval()

@@ -18,6 +18,7 @@ from alloy.errors import ResourceError
 from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.configs import MambaConfig, MoEConfig
+from alloy.models.mamba import Mamba
 from alloy.models.paged import PagedCache, StaticView, blocks_of
 from alloy.ops import backend
 from alloy.ops.decode import take_largest
@@ -70,7 +71,15 @@ class DecodeGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # the slots that the buffer names
         self._rows: list[int] = []
+        self._places = _places(model)
         self._capture()
+
+    def refresh(self) -> bool:
+        """Take in weights that were changed in place; False: others lie elsewhere, which the graphs do not read."""
+        for module in self.model.modules():
+            if isinstance(module, Mamba):
+                module.held_rates()
+        return _places(self.model) == self._places
 
     def step(self, rows: Sequence[int], tokens: Sequence[int] | None = None) -> StepOutput:
         """One token for each of `rows`, which are slots of the cache.
@@ -177,6 +186,11 @@ def new_pool(model: CausalLM, slots: int, max_tokens: int, state_dtype: str = "f
             )
         wanted = min(wanted, room)
     return model.new_paged_cache(slots, wanted, max_tokens, state_dtype=state_dtype)
+
+
+def _places(model: CausalLM) -> list[int]:
+    """Where the weights lie."""
+    return [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
 
 
 def _fill(buffer: Tensor, values: Sequence[int]) -> None:

@@ -113,16 +113,12 @@ class Runner:
         wanted = sequences[0].params.prompt_logprobs
         self._leave()
         cache = self._open(prompts)
-        try:
-            if len(prompts) == 1:
-                logits, hidden, scored = self._prefill_chunks(cache, prompts[0], wanted)
-            else:
-                assert all(s.params.prompt_logprobs is None for s in sequences), "prompt_logprobs run alone"
-                logits, hidden = self._prefill_batch(cache, prompts)
-                scored = None
-        except BaseException:
-            cache.select([])
-            raise
+        if len(prompts) == 1:
+            logits, hidden, scored = self._prefill_chunks(cache, prompts[0], wanted)
+        else:
+            assert all(s.params.prompt_logprobs is None for s in sequences), "prompt_logprobs run alone"
+            logits, hidden = self._prefill_batch(cache, prompts)
+            scored = None
         index = torch.tensor(rows, device=self._device)
         sampler = Sampler(sequences, self._vocab, self._device)
         logits = logits[index]
@@ -182,9 +178,9 @@ class Runner:
         self.stats.generated_tokens += sum(kept)
 
     def close(self) -> None:
-        """Give back what the running rows hold."""
-        if self._cache is not None:
-            self._cache.select([])
+        """Give back what is held, also by rows that an error kept from running."""
+        if self._graphs is not None:
+            self._graphs.pool.reset()
         self._cache, self.sequences = None, []
 
     def _one_token(self, cache: Cache) -> tuple[Tensor, Tensor, list[list[int]]]:

@@ -33,8 +33,9 @@ PRODUCTS = frozenset(
         "aten._scaled_dot_product_flash_attention_for_cpu.default",
         "aten._scaled_dot_product_efficient_attention.default",
         "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._flash_attention_forward.default",
         "mkldnn._linear_pointwise.default",
-        "alloy.moe_experts.default",
+        "alloy.moe_experts_kept.default",
     }
 )
 

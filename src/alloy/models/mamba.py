@@ -112,6 +112,14 @@ class Mamba(nn.Module):
         y = gated_rms_norm(y.flatten(2), z, self.norm.weight, config.norm_eps, config.inner // config.groups)
         return self.out_proj(y)
 
+    def held_rates(self) -> Tensor:
+        """A, computed when A_log changed, and always in the same memory, which captured steps read."""
+        version = _version(self.A_log)
+        if self._held is None or version != self._held_version or version[1] is None:
+            self._hold_rates()
+            self._held_version = version
+        return cast(Tensor, self._held)
+
     def draw_weights(self, plan: InitPlan) -> None:
         """A ~ U(1, 16), D = 1, dt log-uniform between the config's bounds; transformers: A = 1..heads."""
         config, device = self.config, self.D.device
@@ -133,6 +141,8 @@ class Mamba(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         apply: Callable[..., Any] = super()._apply
         keep_fp32(self, self.FP32, lambda: apply(fn, recurse))
+        # new memory may lie where the old did
+        self._held_version = self._taps_version = 0, None
         return self
 
     def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,14 +152,6 @@ class Mamba(nn.Module):
     def _rates(self) -> Tensor:
         """A (heads,)."""
         return -self.A_log.float().exp()
-
-    def _held_rates(self) -> Tensor:
-        """A, computed when A_log changed, and always in the same memory, which captured steps read."""
-        version = _version(self.A_log)
-        if self._held is None or version != self._held_version or version[1] is None:
-            self._hold_rates()
-            self._held_version = version
-        return cast(Tensor, self._held)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -222,7 +224,7 @@ class Mamba(nn.Module):
             cache.ssm(self.layer),
             self._held_taps(),
             self.conv.bias,
-            self._held_rates(),
+            self.held_rates(),
             self.D,
             self.dt_bias,
             self.norm.weight,

@@ -107,6 +107,10 @@ class PagedCache:
         self._free_slots += reversed(slots)
         self._release(slots)
 
+    def reset(self) -> None:
+        """Give all slots and blocks back."""
+        self.close(sorted(set(range(self.slots)) - set(self._free_slots)))
+
     def view(self, slots: Sequence[int]) -> "PagedView":
         """The cache of a call whose row b is the sequence in slots[b]; -1, in steps of one token: a row of padding."""
         return PagedView(self, slots)
@@ -141,9 +145,13 @@ class PagedCache:
         self.table[places[:, 0], places[:, 1]] = places[:, 2].to(torch.int32)
 
     def fork(self, slot: int, count: int) -> list[int]:
-        """`count` new slots that hold what `slot` holds."""
+        """`count` new slots that hold what `slot` holds; all or none."""
         targets = self.open(count)
-        self._copy(slot, targets)
+        try:
+            self._copy(slot, targets)
+        except ResourceError:
+            self.close(targets)
+            raise
         return targets
 
     def advance(self, slots: Tensor, counts: Tensor | int) -> None:

@@ -42,6 +42,10 @@ def resolve(op: str, device_type: str) -> Op:
 
 def run(op: str, x: Tensor, *args: Any) -> Any:
     """Compute `op` of x (any shape) and `args` where x is. Autocast is off inside: an op fixes its own dtypes."""
+    # a kernel is launched on the current device, whatever its tensors are on
+    if x.is_cuda and not torch.compiler.is_compiling() and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return run(op, x, *args)
     fn = resolve(op, x.device.type)
     if not torch.is_autocast_enabled(x.device.type):
         return fn(x, *args)

@@ -1,11 +1,14 @@
 """Routing and experts in Triton against the reference in float64."""
 
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from alloy.models.checkpointing import run_block
 from alloy.ops import expert_counts, moe_experts, route, router_logits, sequence_balance, use_backend
 
 gpu = pytest.mark.gpu
@@ -369,3 +372,26 @@ def test_experts_of_published_widths(
 ) -> None:
     """bf16, forward and backward, at the widths of Nemotron 3 Nano and of LatentMoE."""
     check_experts(device, tokens, experts, top_k, width, ffn, torch.bfloat16)
+
+
+def test_selective_checkpointing_keeps_the_products(device: torch.device) -> None:
+    """The experts run once a step, and gradients are the same bits."""
+    x = draw(40, 32, device=device)
+    up, down = (draw(4, *shape, device=device) / 6 for shape in ((48, 32), (32, 48)))
+    chosen, weights = pick(40, 4, 2, device), draw(40, 2, device=device).sigmoid()
+    results, calls = [], []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: object, types: object, args: Any = (), kwargs: Any = None) -> Any:
+            calls[-1] += str(func) == "alloy.moe_experts_kept.default"
+            return cast(Any, func)(*args, **(kwargs or {}))
+
+    for mode in ("none", "selective", "full"):
+        leaves = [t.clone().requires_grad_() for t in (x, weights, up, down)]
+        calls.append(0)
+        with use_backend("triton"), Count():
+            y = run_block(mode, lambda x, w, up, down: moe_experts(x.sin(), chosen, w, up, down), *leaves)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert calls == [1, 1, 2]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
