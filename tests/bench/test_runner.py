@@ -215,6 +215,8 @@ def test_plot_shows_cases_and_decode(tmp_path: Path) -> None:
     draw(some_run(), tmp_path / "out.svg")
     text = (tmp_path / "out.svg").read_text()
     assert text.startswith("<?xml")
+    # the roof of the dtype that the rows compute in, in a unit in which a CPU's is not 0
+    assert "<!-- 100 TFLOP/s bfloat16 -->" in text
     draw(Run({}, Ceilings(1e12, {"bfloat16": 1e14})), tmp_path / "empty.svg")
     assert (tmp_path / "empty.svg").exists()
 

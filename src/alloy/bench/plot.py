@@ -25,24 +25,26 @@ def draw(run: Run, path: Path) -> None:
 
 
 def _roofline(axes: Any, run: Run, rows: list[Row]) -> None:
-    """Achieved operations per second over operations per byte, under the two roofs."""
-    bandwidth = run.ceilings.bytes_per_s
-    top = max(run.ceilings.flops_per_s.values())
-    intensities = [row.flops / row.bytes for row in rows] or [1.0]
-    ends = [min(intensities) / 4, max(*intensities, top / bandwidth) * 4]
-    knee = top / bandwidth
-    roof = sorted({ends[0], knee, ends[1]})
-    axes.plot(roof, [min(top, bandwidth * x) for x in roof], color="black", linewidth=1.2)
+    """Achieved operations per second over operations per byte, under the roofs of memory and of each dtype."""
+    bandwidth, rates = run.ceilings.bytes_per_s, run.ceilings.flops_per_s
+    # rows are held against the ceiling of the dtype they compute in
+    tops = {dtype: rate for dtype, rate in rates.items() if not rows or any(row.compute == dtype for row in rows)}
+    knees = [top / bandwidth for top in tops.values()]
+    intensities = [row.flops / row.bytes for row in rows] + knees
+    ends = [min(intensities) / 4, max(intensities) * 4]
+    for style, (dtype, top) in zip(("-", "--", ":"), tops.items(), strict=False):
+        roof = [ends[0], top / bandwidth, ends[1]]
+        heights = [min(top, bandwidth * x) for x in roof]
+        axes.plot(roof, heights, style, color="black", linewidth=1.2, label=f"{top / 1e12:.3g} TFLOP/s {dtype}")
     for index, case in enumerate(dict.fromkeys(row.case for row in rows)):
         mine = [row for row in rows if row.case == case]
         xs = [row.flops / row.bytes for row in mine]
         ys = [row.flops / (row.ms or 1.0) * 1e3 for row in mine]
         axes.scatter(xs, ys, s=18, color=_COLOURS[index % len(_COLOURS)], label=case)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
-    axes.set_title(f"{bandwidth / 1e12:.2f} TB/s, {top / 1e12:.0f} TFLOP/s measured", fontsize=9)
+    axes.set_title(f"{bandwidth / 1e9:,.4g} GB/s measured", fontsize=9)
     axes.grid(which="major", linewidth=0.4)
-    if rows:
-        axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False)
 
 
 def _throughput(axes: Any, run: Run, rows: list[Row]) -> None:
