@@ -8,6 +8,7 @@ import torch
 
 from alloy.errors import RecipeError
 from alloy.ops import backend, choices, explain, rms_norm, use_backend
+from alloy.ops.linear import linear
 
 
 def test_every_op_has_a_reference_and_cpu_takes_its_own() -> None:
@@ -91,3 +92,19 @@ def test_ops_import_torch_alone() -> None:
     code = "import sys, alloy.ops, alloy.ops.sampling; print([m for m in sys.modules if m.split('.')[0] in ('pydantic', 'transformers') or m.startswith(('alloy.core', 'alloy.models'))])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_where_their_tensors_are() -> None:
+    """The current device is another one."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.randn(3, 64, dtype=dtype), torch.randn(64, 64, dtype=dtype)
+        there = x.to("cuda:1").requires_grad_(), weight.to("cuda:1").requires_grad_()
+        y = rms_norm(linear(*there), there[1][0], 1e-6)
+        want = rms_norm(linear(x, weight), weight[0], 1e-6)
+        torch.testing.assert_close(y.cpu(), want, atol=2e-2, rtol=2e-2)
+        y.square().sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(linear(*there).cpu(), linear(x, weight), atol=2e-1, rtol=2e-2)
+        assert torch.cuda.current_device() == 0

@@ -12,12 +12,12 @@ from alloy.ops import backend
 
 def relu2(x: Tensor) -> Tensor:
     """Squared ReLU in the dtype of `x`, any shape. Paper: Primer (So et al., 2021), section 4.1. arXiv:2109.08668"""
-    return backend.resolve("relu2", x.device.type)(x)
+    return backend.call("relu2", x)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both of one (any) shape and dtype. Paper: SwiGLU (Shazeer, 2020), eq. 6. arXiv:2002.05202"""
-    return backend.resolve("silu_mul", gate.device.type)(gate, up)
+    return backend.call("silu_mul", gate, up)
 
 
 def gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:

@@ -42,15 +42,20 @@ def resolve(op: str, device_type: str) -> Op:
 
 def run(op: str, x: Tensor, *args: Any) -> Any:
     """Compute `op` of x (any shape) and `args` where x is. Autocast is off inside: an op fixes its own dtypes."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return call(op, x, *args)
+    with torch.autocast(x.device.type, enabled=False):
+        return call(op, x, *args)
+
+
+def call(op: str, x: Tensor, *args: Any) -> Any:
+    """As `run`, with autocast as it is, for ops that are torch's own in other places."""
+    fn = resolve(op, x.device.type)
     # a kernel is launched on the current device, whatever its tensors are on
     if x.is_cuda and not torch.compiler.is_compiling() and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return run(op, x, *args)
-    fn = resolve(op, x.device.type)
-    if not torch.is_autocast_enabled(x.device.type):
-        return fn(x, *args)
-    with torch.autocast(x.device.type, enabled=False):
-        return fn(x, *args)
+            return fn(x, *args)
+    return fn(x, *args)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

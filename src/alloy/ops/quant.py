@@ -83,7 +83,7 @@ def low_linear(x: Tensor, weight: LowWeight, bias: Tensor | None = None) -> Tens
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("low_linear: weights of low precision pass no gradient on; train with the full ones")
-    return backend.resolve("low_linear", x.device.type)(x, weight, bias)
+    return backend.call("low_linear", x, weight, bias)
 
 
 def low_experts(
@@ -109,7 +109,7 @@ def low_experts(
     Returns:
         (tokens, width) in x's dtype
     """
-    return backend.resolve("low_experts", x.device.type)(x, chosen, weights, up, down, gate, activation)
+    return backend.call("low_experts", x, chosen, weights, up, down, gate, activation)
 
 
 def _low_linear(x: Tensor, weight: LowWeight, bias: Tensor | None) -> Tensor:

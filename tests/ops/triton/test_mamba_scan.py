@@ -68,6 +68,17 @@ def test_against_the_reference(device: torch.device) -> None:
     check(fused(None), inputs(21), torch.float32, device)
 
 
+def test_a_batch_without_rows(device: torch.device) -> None:
+    """Empty, with gradients of zero."""
+    given = [t.to(device) for t in inputs(5)]
+    leaves = [t.requires_grad_() for t in (given[0][:0], *given[1:])]
+    with use_backend("triton"):
+        for op in (fused, two_ops):
+            y = op(None)(*leaves)
+            assert y.shape == (0, 5, HEADS, HEAD_DIM)
+            assert not any(g.any() for g in torch.autograd.grad(y.sum(), leaves))
+
+
 def test_compiles_whole(device: torch.device) -> None:
     """Without a graph break."""
     check_compiled(fused(None), inputs(9), device)

@@ -31,7 +31,7 @@ def mamba_scan(
     documents: Tensor | None,
 ) -> Tensor:
     """As `alloy.ops.mamba_scan.mamba_scan`."""
-    if wide(xbc) == torch.float64 or conv_weight.shape[1] > conv.MOST_TAPS:
+    if wide(xbc) == torch.float64 or not xbc.shape[0] or conv_weight.shape[1] > conv.MOST_TAPS:
         return parts(xbc, dt, A, D, dt_bias, conv_weight, conv_bias, head_dim, groups, dt_limit, documents)
     return _forward(xbc, dt, A, D, dt_bias, conv_weight, conv_bias, head_dim, groups, *dt_limit, documents)
 

@@ -34,9 +34,10 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """As `alloy.ops.ssd_scan`; x, B and C in one of bf16, fp16 and fp32, their last dimension contiguous.
 
-    `chunk` is a hint for backends that have no size of their own. float64, for checks of gradients, is the reference's.
+    `chunk` is a hint for backends that have no size of their own. float64, for checks of gradients, is the reference's,
+    and so is a batch without rows.
     """
-    if wide(x) == torch.float64:
+    if wide(x) == torch.float64 or not x.shape[0]:
         return reference(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, h0, documents, chunk, return_state)
     for name, t in (("x", x), ("B", B), ("C", C)):
         if t.stride(-1) != 1 and t.shape[-1] > 1:
