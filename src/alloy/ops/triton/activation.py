@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Squared ReLU and the SiLU gate, forward and backward, each one pass over memory.
 
 Squared ReLU keeps only its result, which the matmul after it keeps anyway: 2 relu(x) = 2 sqrt(y). Each program takes

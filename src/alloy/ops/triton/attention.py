@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Attention of few queries over paged keys and values, and writing new ones: the kernels of `alloy.ops.attention`.
 
 Keys are read once for all queries that share them: the query heads of a group times the queries of a row are the rows of

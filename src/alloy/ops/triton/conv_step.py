@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """One token, drafted tokens and accepted tokens of the causal convolution: one kernel, one program a block of channels.
 
 The window of the last inputs stays in registers while the tokens pass: y_t = silu(bias + sum_k weight[:, k] window_k).

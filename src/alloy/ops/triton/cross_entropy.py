@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Cross entropy of a linear head, a chunk of tokens at a time, with the gradients in the same pass.
 
 A chunk's logits come from a matmul in the inputs' dtype. One kernel reads each row twice, the second time from the L2, and

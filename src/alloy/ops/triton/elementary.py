@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """What the kernels over sequences share: elementary functions at one instruction each, the dtype of sums, sizes of grids.
 
 Triton's own exp and division handle subnormal numbers, which costs the sigmoid 7 of its 12 instructions on Hopper; these

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Linear maps of 1 to 16 rows in 16-bit floats, as in decoding: the weight is streamed once, at the rate of memory.
 
 One row: a program multiplies a block of the weight with the row as they come and adds up in fp32 registers, once along

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """The Mamba-2 mixer between its projections for one token of each row, in two launches.
 
 1. One program takes TILES tiles of (BLOCK_P, state) of one head's state, as in `ssd_step`. It convolves the channels of x

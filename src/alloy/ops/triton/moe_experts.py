@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Routed experts on the GPU: few tokens stream the weights of their experts, many are sorted and multiplied in blocks.
 
 Reference, formulas and papers: `alloy.ops.moe`. The backward keeps what entered the activation, and never makes the

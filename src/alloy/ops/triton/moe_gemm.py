@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Matrix products of the sorted pairs of `moe_plan`, each expert's rows with that expert's matrix.
 
 Every kernel is a fixed number of programs that walk over tiles; how many there are, and of which experts, is read from the

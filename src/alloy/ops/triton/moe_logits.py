@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """The router's product in fp32 from 16-bit operands, whose products are exact in fp32: nothing is widened beforehand.
 
 Gradients are fp32; each is split in two 16-bit parts, which hold 16 of its bits, and both are multiplied.

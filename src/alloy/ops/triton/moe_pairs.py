@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Experts of a few tokens: every (token, expert) pair streams its expert's weights once; nothing is sorted.
 
 Two launches. The first gives each pair's hidden values; the second sums each token's pairs in fp32, so that it needs

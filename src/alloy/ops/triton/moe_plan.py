@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Token-expert pairs in the order of their experts: a counting sort, the rows it moves, and the sum back over tokens.
 
 A pair is (token, its j-th expert), numbered token * top_k + j. Sorted stably by expert, the pairs of expert e are the rows

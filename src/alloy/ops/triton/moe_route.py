@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Choosing experts in one launch: scores, the choice within the best groups, and the weights, one program a token.
 
 Reference and papers: `alloy.ops.moe.route`. Of equal choices the lowest id is taken; what is NaN is taken last.

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportMissingModuleSource=false
 """Backward of the SSD scan: everything from the inputs alone, with scratch for one segment of the sequence at a time.
 
 A first pass finds the state at the start of each segment, all at once. Then, last segment first, one kernel finds the states

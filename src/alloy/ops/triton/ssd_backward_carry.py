@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """States entering chunks and their gradients, for the backward of the SSD scan.
 
 Legend as in `alloy.ops.ssd`, and l inclusive sums of d * A inside a chunk (`Prep.logs`), l_Q the last of them:

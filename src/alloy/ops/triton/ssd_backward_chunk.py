@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportMissingModuleSource=false
 """Gradients inside one chunk of the SSD scan, given the state S before it and the gradient G of the state behind it.
 
 Legend as in `alloy.ops.ssd`, and for tokens i >= j of one chunk of one head (performance.md, appendix A):

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """Gradients of step sizes and decays of the SSD scan, from what the heads' tokens gave (`Shares`).
 
 Legend as in `ssd_backward_chunk`, with w_t = x_t . g_t and T = exp(l_Q):

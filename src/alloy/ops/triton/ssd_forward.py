@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportMissingModuleSource=false
 """The SSD scan forward: states stay on chip while a program walks the chunks of its head.
 
 One program owns some columns of one head (their state, fp32, in registers) and walks a stretch of the sequence chunk by
@@ -91,18 +91,18 @@ def carries(
     batch, seq, heads, head_dim = x.shape
     width = B.shape[-1]
     chunks = triton.cdiv(seq, chunk)
-    count = triton.cdiv(chunks, stretch) if count is None else count
-    out = x.new_empty(batch, count, heads, head_dim, width, dtype=torch.float32)
-    decays = x.new_empty(batch, count, heads, dtype=torch.float32)
-    if count > 1:
+    number: int = triton.cdiv(chunks, stretch) if count is None else count
+    out = x.new_empty(batch, number, heads, head_dim, width, dtype=torch.float32)
+    decays = x.new_empty(batch, number, heads, dtype=torch.float32)
+    if number > 1:
         config = tuning.pick("ssd_carries", _key(x, width))
-        _walk[(heads * triton.cdiv(head_dim, narrowest(x.dtype)), count - 1, batch)](
+        _walk[(heads * triton.cdiv(head_dim, narrowest(x.dtype)), number - 1, batch)](
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
-            seq, chunks, stretch, count, 1,
+            seq, chunks, stretch, number, 1,
             OUTPUT=False, HAS_CARRY=False, HAS_D=False, **_common(x, B, B, prep, chunk, config),
         )  # fmt: skip
     _join[(triton.cdiv(head_dim * width, 1024), heads, batch)](
-        out, decays, h0, count, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
+        out, decays, h0, number, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
         WIDTH=width, HAS_H0=h0 is not None, BLOCK=1024,
     )  # fmt: skip
     return out

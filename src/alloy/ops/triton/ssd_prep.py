@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """What every pass of the SSD scan reads: step sizes and decays of each chunk, document boundaries, and C B^T.
 
 Legend as in `alloy.ops.ssd`: d step sizes, A decay rates, B and C projections of a group. Sequences are filled up to whole

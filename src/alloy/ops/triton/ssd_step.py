@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """One token, drafted tokens and accepted tokens of the SSD recurrence: one kernel that reads a state once.
 
 Layout: one program takes TILES tiles of (BLOCK_P, state) of one head's state, so that 16-byte loads of a whole tile are in
