@@ -49,7 +49,7 @@ def run(op: str, x: Tensor, *args: Any) -> Any:
 
 
 def call(op: str, x: Tensor, *args: Any) -> Any:
-    """As `run`, with autocast as it is, for ops that are torch's own in other places."""
+    """As `run` of x (any shape), with autocast as it is, for ops that are torch's own in other places."""
     fn = resolve(op, x.device.type)
     # a kernel is launched on the current device, whatever its tensors are on
     if x.is_cuda and not torch.compiler.is_compiling() and x.device.index != torch.cuda.current_device():
