@@ -5,6 +5,7 @@ python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests.json --process
 
 import argparse
 import json
+import os
 import platform
 import sys
 from datetime import UTC, datetime
@@ -19,15 +20,25 @@ PATHS = ["tests/gpu", "tests/ops/triton", "tests/engine/test_graphs.py"]
 
 
 class Recorder:
-    """Collects outcome and seconds of every test."""
+    """Collects outcome and seconds of every test in a file that is whole after each of them, and prints what failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path, machine: dict[str, str | None]) -> None:
+        self.out, self.machine = out, machine
         self.tests: list[dict[str, object]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One row a test: its call, or the skip or error that kept it from one."""
         if report.when == "call" or report.outcome != "passed":
             self.tests.append({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)})
+            self.write()
+        if report.failed:
+            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+    def write(self) -> None:
+        """Replace the file."""
+        part = self.out.with_suffix(".part")
+        part.write_text(json.dumps({"machine": self.machine, "tests": self.tests}, indent=1) + "\n")
+        part.replace(self.out)
 
 
 def main() -> None:
@@ -37,9 +48,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="tests at a time: kernels are compiled on the CPU")
     parser.add_argument("paths", nargs="*", default=PATHS, help=f"what to collect (default: {' '.join(PATHS)})")
     options = parser.parse_args()
-    recorder = Recorder()
-    spread = ["-n", str(options.processes)] if options.processes > 1 else []
-    code = pytest.main([*spread, *options.paths], plugins=[recorder])
     machine = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cuda": torch.version.cuda,
@@ -47,7 +55,10 @@ def main() -> None:
         **{name: version(name) for name in ("torch", "triton", "transformers", "tokenizers", "pydantic")},
         "date": datetime.now(UTC).date().isoformat(),
     }
-    options.out.write_text(json.dumps({"machine": machine, "tests": recorder.tests}, indent=1) + "\n")
+    # the processes share the cores: a twin on the CPU takes one of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    spread = ["-n", str(options.processes), "--dist", "worksteal"] if options.processes > 1 else []
+    code = pytest.main([*spread, "--tb=short", *options.paths], plugins=[Recorder(options.out, machine)])
     sys.exit(int(code))
 
 

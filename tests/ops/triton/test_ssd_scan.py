@@ -188,6 +188,18 @@ def test_extreme_steps_stay_finite(shift: float, device: torch.device) -> None:
     assert all(g.isfinite().all() for g in gradients)
 
 
+def test_products_beyond_the_range_of_float16(device: torch.device) -> None:
+    """C B^T of float16 inputs may pass 65,504; the small steps by which it is multiplied bring it back."""
+    inputs = make(device, torch.float16, batch=1, seq=70, heads=2, groups=1, state=64, plain=True)
+    inputs["B"], inputs["C"] = inputs["B"] * 300, inputs["C"] * 300
+    assert torch.einsum("lgn,mgn->lm", inputs["C"][0].double(), inputs["B"][0].double()).abs().max() > 65_504
+    inputs["dt"] = inputs["dt"] - 10
+    y, state = run(inputs)
+    _, (want, want_state) = exact(inputs)
+    assert relative(y, want.detach()) < 4e-3
+    assert relative(state, want_state.detach()) < 4e-3
+
+
 @pytest.mark.parametrize(
     ("op", "config"),
     [(op, c) for op in ("ssd_scan", "ssd_carries") for c in tuning.CANDIDATES.get(op, ())],

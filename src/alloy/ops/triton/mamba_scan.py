@@ -31,7 +31,9 @@ def mamba_scan(
     documents: Tensor | None,
 ) -> Tensor:
     """As `alloy.ops.mamba_scan.mamba_scan`."""
-    if wide(xbc) == torch.float64 or not xbc.shape[0] or conv_weight.shape[1] > conv.MOST_TAPS:
+    state = (xbc.shape[2] - dt.shape[2] * head_dim) // (2 * groups)
+    fits = conv_weight.shape[1] <= conv.MOST_TAPS and ssd_scan.num_parts(head_dim, state, xbc.dtype) == 1
+    if wide(xbc) == torch.float64 or not xbc.shape[0] or not fits:
         return parts(xbc, dt, A, D, dt_bias, conv_weight, conv_bias, head_dim, groups, dt_limit, documents)
     return _forward(xbc, dt, A, D, dt_bias, conv_weight, conv_bias, head_dim, groups, *dt_limit, documents)
 

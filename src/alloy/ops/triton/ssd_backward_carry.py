@@ -1,7 +1,7 @@
 # pyright: basic, reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingModuleSource=false
 """States entering chunks and their gradients, for the backward of the SSD scan.
 
-Legend as in `alloy.ops.ssd`, and l inclusive sums of d * A inside a chunk (`Prep.logs`), l_Q the last of them:
+Legend as in `alloy.ops.ssd`, and l inclusive sums of d * A inside a chunk (`Prep.logs` * ln 2), l_Q the last of them:
     forward   S <- exp(l_Q) S + sum_j exp(l_Q - l_j) d_j x_j (outer) B_j
     reversed  G <- exp(l_Q) G + sum_i exp(l_i) dy_i (outer) C_i
 One program walks the chunks of one segment of the sequence with a tile of one head's state on chip in fp32, in two parts of
@@ -184,8 +184,8 @@ def _walk(
         real = begin + own < length
         logs = tl.load(logs_ptr + begin + own)
         last = tl.load(logs_ptr + begin + CHUNK - 1)
-        through = tl.exp(last)
-        weight = tl.exp(logs) if REVERSED else tl.exp(last - logs) * tl.load(d_ptr + begin + own)
+        through = tl.exp2(last)
+        weight = tl.exp2(logs) if REVERSED else tl.exp2(last - logs) * tl.load(d_ptr + begin + own)
         if HAS_DOCUMENTS:
             segment = tl.load(segments_ptr + begin + own)
             end = tl.load(segments_ptr + begin + CHUNK - 1)

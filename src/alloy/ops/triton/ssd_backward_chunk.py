@@ -25,8 +25,6 @@ from alloy.ops.triton.ssd_backward_carry import precision, rows, tiles
 from alloy.ops.triton.ssd_prep import Prep
 from alloy.ops.triton.tuning import Config
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 
 class Shares(NamedTuple):
     """What the kernels of one segment leave to each other: of what the gradients of d and l are made, and Z.
@@ -165,8 +163,8 @@ def _tokens(
             y1 = rows(dy_at, own, dy_token, real, q1, HEAD_DIM, exact).to(kind)
             g1 = _state(after_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
         d = tl.load(d_ptr + head.to(tl.int64) * padded + own)
-        logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own) * LOG2_E
-        onto = tl.exp2(tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1) * LOG2_E - logs)
+        logs = tl.load(logs_ptr + head.to(tl.int64) * padded + own)
+        onto = tl.exp2(tl.load(logs_ptr + head.to(tl.int64) * padded + CHUNK - 1) - logs)
         if HAS_DOCUMENTS:
             onto = tl.where(segment == final, onto, 0.0)
         vectors_at = vectors_ptr + ((batch * heads + head) * tl.num_programs(1) + place) * CHUNK + own
@@ -278,11 +276,11 @@ def _side(
             v1 = rows(v_at, own, v_token, real, q1, HEAD_DIM, exact)
             m1 = _state(state_ptr + head * (HEAD_DIM * STATE), q1, n, HEAD_DIM, STATE, exact, exact_n)
         at = tl.cast(step, tl.int64) * padded
-        logs = tl.load(logs_ptr + at + own) * LOG2_E
+        logs = tl.load(logs_ptr + at + own)
         if READS:
             weight = tl.exp2(logs)
         else:
-            weight = tl.exp2(tl.load(logs_ptr + at + CHUNK - 1) * LOG2_E - logs) * tl.load(d_ptr + at + own)
+            weight = tl.exp2(tl.load(logs_ptr + at + CHUNK - 1) - logs) * tl.load(d_ptr + at + own)
         if HAS_DOCUMENTS:
             weight = tl.where(segment == (0 if READS else final), weight, 0.0)
         acc = tl.dot((v0 * weight[:, None]).to(kind), m0, acc, input_precision=PRECISION)

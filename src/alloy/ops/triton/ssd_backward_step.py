@@ -77,7 +77,7 @@ def _steps(
     skipped = tl.load(at + 4 * vector, mask=real, other=0.0)
     per_token = (batch * heads + head[:, None]) * padded + token[None, :]
     d = tl.load(d_ptr + per_token, mask=real, other=0.0)
-    through = tl.exp(
+    through = tl.exp2(
         tl.load(logs_ptr + (batch * heads + head) * padded + chunk * CHUNK + CHUNK - 1, mask=known, other=0.0)
     )
     if HAS_DOCUMENTS:

@@ -166,10 +166,9 @@ def _walk(
     """`walk` chunks of COLUMNS columns of one head; grid (heads * parts of a head, walks, batch).
 
     With OUTPUT: from carries[:, number * stretches], y of the chunks, and the state if this is the last walk.
-    Without: from zero, the state to state_ptr[:, number + 1] and exp(sum of logs) to decays_ptr[:, number + 1].
+    Without: from zero, the state to state_ptr[:, number + 1] and 2^(sum of logs) to decays_ptr[:, number + 1].
     """
     PARTS: tl.constexpr = (HEAD_DIM + COLUMNS - 1) // COLUMNS
-    LOG2E: tl.constexpr = 1.4426950408889634
     number = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     head = (tl.program_id(0) // PARTS).to(tl.int64)
@@ -195,8 +194,8 @@ def _walk(
         b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
         here = (batch * HEADS + head) * padded + token
         d = tl.load(d_ptr + here + i)
-        logs = tl.load(logs_ptr + here + i) * LOG2E
-        total = tl.load(logs_ptr + here + CHUNK - 1) * LOG2E
+        logs = tl.load(logs_ptr + here + i)
+        total = tl.load(logs_ptr + here + CHUNK - 1)
         into, onto = logs, total - logs
         if DOCUMENTS:
             own = tl.load(segments_ptr + batch * padded + token + i)
@@ -213,7 +212,7 @@ def _walk(
             if DOCUMENTS:
                 seen &= own[:, None] == own[None, :]
             decay = tl.exp2(tl.where(seen, logs[:, None] - logs[None, :], float("-inf")))
-            mixed = (cb * (decay * d[None, :])).to(cb.dtype)
+            mixed = (cb * (decay * d[None, :])).to(v.dtype)
             y = tl.dot(q, state.to(q.dtype), input_precision=PRECISION) * tl.exp2(into)[:, None]
             y = tl.dot(mixed, v, y, input_precision=PRECISION)
             if HAS_D:

@@ -23,7 +23,8 @@ class Prep(NamedTuple):
     """Per token, for chunks of the size that `prepare` was given.
 
     d: fp32 (batch, heads, chunks * chunk), step sizes; 0 for padding and behind the end
-    logs: fp32, like d, inclusive sums of d * A from the chunk's first token on
+    logs: fp32, like d, inclusive sums of d * A / ln 2 from the chunk's first token on: 2^logs is the decay. The factor is
+        in them already because a product that a compiler joins to a difference of two logs leaves the rounding of one
     segments: int32 (batch, chunks * chunk) or None without documents: the number of document starts in this chunk up to
         and with this token. 0: the carry into the chunk is of this token's document. Two tokens of a chunk are of one
         document where they are equal. Padding and what lies behind the end continue the last document.
@@ -84,11 +85,12 @@ def products(B: Tensor, C: Tensor, chunk: int, lengths: Tensor | None = None) ->
         lengths: `Prep.lengths`
 
     Returns:
-        (batch, groups, chunks, chunk, chunk) in B's dtype, with [i, j] = C_i . B_j; 0 where i or j is behind the end
+        (batch, groups, chunks, chunk, chunk) in B's dtype, fp32 for fp16, whose range ends at 65,504, with
+        [i, j] = C_i . B_j; 0 where i or j is behind the end
     """
     batch, seq, groups, state = B.shape
     chunks = triton.cdiv(seq, chunk)
-    out = B.new_empty(batch, groups, chunks, chunk, chunk)
+    out = B.new_empty(batch, groups, chunks, chunk, chunk, dtype=torch.float32 if B.dtype == torch.float16 else B.dtype)
     block = narrowest(B.dtype)
     _products[(chunks, groups, batch)](
         B, C, out, lengths, seq, state, *B.stride()[:3], *C.stride()[:3],
@@ -142,7 +144,7 @@ def _prepare(
         d = tl.clamp(d, low, high, propagate_nan=tl.PropagateNan.ALL)
     d = tl.where(real[:, None], d, 0.0)
     A = tl.load(A_ptr + head, mask=known, other=0.0).to(tl.float32)
-    logs = tl.cumsum(d * A[None, :], 0)
+    logs = tl.cumsum(d * (A * 1.4426950408889634)[None, :], 0)
     padded = tl.num_programs(0).to(tl.int64) * CHUNK
     out = (batch * heads + head[None, :]) * padded + token[:, None]
     tl.store(d_ptr + out, d, mask=known[None, :])

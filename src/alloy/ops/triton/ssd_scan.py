@@ -46,7 +46,24 @@ def ssd_scan(
             )
     B, C = B.to(x.dtype), C.to(x.dtype)
     low, high = dt_limit
-    return torch.ops.alloy.ssd_scan(x, dt, A, B, C, D, dt_bias, dt_softplus, low, high, h0, documents)
+    parts = num_parts(x.shape[3], B.shape[3], x.dtype)
+    if parts > 1:
+        # columns of a head know nothing of each other: a wide head is several heads with the same steps and decays
+        x = x.unflatten(3, (parts, -1)).flatten(2, 3)
+        dt = dt.repeat_interleave(parts, 2)
+        A = A.repeat_interleave(parts)
+        D, dt_bias = (None if t is None else t.repeat_interleave(parts) for t in (D, dt_bias))
+        h0 = None if h0 is None else h0.unflatten(2, (parts, -1)).flatten(1, 2)
+    y, state = torch.ops.alloy.ssd_scan(x, dt, A, B, C, D, dt_bias, dt_softplus, low, high, h0, documents)
+    if parts > 1:
+        y, state = (t.unflatten(dim, (-1, parts)).flatten(dim + 1, dim + 2) for t, dim in ((y, 2), (state, 1)))
+    return y, state
+
+
+def num_parts(head_dim: int, state: int, dtype: torch.dtype) -> int:
+    """In how many equal parts a head goes through the kernels, which hold all of a part and its state in shared memory."""
+    most = 64 if dtype == torch.float32 and state > 128 else 128
+    return next(n for n in range(1, head_dim + 1) if head_dim % n == 0 and head_dim // n <= most)
 
 
 @torch.library.custom_op("alloy::ssd_scan", mutates_args=())
