@@ -143,8 +143,9 @@ def _prepare(
     if LIMITED:
         d = tl.clamp(d, low, high, propagate_nan=tl.PropagateNan.ALL)
     d = tl.where(real[:, None], d, 0.0)
-    A = tl.load(A_ptr + head, mask=known, other=0.0).to(tl.float32)
-    logs = tl.cumsum(d * (A * 1.4426950408889634)[None, :], 0)
+    A = tl.load(A_ptr + head, mask=known, other=0.0).to(tl.float64) * 1.4426950408889634
+    # long steps: a scan in float32 rounds each sum another way, and a decay is the difference of two sums
+    logs = tl.cumsum(d.to(tl.float64) * A[None, :], 0).to(tl.float32)
     padded = tl.num_programs(0).to(tl.int64) * CHUNK
     out = (batch * heads + head[None, :]) * padded + token[:, None]
     tl.store(d_ptr + out, d, mask=known[None, :])
