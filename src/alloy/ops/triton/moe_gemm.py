@@ -293,15 +293,10 @@ def up_kernel(
         inside = (rows < stop)[:, None] & (cols < F)[None, :]
         kind = out.dtype.element_ty
         if KEEP:
-            # the activation is of what is kept, so that the backward sees the same
-            kept = acc.to(kind)
-            tl.store(inner + at, kept, mask=inside)
-            acc = kept.to(tl.float32)
+            tl.store(inner + at, acc.to(kind), mask=inside)
         if gate is not None:
             if KEEP:
-                kept = acc_gate.to(kind)
-                tl.store(opened + at, kept, mask=inside)
-                acc_gate = kept.to(tl.float32)
+                tl.store(opened + at, acc_gate.to(kind), mask=inside)
             acc = act(acc_gate, ACTIVATION) * acc
         else:
             acc = act(acc, ACTIVATION)
