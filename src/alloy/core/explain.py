@@ -60,8 +60,11 @@ def _relevant(errors: list[ErrorDetails], data: Any) -> Iterator[tuple[Key, Erro
     for (key, member), badness in misfit.items():
         if key not in best or badness < misfit[key, best[key]]:
             best[key] = member
-    for key, tag, detail in placed:
-        if not tag or best[tag[0]] == tag[1]:
+    spoken = [(key, detail) for key, tag, detail in placed if not tag or best[tag[0]] == tag[1]]
+    # a table of an unknown kind: which keys belong there is not known either
+    unknown = {key[:-1] for key, detail in spoken if key[-1:] == ("kind",) and detail["type"] == "literal_error"}
+    for key, detail in spoken:
+        if key[:-1] not in unknown or key[-1] == "kind":
             yield key, detail
 
 
@@ -105,6 +108,10 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
         close = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", known), n=1)
         hint = f'Did you mean "{close[0]}"?' if close else f"Known: {known}."
         return f'{composed.where((*key, tag))}: {name}.{tag} = "{context["tag"]}" is not known. {hint}'
+    if kind == "too_long":
+        context = detail.get("ctx", {})
+        wish = f"must be a list of at most {context['max_length']}, not {context['actual_length']}"
+        return f"{where}: {name} = {_shown(value)}: {wish}."
     wish = (
         detail["msg"]
         .replace("Input should be", "must be")
