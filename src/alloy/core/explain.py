@@ -99,7 +99,7 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
         return f'{where}: "{name}" is missing and has no default. Add it.'
     if kind in ("value_error", "assertion_error"):
         message = detail["msg"].partition(", ")[2]
-        return f"{_guess_line(message, key, value, composed)}: {name + ': ' if name else ''}{message}"
+        return f"{_guess_line(message, key, composed)}: {name + ': ' if name else ''}{message}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         context = detail.get("ctx", {})
         tag, known = context["discriminator"].strip("'"), str(context.get("expected_tags", ""))
@@ -126,10 +126,10 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
     return f"{where}: {name} = {_shown(value)}: {wish[:1].lower()}{wish[1:]}.{hint}"
 
 
-def _guess_line(message: str, key: Key, table: Any, composed: Composed) -> str:
+def _guess_line(message: str, key: Key, composed: Composed) -> str:
     """The line of the first key that a validator's message names, else of the table it is about."""
     for word in re.findall(r"\w+", message):
-        if is_table(table) and word in table and (*key, word) in composed.origins:
+        if (*key, word) in composed.origins:
             return composed.origins[*key, word]
     return composed.where(key)
 

@@ -48,6 +48,9 @@ class MambaConfig(Config):
     def check(self) -> Self:
         if self.heads % self.groups:
             raise ValueError(f"ssm_heads = {self.heads} is not a multiple of ssm_groups = {self.groups}")
+        # alloy.ops.ssd.MOST_WIDTH
+        if max(self.head_dim, self.state) > 256:
+            raise ValueError(f"ssm_head_dim = {self.head_dim} and ssm_state = {self.state}; both must be at most 256")
         low, high = self.time_step_limit
         if low < 0 or low > high:
             raise ValueError(f"time_step_limit = [{low}, {high}]: the lower bound must be >= 0 and <= the upper")
