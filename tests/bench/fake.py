@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from alloy.bench.case import Outputs, Problem, Size
+from alloy.ops.triton import tuning
 
 
 def doubled(factor: float, x: torch.Tensor) -> Outputs:
@@ -53,6 +54,13 @@ def bad(size: Size) -> Iterator[Problem]:
     yield problem("crash", ours=fall, peers={"torch": partial(doubled, 2.0)})
     yield problem("abort", ours=die)
     yield problem("after")
+
+
+def tuned(size: Size) -> Iterator[Problem]:
+    """Asks for a configuration of an op with two, of which one is right."""
+    tuning.register("fake", {"factor": 3}, {"factor": 2})
+    for label in ("one", "two"):
+        yield problem(label, ours=lambda x, label=label: doubled(tuning.pick("fake", label)["factor"], x))
 
 
 def broken(size: Size) -> Iterator[Problem]:

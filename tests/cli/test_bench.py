@@ -1,5 +1,6 @@
 """`alloy bench`, as a user runs it."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import torch
 from alloy.bench.case import CASES, Case
 from alloy.bench.result import Ceilings, Row, Run
 from alloy.cli import main
+from alloy.errors import ResourceError
+from alloy.ops.triton import tuning
 
 ROOT = Path(__file__).parents[2]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs every case")
@@ -22,7 +25,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs e
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake cases stand in the table, and workers find them."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT}")
-    for name in ("good", "bad", "endless"):
+    for name in ("good", "bad", "endless", "tuned"):
         monkeypatch.setitem(CASES, name, Case(f"tests.bench.fake:{name}", "any", "a fake"))
 
 
@@ -97,6 +100,54 @@ def test_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str]) -> No
     assert "error: bad wrong: failed, wrong numbers in y" in output.err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["tuned.json", "-"])
+def test_tuned_tables_are_written_where_json_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    """This installation's table, and the same text in the file or on standard output; --only holds here, too."""
+    monkeypatch.setattr(tuning, "TABLES", tmp_path / "tables")
+    monkeypatch.chdir(tmp_path)
+    assert run("tuned", "--autotune", "--quick", "--only", "two", "--json", target) == 0
+    output = capsys.readouterr()
+    table = (tmp_path / "tables" / f"{tuning.arch()}.json").read_text()
+    assert json.loads(table) == {"fake/two": {"factor": 2}}
+    said = "1 entries in " + str(tmp_path)
+    if target == "-":
+        assert output.out == table
+        assert said in output.err
+    else:
+        assert Path(target).read_text() == table
+        assert said in output.out
+
+
+def test_results_are_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that cannot be written leaves the earlier one as it was, and nothing beside it."""
+    path = earlier(tmp_path / "old.jsonl", 0.5)
+    before = path.read_text()
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fail)
+        with pytest.raises(ResourceError, match=r"old\.jsonl: the disk is full"):
+            earlier(path, 0.25)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_go_into_pipes(tmp_path: Path) -> None:
+    """What is no file is written to, not replaced."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    earlier(pipe, 0.5)
+    assert b'"fraction": 0.5' in os.read(reader, 65536)
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
 @without_gpu
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
@@ -105,6 +156,8 @@ def test_json_lines_on_standard_output(capsys: pytest.CaptureFixture[str]) -> No
         (["good", "--peer", "fast"], 2, 'unknown peer "fast". Peers: torch, mamba-ssm'),
         (["conv"], 3, "conv needs a CUDA device, and there is none. Cases for this machine: cpu"),
         (["good", "--autotune"], 3, "no kernel of these cases has candidates"),
+        (["good", "--autotune", "--plot", "x.svg"], 2, "--plot means nothing with --autotune, which times our kernels"),
+        (["good", "--autotune", "--no-peers"], 2, "--no-peers means nothing with --autotune"),
         (["good", "--compare", "/nowhere/old.jsonl"], 2, "/nowhere/old.jsonl"),
         (["good", "--plot", "roof.png"], 2, '--plot = "roof.png": the plot is SVG; choose a name that ends in .svg'),
         (["good", "--peer", "torch", "--no-peers"], 2, "--peer and --no-peers exclude each other"),

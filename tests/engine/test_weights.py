@@ -147,7 +147,7 @@ def refuse(act: Callable[[], object], message: str) -> None:
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     """Each in one sentence that says what to do."""
     refuse(
-        lambda: LLM(folder, device="cpu", weights="int7"), 'weights = "int7" is not known; use one of "bf16", "int8"'
+        lambda: LLM(folder, device="cpu", weights="nvfp4"), 'weights = "nvfp4" is not known; use one of "bf16", "int8"'
     )
     refuse(lambda: LLM(build("hybrid"), weights="int8"), "would change the model that was given; give its folder")
     refuse(lambda: check_place("int8", torch.device("cuda")), 'are for CPUs and this is cuda; use device = "cpu"')

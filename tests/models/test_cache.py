@@ -158,6 +158,8 @@ def test_truncate_is_for_attention_only() -> None:
 def test_cache_misuse_is_refused() -> None:
     """Wrong row count, packed rows, MTP with a cache, and drafts accepted beyond their length."""
     model, tokens = build("latent_mtp"), random_tokens(2, 5)
+    with pytest.raises(RequestError, match=r"state_dtype = torch\.int8; a recurrent state is floating point"):
+        model.new_cache(batch=2, state_dtype=torch.int8)
     with pytest.raises(RequestError, match="made for 3"):
         model(tokens, cache=model.new_cache(batch=3))
     packed = torch.tensor([[0, 0, 1, 1, 1]] * 2)

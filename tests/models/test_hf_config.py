@@ -257,6 +257,7 @@ def test_puzzle_blocks() -> None:
         (HYBRID, {"layers_block_type": ["mamba", "conv"]}, r'layers_block_type\[1\] = "conv" is not a layer'),
         (HYBRID, {"hybrid_override_pattern": None}, "neither hybrid_override_pattern nor layers_block_type"),
         (HYBRID, {"n_groups": 4}, "mamba_num_heads = 6 is not a multiple of n_groups = 4"),
+        (HYBRID, {"ssm_state_size": 300}, r"mamba_head_dim = \d+ and ssm_state_size = 300; both must be at most 256"),
         (HYBRID, {"num_key_value_heads": 4}, "num_attention_heads = 6 is not a multiple of num_key_value_heads = 4"),
         (HYBRID, {"intermediate_size": [1, 2, 3]}, "intermediate_size lists 3 widths but pattern has 2"),
         (HYBRID, {"time_step_limit": [0.5, 0.1]}, r"time_step_limit = \[0.5, 0.1\]: the lower bound"),

@@ -323,6 +323,7 @@ def test_expert_parallel_ranks_share_routed_experts() -> None:
             Setting(ep=3),
             r"ep = 3 does not divide num_experts = 128; use one of 1, 2, 4, 8, 16, 32, 64, 128",
         ),
+        ("nemotron-h-8b", Setting(tp=16), r"tp = 16 does not divide groups = 8 of mamba layers; use one of 1, 2, 4, 8"),
         ("qwen3-8b", Setting(tp=16), r"tp = 16 does not divide num_kv_heads = 8"),
         ("qwen3-8b", Setting(prefill_chunk=0), r"prefill_chunk = 0 must be at least 1"),
         ("qwen3-8b", Setting(tp=0), r"tp = 0 must be at least 1"),

@@ -197,3 +197,17 @@ def test_refuses_a_weight_of_another_shape() -> None:
     """Shapes that would broadcast are named."""
     with pytest.raises(ValueError, match=r"conv weight has shape \(1, 4\); expected \(3, kernel\)"):
         causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("rows", "bounds", "message"),
+    [
+        (2, [0, 5], "cu_seqlens needs batch == 1, got batch = 2; pass documents for several rows"),
+        (1, [0, 4], r"cu_seqlens = \[0, 4\] must rise strictly from 0 to seq = 5"),
+        (1, [0, 3, 2, 5], r"cu_seqlens = \[0, 3, 2, 5\] must rise strictly"),
+    ],
+)
+def test_boundaries_that_do_not_fit_are_refused(rows: int, bounds: list[int], message: str) -> None:
+    """Packing is one row, cut up from its beginning to its end."""
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(torch.zeros(rows, 5, 3), torch.zeros(3, 4), cu_seqlens=torch.tensor(bounds))

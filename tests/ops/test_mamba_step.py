@@ -62,6 +62,7 @@ def test_steps_equal_the_sequence(backend: str) -> None:
     [
         ({"projected": (3, 70)}, r"projected is \(3, 70\); expected \(batch, 72\) for 4 heads of 5, 2 groups of 7"),
         ({"heads": 3, "projected": (3, 61)}, "heads = 3 is not a multiple of groups = 2"),
+        ({"state": 300, "projected": (3, 1244)}, "head_dim = 5 and state = 300; both must be at most 256"),
         ({"ssm": (3, 4, 5, 6)}, r"ssm_state is \(3, 4, 5, 6\); expected \('slots', 4, 5, 7\)"),
         ({"conv": (3, 48, 2)}, r"conv_state is \(3, 48, 2\); expected \(3, 48, 3\)"),
         ({"conv": (2, 48, 3)}, r"conv_state is \(2, 48, 3\); expected \(3, 48, 3\)"),
@@ -76,7 +77,7 @@ def test_refuses(change: dict[str, object], message: str) -> None:
     """Sizes that do not belong together, slots that are not one for each row, and chances for a state that needs none."""
     shapes = {"projected": (3, 72), "conv": (3, 48, 3), "ssm": (3, 4, 5, 7)}
     given = {name: torch.zeros(change.get(name, shape), dtype=torch.float64) for name, shape in shapes.items()}
-    options = SIZES | {k: v for k, v in change.items() if k in ("heads", "sr_seed")}
+    options = SIZES | {k: v for k, v in change.items() if k in ("heads", "state", "sr_seed")}
     slots = torch.tensor(change["slots"]) if "slots" in change else None
     with pytest.raises(ValueError, match=message):
         mamba_step(*given.values(), *WEIGHTS, 1e-5, **options, dt_limit=LIMIT, slots=slots)

@@ -493,7 +493,9 @@ BAD = [
     ({"chunk": 48}, "chunk = 48 is not a power of two in 16 .. 256"),
     ({"dt_limit": (0.5, 0.1)}, "the lower bound must be >= 0"),
     ({"cu_seqlens": torch.tensor([0, 3, 3, 5])}, r"cu_seqlens = \[0, 3, 3, 5\] must rise strictly from 0 to seq = 5"),
+    ({"cu_seqlens": torch.tensor([1, 5])}, "must rise strictly from 0 to seq = 5"),
     ({"cu_seqlens": torch.tensor([0, 4]), "return_state": True}, "must rise strictly from 0 to seq = 5"),
+    ({"x": torch.zeros(1, 5, 4, 300)}, "head_dim = 300 and state = 3; both must be at most 256"),
     ({"documents": torch.zeros(1, 4)}, r"documents has shape \(1, 4\) but the input is \(1, 5\)"),
     ({"documents": torch.zeros(1, 5), "cu_seqlens": torch.tensor([0, 5])}, "pass one of them"),
 ]
@@ -558,6 +560,34 @@ def test_states_of_another_shape_or_type_are_refused() -> None:
         step(i, 0, torch.zeros(1, 6, 5, 8))
     with pytest.raises(ValueError, match=r"ssd_step: state is torch.int32; a state is floating point"):
         step(i, 0, torch.zeros(1, 6, 5, 7, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"B": (2, 5, 3, 3), "C": (2, 5, 3, 3)}, "heads = 4 is not a multiple of groups = 3"),
+        (
+            {"state": (3, 4, 2, 300), "B": (2, 5, 2, 300), "C": (2, 5, 2, 300)},
+            "head_dim = 2 and state = 300; both must be at most 256",
+        ),
+        ({"dt": (2, 5, 1)}, r"so dt must be \(2, 5, 4\) and A \(4,\); got \(2, 5, 1\)"),
+        ({"A": (1,)}, r"A \(4,\); got \(2, 5, 4\) and \(1,\)"),
+        ({"B": (2, 1, 2, 3)}, r"B and C must both be \(2, 5, 2, 3\); got \(2, 1, 2, 3\)"),
+    ],
+    ids=str,
+)
+def test_steps_refuse_shapes(change: dict[str, tuple[int, ...]], message: str) -> None:
+    """One token, drafts and their replay: what would broadcast, and sizes that no kernel serves."""
+    good = {"x": (2, 5, 4, 2), "dt": (2, 5, 4), "A": (4,), "B": (2, 5, 2, 3), "C": (2, 5, 2, 3)}
+    state = torch.zeros(change.get("state", (3, 4, 2, 3)))
+    x, dt, A, B, C = (torch.zeros(change.get(name, shape)) for name, shape in good.items())
+    with pytest.raises(ValueError, match=f"ssd_step_multi: .*{message}"):
+        ssd_step_multi(state, x, dt, A, B, C)
+    with pytest.raises(ValueError, match=f"ssd_replay: .*{message}"):
+        ssd_replay(state, x, dt, A, B, C, torch.tensor([1, 2]))
+    if B.shape[1] == 5:
+        with pytest.raises(ValueError, match=f"ssd_step: .*{message.replace('2, 5, ', '2, ')}"):
+            ssd_step(state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0])
 
 
 def test_step_refuses_more_rows_than_slots() -> None:

@@ -64,6 +64,8 @@ def test_bf16_pure_holds_everything_in_bf16(reference: Path) -> None:
     whole = [line["loss"] for line in curve(reference / "adamw") if "loss" in line]
     low = [line["loss"] for line in curve(reference / "pure") if "loss" in line]
     torch.testing.assert_close(low, whole, rtol=3e-2, atol=0)
+    norms = torch.tensor([line["grad_norm"] for line in curve(reference / "pure") if "grad_norm" in line])
+    assert not torch.equal(norms, norms.bfloat16().float())
     model, _ = load(reference / "pure" / "checkpoint")
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     fp32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}

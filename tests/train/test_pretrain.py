@@ -127,6 +127,10 @@ def test_small_vocabulary_is_refused(tmp_path: Path) -> None:
         ('model.pattern="MXE"', r'"X" at position 2 is not a layer'),
         ("train.lr_warmup=3", r'unknown key "train.lr_warmup"'),
         ('train.lr="fast"', r"train.lr"),
+        ("model.ssm_groups=2", r"tiny\.toml:\d+: model: ssm_heads = 3 is not a multiple of ssm_groups = 2"),
+        ("model.ssm_state=300", r"model: ssm_head_dim = 8 and ssm_state = 300; both must be at most 256"),
+        ("model.top_k=6", r'"model.top_k=6": model: top_k = 6 is more than the 5 experts that routing may choose from'),
+        ("train.precision=nvfp4", r"train.precision = \"nvfp4\": must be 'fp32', 'bf16' or 'bf16-pure'"),
         ("model.vocabulary=3", r'unknown key "model.vocabulary". Did you mean "model.vocab"'),
     ],
 )

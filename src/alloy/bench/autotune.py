@@ -4,6 +4,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from alloy.bench.case import Problem
 from alloy.bench.measure import Bench, Item
@@ -46,11 +47,13 @@ def _time(bench: Bench, item: Item, op: str, config: tuning.Config) -> float:
         return bench.time(item)["ms"]
 
 
-def write_table(entries: Mapping[str, tuning.Config]) -> str:
-    """Merge `entries` into this machine's table; returns the file's path."""
-    path = tuning.TABLES / f"{tuning.arch()}.json"
-    path.parent.mkdir(exist_ok=True)
+def table_path() -> Path:
+    """Where this machine's table is, or would be."""
+    return tuning.TABLES / f"{tuning.arch()}.json"
+
+
+def merged_table(entries: Mapping[str, tuning.Config]) -> str:
+    """This machine's table with `entries`, as the text of its file."""
     merged = {**tuning.table(tuning.arch()), **entries}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(dict(merged[key]))}" for key in sorted(merged))
-    path.write_text("{\n" + lines + "\n}\n")
-    return str(path)
+    return "{\n" + lines + "\n}\n"

@@ -45,14 +45,17 @@ class Item:
 def items(
     case: str, problems: Iterator[Problem], wanted: Collection[str] | None = None, only: Collection[str] = ()
 ) -> Iterator[Item]:
-    """Ours, then the wanted peers (None: all), problem by problem; with `only`, of problems whose label holds one of them."""
-    for problem in problems:
-        if only and not any(text in problem.label for text in only):
-            continue
+    """Ours, then the wanted peers (None: all), problem by problem; `only`: see `chosen`."""
+    for problem in chosen(problems, only):
         yield Item(case, problem, OURS, problem.ours)
         for label, run in problem.peers.items():
             if wanted is None or peers.peer_of(label) in wanted:
                 yield Item(case, problem, label, run)
+
+
+def chosen(problems: Iterator[Problem], only: Collection[str]) -> Iterator[Problem]:
+    """Problems whose label holds one of the texts; all if there is no text."""
+    return (problem for problem in problems if not only or any(text in problem.label for text in only))
 
 
 class Bench:

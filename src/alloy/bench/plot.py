@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from alloy.bench.result import OURS, Row, Run
+from alloy.core.runs import atomic_path
 
 _COLOURS = ("#1f6fb2", "#d1495b", "#3a7d44", "#8f5bb3", "#c98a1b", "#3b9c9c", "#7a7a7a")
 
@@ -20,8 +21,8 @@ def draw(run: Run, path: Path) -> None:
     if decode:
         _throughput(panels[1], run, decode)
     figure.suptitle(f"{run.machine.get('device', '')}, {run.machine.get('date', '')[:10]}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _roofline(axes: Any, run: Run, rows: list[Row]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from alloy.core.runs import atomic_write
 from alloy.errors import DataError
 
 OURS = "alloy"
@@ -86,9 +87,8 @@ class Run:
         return [json.dumps(head), *(json.dumps({"kind": "row", **asdict(row)}) for row in self.rows)]
 
     def write(self, path: Path) -> None:
-        """Write the JSON lines."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(self.lines()) + "\n")
+        """Write the JSON lines, in one step."""
+        atomic_write(path, "\n".join(self.lines()) + "\n")
 
 
 def read_run(path: Path) -> Run:

@@ -15,7 +15,7 @@ import torch
 
 from alloy.bench.autotune import tune
 from alloy.bench.case import Problems, Task
-from alloy.bench.measure import Bench, ceilings, items
+from alloy.bench.measure import Bench, ceilings, chosen, items
 from alloy.core.device import peak_flops
 
 
@@ -34,7 +34,7 @@ def work(task: Task, out: TextIO) -> None:
     problems: Problems = getattr(importlib.import_module(module), name)
     bench = Bench(task.device, quick)
     if task.autotune:
-        for found in tune(bench, problems(task.size)):
+        for found in tune(bench, chosen(problems(task.size), task.only)):
             say(tuned=found)
         return
     for i, item in enumerate(items(task.case, problems(task.size), task.peers, task.only)):

@@ -12,6 +12,7 @@ import typer
 from alloy.bench.case import CASES, PEERS, Case, Size
 from alloy.bench.result import OURS, Row, Run, read_run, slower
 from alloy.bench.runner import Plan, run_cases, tune_cases
+from alloy.core.runs import atomic_write
 from alloy.errors import AlloyError, InterruptedRun, RecipeError, ResourceError
 
 _STARTED = time.monotonic()
@@ -26,7 +27,8 @@ def bench(
     peer: Annotated[list[str] | None, typer.Option(help="Measure this peer alone; repeatable.")] = None,
     no_peers: Annotated[bool, typer.Option("--no-peers", help="Measure no other package.")] = False,
     json_path: Annotated[
-        str | None, typer.Option("--json", help="Write JSON lines to this file; - for stdout.")
+        str | None,
+        typer.Option("--json", help="Write JSON lines (with --autotune: the table) to this file; - for stdout."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the roofline as SVG.")] = None,
     compare: Annotated[
@@ -46,6 +48,12 @@ def bench(
         return
     if peer and no_peers:
         raise RecipeError("--peer and --no-peers exclude each other; give one of them")
+    elsewhere = {"--peer": peer, "--no-peers": no_peers, "--plot": plot, "--compare": compare}
+    useless = [name for name, value in elsewhere.items() if value]
+    if autotune and useless:
+        raise RecipeError(
+            f"{useless[0]} means nothing with --autotune, which times our kernels alone; leave one of them out"
+        )
     if plot is not None and plot.suffix.lower() != ".svg":
         raise RecipeError(f'--plot = "{plot}": the plot is SVG; choose a name that ends in .svg')
     for target in (None if json_path in (None, "-") else Path(json_path), plot):
@@ -54,7 +62,7 @@ def bench(
     size: Size = "quick" if quick else "full"
     plan = Plan(_chosen(cases or []), _device(), size, _peers(peer or [], no_peers, quick), only or [])
     if autotune:
-        _autotune(plan)
+        _autotune(plan, json_path)
         return
     earlier = read_run(compare) if compare else None
     found: list[Run] = []
@@ -94,8 +102,10 @@ def _check_target(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    # a file is replaced, which its folder must allow; a pipe or device is not
+    for place in [path, path.parent] if path.is_file() else [path if path.exists() else path.parent]:
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 def _chosen(names: list[str]) -> dict[str, Case]:
@@ -122,13 +132,22 @@ def _peers(names: list[str], none: bool, quick: bool) -> list[str] | None:
     return names or None
 
 
-def _autotune(plan: Plan) -> None:
-    from alloy.bench.autotune import write_table
+def _autotune(plan: Plan, json_path: str | None) -> None:
+    """Tune, then write the table of this installation, and once more where --json says."""
+    from alloy.bench.autotune import merged_table, table_path
 
+    path = table_path()
+    _check_target(path)
     found = tune_cases(plan, _progress)
     if not found:
         raise ResourceError("no kernel of these cases has candidates on this machine")
-    typer.echo(f"{len(found)} entries in {write_table(found)}")
+    text = merged_table(found)
+    atomic_write(path, text)
+    if json_path == "-":
+        typer.echo(text, nl=False)
+    elif json_path is not None:
+        atomic_write(Path(json_path), text)
+    typer.echo(f"{len(found)} entries in {path}", err=json_path == "-")
 
 
 def _list() -> None:

@@ -60,8 +60,11 @@ def _relevant(errors: list[ErrorDetails], data: Any) -> Iterator[tuple[Key, Erro
     for (key, member), badness in misfit.items():
         if key not in best or badness < misfit[key, best[key]]:
             best[key] = member
-    for key, tag, detail in placed:
-        if not tag or best[tag[0]] == tag[1]:
+    spoken = [(key, detail) for key, tag, detail in placed if not tag or best[tag[0]] == tag[1]]
+    # a table of an unknown kind: which keys belong there is not known either
+    unknown = {key[:-1] for key, detail in spoken if key[-1:] == ("kind",) and detail["type"] == "literal_error"}
+    for key, detail in spoken:
+        if key[:-1] not in unknown or key[-1] == "kind":
             yield key, detail
 
 
@@ -96,7 +99,7 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
         return f'{where}: "{name}" is missing and has no default. Add it.'
     if kind in ("value_error", "assertion_error"):
         message = detail["msg"].partition(", ")[2]
-        return f"{_guess_line(message, key, value, composed)}: {name + ': ' if name else ''}{message}"
+        return f"{_guess_line(message, key, composed)}: {name + ': ' if name else ''}{message}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         context = detail.get("ctx", {})
         tag, known = context["discriminator"].strip("'"), str(context.get("expected_tags", ""))
@@ -105,6 +108,10 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
         close = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", known), n=1)
         hint = f'Did you mean "{close[0]}"?' if close else f"Known: {known}."
         return f'{composed.where((*key, tag))}: {name}.{tag} = "{context["tag"]}" is not known. {hint}'
+    if kind == "too_long":
+        context = detail.get("ctx", {})
+        wish = f"must be a list of at most {context['max_length']}, not {context['actual_length']}"
+        return f"{where}: {name} = {_shown(value)}: {wish}."
     wish = (
         detail["msg"]
         .replace("Input should be", "must be")
@@ -119,10 +126,10 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
     return f"{where}: {name} = {_shown(value)}: {wish[:1].lower()}{wish[1:]}.{hint}"
 
 
-def _guess_line(message: str, key: Key, table: Any, composed: Composed) -> str:
+def _guess_line(message: str, key: Key, composed: Composed) -> str:
     """The line of the first key that a validator's message names, else of the table it is about."""
     for word in re.findall(r"\w+", message):
-        if is_table(table) and word in table and (*key, word) in composed.origins:
+        if (*key, word) in composed.origins:
             return composed.origins[*key, word]
     return composed.where(key)
 

@@ -25,7 +25,12 @@ COMMANDS.add("pretrain", "alloy.train.tasks.pretrain:PretrainRecipe")
 
 
 class Config(BaseModel):
-    """Base of recipe tables and model configs: frozen, typed, unknown keys refused."""
+    """Base of recipe tables and model configs: frozen, typed, unknown keys refused.
+
+    What a recipe resolves to must load again. Hence validators of whole tables run "after": a "before" or "wrap" one turns
+    what is read into Python objects, for which strict checking refuses a list as a tuple. And a field that may be None has
+    None as its default, because TOML cannot say None.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

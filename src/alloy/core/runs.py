@@ -121,8 +121,14 @@ def differing_keys(loaded: LoadedRecipe, path: Path) -> list[str]:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replace the file at `path` in one step: readers see the old bytes or the new, also after a crash."""
+    """Replace the file at `path` in one step: readers see the old bytes or the new, also after a crash.
+
+    A pipe or device, which a user may name where a file is wanted, is written to.
+    """
     payload = data.encode() if isinstance(data, str) else data
+    if path.exists() and not path.is_file():
+        path.write_bytes(payload)
+        return
     with atomic_path(path) as temporary, temporary.open("wb", buffering=0) as file:
         view = memoryview(payload)
         while view:

@@ -88,6 +88,10 @@ class States:
         dtype: torch.dtype,
         state_dtype: torch.dtype,
     ) -> None:
+        if not state_dtype.is_floating_point:
+            raise RequestError(
+                f"state_dtype = {state_dtype}; a recurrent state is floating point, such as torch.float32"
+            )
         # per layer: offset in the slot, then the shape of a view
         self._ssm_shapes: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._conv_shapes: dict[int, tuple[int, tuple[int, ...]]] = {}

@@ -48,6 +48,9 @@ class MambaConfig(Config):
     def check(self) -> Self:
         if self.heads % self.groups:
             raise ValueError(f"ssm_heads = {self.heads} is not a multiple of ssm_groups = {self.groups}")
+        # alloy.ops.ssd.MOST_WIDTH
+        if max(self.head_dim, self.state) > 256:
+            raise ValueError(f"ssm_head_dim = {self.head_dim} and ssm_state = {self.state}; both must be at most 256")
         low, high = self.time_step_limit
         if low < 0 or low > high:
             raise ValueError(f"time_step_limit = [{low}, {high}]: the lower bound must be >= 0 and <= the upper")
@@ -208,7 +211,7 @@ class LayerOverride(Config):
 class HybridConfig(Config):
     """The Nemotron hybrid family: every block is one mixer with its own pre-norm and residual.
 
-    Defaults are those of transformers' NemotronHConfig where a released file may leave a field out.
+    Defaults are those of transformers' NemotronHConfig where a released file may leave a field out, but for special tokens.
     """
 
     kind: Literal["nemotron_h", "nemotron_h_puzzle"] = "nemotron_h"
@@ -266,31 +269,17 @@ class HybridConfig(Config):
     # residual outputs start smaller by sqrt(number of blocks)
     rescale_residual: bool = True
 
-    pad_id: int | None = 0
-    bos_id: int | None = 1
-    eos_ids: tuple[int, ...] = (2,)
+    # None and (): not set, and then pretraining takes its tokenizer's
+    pad_id: int | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
 
     layers: tuple[LayerOverride, ...] | None = None
     mtp_layers: tuple[LayerOverride, ...] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def split_mtp(cls, data: object) -> object:
-        """ "main/mtp/mtp" (Megatron) becomes pattern, mtp_pattern and mtp_depths."""
-        if isinstance(data, dict) and isinstance(data.get("pattern"), str) and "/" in data["pattern"]:
-            main, *depths = data["pattern"].split("/")
-            if len({clean_pattern(d, "mtp pattern") for d in depths}) != 1:
-                raise ValueError(f'pattern = "{data["pattern"]}": all MTP depths must have the same pattern')
-            data = {
-                **data,
-                "pattern": main,
-                "mtp_pattern": depths[0],
-                "mtp_depths": data.get("mtp_depths", len(depths)),
-            }
-        return data
-
     @model_validator(mode="after")
     def check(self) -> Self:
+        self._split_mtp()
         object.__setattr__(self, "pattern", clean_pattern(self.pattern))
         object.__setattr__(self, "mtp_pattern", clean_pattern(self.mtp_pattern, "mtp_pattern"))
         if isinstance(self.ffn, tuple) and len(self.ffn) not in (1, self.pattern.count("-")):
@@ -326,6 +315,20 @@ class HybridConfig(Config):
     def std(self) -> float:
         """Standard deviation of the initial weights."""
         return self.init_std if self.init_std is not None else math.sqrt(0.8 / self.hidden)
+
+    def _split_mtp(self) -> None:
+        """ "main/mtp/mtp" (Megatron) becomes pattern, mtp_pattern and mtp_depths."""
+        main, *depths = self.pattern.split("/")
+        if not depths:
+            return
+        if len({clean_pattern(depth, "mtp pattern") for depth in depths}) != 1:
+            raise ValueError(f'pattern = "{self.pattern}": all MTP depths must have the same pattern')
+        found: dict[str, object] = {"pattern": main, "mtp_pattern": depths[0]}
+        if "mtp_depths" not in self.model_fields_set:
+            found["mtp_depths"] = len(depths)
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        self.model_fields_set.update(found)
 
     def _resolve(self, pattern: str, overrides: tuple[LayerOverride, ...] | None) -> tuple[HybridMixer, ...]:
         widths = self.ffn if isinstance(self.ffn, tuple) else (self.ffn,)
@@ -390,8 +393,8 @@ class HybridConfig(Config):
 class DecoderLayerConfig(Config):
     """One transformer layer: attention and MLP (or MoE), either of which may be missing (nemotron-nas no-op) or linear."""
 
-    attention: AttentionConfig | LinearConfig | None
-    mlp: MLPConfig | MoEConfig | LinearConfig | None
+    attention: AttentionConfig | LinearConfig | None = None
+    mlp: MLPConfig | MoEConfig | LinearConfig | None = None
 
 
 class DecoderConfig(Config):

@@ -34,6 +34,9 @@ PATTERN_ULTRA = (
     "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 )
 
+# special tokens of every Nemotron hybrid
+_HYBRID_IDS = {"pad_id": 0, "bos_id": 1, "eos_ids": (2,)}
+
 # Llama-Nemotron: A attention, . none; then the MLP as a multiple (section 2/3 of it times hidden is its width), 0 none
 BLOCKS_SUPER_49B = (
     "A2.625 5xA5.25 2x.2.625 3xA5.25 .3.28125 30xA5.25 .1.3125 2x.2.625 .1.3125 .5.25 .1.3125 .2.625 3x.1.3125 A5.25 "
@@ -109,11 +112,11 @@ def nas_layers(blocks: str, hidden: int, heads: int, kv_heads: int, rope: RopeCo
 
 
 def _dense(pattern: str, hidden: int, ffn: int, **fields: object) -> HybridConfig:
-    return HybridConfig.model_validate({"pattern": pattern, "hidden": hidden, "ffn": ffn, **fields})
+    return HybridConfig.model_validate({"pattern": pattern, "hidden": hidden, "ffn": ffn, **_HYBRID_IDS, **fields})
 
 
 def _nemotron3(pattern: str, hidden: int, **fields: object) -> HybridConfig:
-    shared = {"num_kv_heads": 2, "max_positions": 262_144, "eos_ids": (2, 11)}
+    shared = {"num_kv_heads": 2, "max_positions": 262_144, **_HYBRID_IDS, "eos_ids": (2, 11)}
     return HybridConfig.model_validate({"pattern": pattern, "hidden": hidden, **shared, **fields})
 
 
@@ -191,7 +194,9 @@ _TINY_ROUTED = {"num_experts": 8, "top_k": 3, "expert_ffn": 24, "shared_ffn": 40
 
 
 def _tiny(pattern: str, **fields: object) -> HybridConfig:
-    return HybridConfig.model_validate({"pattern": pattern, "ffn": 88, **_TINY, **_TINY_ROUTED, **fields})
+    return HybridConfig.model_validate(
+        {"pattern": pattern, "ffn": 88, **_TINY, **_TINY_ROUTED, **_HYBRID_IDS, **fields}
+    )
 
 
 def _tiny_puzzle() -> HybridConfig:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alloy.ops import backend
 from alloy.ops.conv import causal_conv1d
-from alloy.ops.ssd import ssd_scan
+from alloy.ops.ssd import check_length, check_sizes, ssd_scan
 
 
 def mamba_scan(
@@ -49,6 +49,9 @@ def mamba_scan(
         raise ValueError(
             f"mamba_scan: {channels} channels do not hold {heads} heads of {head_dim} and B and C of {groups} groups"
         )
+    state = (channels - heads * head_dim) // (2 * groups)
+    check_sizes("mamba_scan", heads, groups, head_dim, state)
+    check_length("mamba_scan", xbc.shape[1])
     return backend.run(
         "mamba_scan", xbc, dt, A, D, dt_bias, conv_weight, conv_bias, head_dim, groups, dt_limit, documents
     )

@@ -11,7 +11,7 @@ from alloy.ops.conv import causal_conv1d_step
 from alloy.ops.cpu import mamba_step as cpu
 from alloy.ops.norm import gated_rms_norm
 from alloy.ops.slots import check_slots
-from alloy.ops.ssd import ssd_step
+from alloy.ops.ssd import check_sizes, ssd_step
 
 
 def mamba_step(
@@ -65,8 +65,7 @@ def mamba_step(
             f"mamba_step: projected is {tuple(projected.shape)}; expected (batch, {inner + channels + heads}) for "
             f"{heads} heads of {head_dim}, {groups} groups of {state}"
         )
-    if heads % groups:
-        raise ValueError(f"mamba_step: heads = {heads} is not a multiple of groups = {groups}")
+    check_sizes("mamba_step", heads, groups, head_dim, state)
     if ssm_state.shape[1:] != (heads, head_dim, state):
         raise ValueError(
             f"mamba_step: ssm_state is {tuple(ssm_state.shape)}; expected ('slots', {heads}, {head_dim}, {state})"

@@ -23,6 +23,9 @@ from alloy.ops.precision import wide
 from alloy.ops.rounding import round_to_half
 from alloy.ops.slots import check_slots, read_slots, used_rows, write_slots
 
+# of a head and of its state, whatever the backend
+MOST_WIDTH = 256
+
 
 def ssd_scan(
     x: Tensor,
@@ -110,7 +113,7 @@ def ssd_step(
     Returns:
         y (batch, heads, head_dim) in x's dtype
     """
-    _check_state("ssd_step", state, x, B, slots, sr_seed)
+    _check_state("ssd_step", state, x, dt, A, B, C, slots, sr_seed)
     return backend.run("ssd_step", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots, sr_seed)
 
 
@@ -146,7 +149,7 @@ def ssd_step_multi(
     Returns:
         y (batch, tokens, heads, head_dim) in x's dtype
     """
-    _check_state("ssd_step_multi", state, x, B, slots)
+    _check_state("ssd_step_multi", state, x, dt, A, B, C, slots)
     return backend.run("ssd_step_multi", state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, slots)
 
 
@@ -182,12 +185,20 @@ def ssd_replay(
         slots: as in `ssd_step`
         sr_seed: as in `ssd_step`
     """
-    _check_state("ssd_replay", state, x, B, slots, sr_seed)
+    _check_state("ssd_replay", state, x, dt, A, B, B, slots, sr_seed)
     backend.run("ssd_replay", state, x, dt, A, B, counts, dt_bias, dt_softplus, dt_limit, slots, sr_seed)
 
 
 def _check_state(
-    op: str, state: Tensor, x: Tensor, B: Tensor, slots: Tensor | None, sr_seed: Tensor | None = None
+    op: str,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    slots: Tensor | None,
+    sr_seed: Tensor | None = None,
 ) -> None:
     """Refuse a state of another model, one that cannot hold decaying sums, and slots that are not one for each row."""
     if state.shape[1:] != (*x.shape[-2:], B.shape[-1]):
@@ -197,6 +208,7 @@ def _check_state(
         raise ValueError(f"{op}: state is {state.dtype}; a state is floating point")
     if sr_seed is not None and state.dtype != torch.float16:
         raise ValueError(f"{op}: sr_seed is for a float16 state, this one is {state.dtype}; leave sr_seed out")
+    _check_shapes(op, x, dt, A, B, C)
     check_slots(slots, state, x.shape[0])
 
 
@@ -204,23 +216,10 @@ def _check_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor | None, dt_limit: tuple[float, float], chunk: int
 ) -> None:
     """Refuse what would broadcast silently or is outside the ranges that every backend serves."""
-    batch, seq, heads, head_dim = x.shape
-    groups, state = B.shape[2:]
-    if seq == 0:
-        raise ValueError("ssd_scan: seq = 0; give at least one token")
-    if heads % groups:
-        raise ValueError(f"ssd_scan: heads = {heads} is not a multiple of groups = {groups}")
-    if dt.shape != (batch, seq, heads) or A.shape != (heads,):
-        raise ValueError(
-            f"ssd_scan: x is {tuple(x.shape)}, so dt must be {(batch, seq, heads)} and A ({heads},); "
-            f"got {tuple(dt.shape)} and {tuple(A.shape)}"
-        )
-    if B.shape != (batch, seq, groups, state) or C.shape != B.shape:
-        raise ValueError(
-            f"ssd_scan: B and C must both be {(batch, seq, groups, state)}; got {tuple(B.shape)} and {tuple(C.shape)}"
-        )
-    if head_dim > 256 or state > 256:
-        raise ValueError(f"ssd_scan: head_dim = {head_dim} and state = {state}; both must be at most 256")
+    _check_shapes("ssd_scan", x, dt, A, B, C)
+    check_length("ssd_scan", x.shape[1])
+    batch, _, heads, head_dim = x.shape
+    state = B.shape[3]
     if h0 is not None and h0.shape != (batch, heads, head_dim, state):
         raise ValueError(f"ssd_scan: h0 is {tuple(h0.shape)}; expected {(batch, heads, head_dim, state)}")
     if h0 is not None and not h0.is_floating_point():
@@ -232,6 +231,36 @@ def _check_scan(
     # only where looking costs no synchronisation; -exp(A_log) of a diverging model may underflow to 0 or be NaN, which the loss shows
     if A.device.type == "cpu" and not torch.compiler.is_compiling() and bool((A > 0).any()):
         raise ValueError(f"ssd_scan: A must be negative, its largest value is {A.max().item():g}")
+
+
+def _check_shapes(op: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+    """Refuse sizes that no kernel serves, and shapes that would broadcast."""
+    *rows, heads, head_dim = x.shape
+    groups, state = B.shape[-2:]
+    check_sizes(op, heads, groups, head_dim, state)
+    if dt.shape != (*rows, heads) or A.shape != (heads,):
+        raise ValueError(
+            f"{op}: x is {tuple(x.shape)}, so dt must be {(*rows, heads)} and A ({heads},); "
+            f"got {tuple(dt.shape)} and {tuple(A.shape)}"
+        )
+    if B.shape != (*rows, groups, state) or C.shape != B.shape:
+        raise ValueError(
+            f"{op}: B and C must both be {(*rows, groups, state)}; got {tuple(B.shape)} and {tuple(C.shape)}"
+        )
+
+
+def check_length(op: str, seq: int) -> None:
+    """Refuse a scan of nothing, which has no last state."""
+    if seq == 0:
+        raise ValueError(f"{op}: seq = 0; give at least one token")
+
+
+def check_sizes(op: str, heads: int, groups: int, head_dim: int, state: int) -> None:
+    """Refuse heads that are not dealt out evenly to groups, and those too wide for the kernels."""
+    if heads % groups:
+        raise ValueError(f"{op}: heads = {heads} is not a multiple of groups = {groups}")
+    if max(head_dim, state) > MOST_WIDTH:
+        raise ValueError(f"{op}: head_dim = {head_dim} and state = {state}; both must be at most {MOST_WIDTH}")
 
 
 def _scan_documents(

@@ -18,7 +18,6 @@ from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alloy.core.device import peak_memory_bytes, rng_state, set_rng_state
 from alloy.core.logging import ProgressLine
@@ -29,7 +28,7 @@ from alloy.losses.base import Loss
 from alloy.parallel.fsdp import release
 from alloy.parallel.mesh import World
 from alloy.train.checkpoint import latest_state, load_state, model_tensors, save_state
-from alloy.train.optim import Optimizers, lr_factor
+from alloy.train.optim import Optimizers, gradient_norm, lr_factor
 from alloy.train.precision import DTYPES, compute_in
 from alloy.train.recipe import LogTable, TrainTable
 
@@ -272,8 +271,7 @@ class Trainer(Generic[Batch]):
             _add(stats, loss.stats)
         own, totals, stats = totals, self._reduce(totals), self._reduce(stats)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = gradient_norm(gradients)
         # the one wait for the device in a step
         *measured, grad_norm = torch.stack([*totals.values(), norm]).tolist()
         means = {name: value / counts[name] for name, value in zip(totals, measured, strict=True)}

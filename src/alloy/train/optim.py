@@ -62,6 +62,28 @@ def lr_factor(
     return floor + (1.0 - floor) * left
 
 
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Norm of all gradients together, over all ranks' shards, with sums in fp32 whatever the gradients are held in.
+
+    `nn.utils.get_total_norm` rounds each tensor's norm to the gradients' dtype and adds the squares up in it: 0.3% in bf16.
+
+    Args:
+        gradients: any shapes, dtypes mixed
+
+    Returns:
+        () fp32, on their device; nothing waits for it
+    """
+    by_dtype: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_dtype[gradient.dtype].append(gradient)
+    norms: list[Tensor] = []
+    for members in by_dtype.values():
+        # what get_total_norm calls, too
+        norms += torch._foreach_norm(members, 2.0, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    norm = torch.stack(norms).norm()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz; the step of a matrix is lr * max(1, out / in) ** 0.5.
 

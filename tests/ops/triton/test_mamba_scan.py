@@ -98,3 +98,21 @@ def test_wrong_channels_are_refused() -> None:
             draw(1, 3, 66), draw(1, 3, 2), -draw(2).exp(), draw(2), draw(2), draw(66, 4), None,
             head_dim=16, groups=4, dt_limit=(0.0, 1.0),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seq", "heads", "head_dim", "groups", "state", "message"),
+    [
+        (3, 4, 16, 3, 5, "heads = 4 is not a multiple of groups = 3"),
+        (3, 2, 300, 1, 5, "head_dim = 300 and state = 5; both must be at most 256"),
+        (0, 2, 16, 1, 5, "seq = 0; give at least one token"),
+    ],
+)
+def test_sizes_are_refused(seq: int, heads: int, head_dim: int, groups: int, state: int, message: str) -> None:
+    """Before a kernel, which does not look."""
+    channels = heads * head_dim + 2 * groups * state
+    with pytest.raises(ValueError, match=f"mamba_scan: {message}"):
+        mamba_scan(
+            torch.zeros(1, seq, channels), torch.zeros(1, seq, heads), -torch.ones(heads), torch.zeros(heads),
+            torch.zeros(heads), torch.zeros(channels, 4), None, head_dim=head_dim, groups=groups, dt_limit=(0.0, 1.0),
+        )  # fmt: skip

@@ -61,6 +61,8 @@ HYBRID_FIELDS = {
     "rescale_residual": "rescale_prenorm_residual",
     **TOKEN_FIELDS,
 }
+# what NemotronHConfig of transformers assumes when the file leaves them out
+DEFAULT_IDS = {"pad_id": 0, "bos_id": 1, "eos_ids": 2}
 HYBRID_ALIASES = {
     "attention_head_dim": "head_dim",
     "norm_eps": "layer_norm_epsilon",
@@ -106,7 +108,7 @@ BLOCK_SYMBOLS = {name: symbol for symbol, names in BLOCK_NAMES.items() for name 
 def read_hybrid(kind: str, keys: ConfigKeys, shared_rows: int | None) -> HybridConfig:
     """The configuration of a hybrid; `shared_rows`: see `read_config`."""
     keys.merge(HYBRID_ALIASES)
-    fields: dict[str, Any] = {"kind": kind}
+    fields: dict[str, Any] = {"kind": kind, **DEFAULT_IDS}
     for name, key in HYBRID_FIELDS.items():
         value = keys.take(key)
         # null means "none" for token ids, "as usual" elsewhere
@@ -119,8 +121,7 @@ def read_hybrid(kind: str, keys: ConfigKeys, shared_rows: int | None) -> HybridC
             raise keys.refuse(f'{key} = "{keys.data[key]}" is not supported; {kind} has "{wanted}"')
     if isinstance(fields.get("ffn"), list):
         fields["ffn"] = tuple(fields["ffn"])
-    if "eos_ids" in fields:
-        fields["eos_ids"] = token_ids(fields["eos_ids"])
+    fields["eos_ids"] = token_ids(fields["eos_ids"])
     if "time_step_limit" in fields:
         fields["time_step_limit"] = _limit(fields["time_step_limit"], keys)
     if kind == "nemotron_h_puzzle":

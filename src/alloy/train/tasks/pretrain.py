@@ -343,7 +343,7 @@ class PretrainTask:
         if self.tokenizer.eos_token_id is not None:
             ids["eos_ids"] = (self.tokenizer.eos_token_id,)
         return config.model_copy(
-            update={name: value for name, value in ids.items() if name not in config.model_fields_set}
+            update={name: value for name, value in ids.items() if getattr(config, name) in (None, ())}
         )
 
 
