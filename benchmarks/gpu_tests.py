@@ -1,6 +1,8 @@
 """Run the tests of the kernels and of whole models on a GPU and keep what they said, with machine, versions and date.
 
 python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests.json --processes 8
+
+A file that is there keeps what it says of tests that are not run this time; remove it to begin anew.
 """
 
 import argparse
@@ -24,12 +26,15 @@ class Recorder:
 
     def __init__(self, out: Path, machine: dict[str, str | None]) -> None:
         self.out, self.machine = out, machine
-        self.tests: list[dict[str, object]] = []
+        self.tests: dict[str, dict[str, object]] = {}
+        if out.exists():
+            self.tests = {row["test"]: row for row in json.loads(out.read_text())["tests"]}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One row a test: its call, or the skip or error that kept it from one."""
         if report.when == "call" or report.outcome != "passed":
-            self.tests.append({"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)})
+            row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+            self.tests[report.nodeid] = row
             self.write()
         if report.failed:
             print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
@@ -37,7 +42,7 @@ class Recorder:
     def write(self) -> None:
         """Replace the file."""
         part = self.out.with_suffix(".part")
-        part.write_text(json.dumps({"machine": self.machine, "tests": self.tests}, indent=1) + "\n")
+        part.write_text(json.dumps({"machine": self.machine, "tests": list(self.tests.values())}, indent=1) + "\n")
         part.replace(self.out)
 
 

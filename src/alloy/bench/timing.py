@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 GIB = 2**30
+# calls that share the launch of a graph, which takes some microseconds
+GRAPH_CALLS = 16
 
 
 def time_ms(fn: Callable[[], object], repeats: int = 20, warmup: int = 3, device: str = "cuda") -> float:
@@ -25,10 +27,11 @@ def time_ms(fn: Callable[[], object], repeats: int = 20, warmup: int = 3, device
 
 
 def time_graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """Median milliseconds of one of `calls`, all captured in one CUDA graph: no launch gaps.
+    """Median milliseconds of one of `calls`, captured in one CUDA graph as often as fits `GRAPH_CALLS`: no launch gaps.
 
     Give each call inputs of its own, together several times the L2, so that nothing is found in the cache.
     """
+    calls = list(calls) * max(1, GRAPH_CALLS // len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

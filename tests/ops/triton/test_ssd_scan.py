@@ -102,6 +102,7 @@ SMALL = [
     {"batch": 1, "seq": 70, "heads": 8, "groups": 8, "head_dim": 48, "state": 24},
     {"batch": 1, "seq": 65, "heads": 2, "groups": 1, "head_dim": 32, "state": 256},
     {"batch": 1, "seq": 65, "heads": 1, "groups": 1, "head_dim": 160, "state": 16},
+    {"batch": 1, "seq": 130, "heads": 2, "groups": 1, "head_dim": 72, "state": 40},
 ]
 
 
