@@ -130,15 +130,13 @@ def _key(x: Tensor, width: int) -> str:
 
 def _common(x: Tensor, B: Tensor, C: Tensor, prep: Prep, chunk: int, config: tuning.Config) -> dict:
     """Strides, sizes and options for `_walk`. Strides of tokens are compiled in, so that a tile needs one address."""
-    tensors, columns = (("x", x), ("B", B), ("C", C)), narrowest(x.dtype)
+    tensors = (("x", x), ("B", B), ("C", C))
     strides = {f"{name}_{of}": t.stride(i) for name, t in tensors for i, of in enumerate(("batch", "token", "part"))}
     return strides | {
         "HEADS": x.shape[2],
         "GROUPS": B.shape[2],
         "HEAD_DIM": x.shape[3],
-        "COLUMNS": columns,
-        # columns of a head's last program: none are computed in vain where few are left
-        "REST": min(columns, max(16, triton.next_power_of_2(x.shape[3] % columns or columns))),
+        "COLUMNS": narrowest(x.dtype),
         "WIDTH": B.shape[3],
         "N": max(narrowest(x.dtype), triton.next_power_of_2(B.shape[3])),
         "CHUNK": chunk,
@@ -162,50 +160,18 @@ def _walk(
     x_batch, x_part, B_batch, B_part, C_batch, C_part,
     x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
-    WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`walk` chunks of COLUMNS columns of one head, or of REST at its end; grid (parts of a head * heads, walks, batch).
+    """`walk` chunks of COLUMNS columns of one head; grid (heads * parts of a head, walks, batch).
 
     With OUTPUT: from carries[:, number * stretches], y of the chunks, and the state if this is the last walk.
     Without: from zero, the state to state_ptr[:, number + 1] and 2^(sum of logs) to decays_ptr[:, number + 1].
     """
     PARTS: tl.constexpr = (HEAD_DIM + COLUMNS - 1) // COLUMNS
-    # parts of one kind first: a multiprocessor's two programs are a whole one and a narrow one
-    is_whole = tl.program_id(0) // HEADS < PARTS - 1 if PARTS > 1 and REST < COLUMNS else False
-    if is_whole:
-        _columns(
-            x_ptr, B_ptr, C_ptr, CB_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, carries_ptr, state_ptr, decays_ptr,
-            y_ptr, seq, chunks, walk, count, stretches, x_batch, x_part, B_batch, B_part, C_batch, C_part,
-            x_token, B_token, C_token, HEADS, GROUPS, OUTPUT, HAS_CARRY, HAS_D, DOCUMENTS, WIDTH, N, HEAD_DIM, COLUMNS,
-            COLUMNS, False, True, CHUNK, STAGES, PRECISION,
-        )  # fmt: skip
-    else:
-        _columns(
-            x_ptr, B_ptr, C_ptr, CB_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, carries_ptr, state_ptr, decays_ptr,
-            y_ptr, seq, chunks, walk, count, stretches, x_batch, x_part, B_batch, B_part, C_batch, C_part,
-            x_token, B_token, C_token, HEADS, GROUPS, OUTPUT, HAS_CARRY, HAS_D, DOCUMENTS, WIDTH, N, HEAD_DIM, COLUMNS,
-            REST, REST < COLUMNS, HEAD_DIM % REST == 0, CHUNK, STAGES, PRECISION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _columns(
-    x_ptr, B_ptr, C_ptr, CB_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, carries_ptr, state_ptr, decays_ptr, y_ptr,
-    seq, chunks, walk, count, stretches,
-    x_batch, x_part, B_batch, B_part, C_batch, C_part,
-    x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
-    OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
-    WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    TILE: tl.constexpr, FLIPPED: tl.constexpr, EXACT: tl.constexpr,
-    CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """TILE columns from a multiple of COLUMNS on; EXACT: the head has them all.
-
-    FLIPPED: products with less than COLUMNS columns have them as rows, for mma.sync (`narrowest` says why not for wgmma)."""
     number = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    head = (tl.program_id(0) // PARTS).to(tl.int64)
     group = head // (HEADS // GROUPS)
     length = seq
     if DOCUMENTS:
@@ -213,23 +179,19 @@ def _columns(
     padded = tl.cast(chunks, tl.int64) * CHUNK
     i = tl.arange(0, CHUNK)
     n = tl.arange(0, N)
-    p = tl.program_id(0) // HEADS * COLUMNS + tl.arange(0, TILE)
-    if FLIPPED:
-        place = p[:, None] * WIDTH + n[None, :]
-        in_state = (p < HEAD_DIM)[:, None] & (n < WIDTH)[None, :]
-    else:
-        place = p[None, :] * WIDTH + n[:, None]
-        in_state = (n < WIDTH)[:, None] & (p < HEAD_DIM)[None, :]
-    state = tl.zeros((TILE, N) if FLIPPED else (N, TILE), dtype=tl.float32)
+    p = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)
+    in_state = (n < WIDTH)[:, None] & (p < HEAD_DIM)[None, :]
     if HAS_CARRY:
         at = ((batch * count + number * stretches) * HEADS + head) * HEAD_DIM * WIDTH
-        state = tl.load(carries_ptr + at + place, mask=in_state, other=0.0)
+        state = tl.load(carries_ptr + at + p[None, :] * WIDTH + n[:, None], mask=in_state, other=0.0)
+    else:
+        state = tl.zeros((N, COLUMNS), dtype=tl.float32)
     through = 0.0
     end = tl.minimum(number * walk + walk, chunks)
     for c in tl.range(number * walk, end, num_stages=STAGES):
         token = tl.cast(c, tl.int64) * CHUNK
         real = token + i < length
-        b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N == WIDTH)
+        b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
         here = (batch * HEADS + head) * padded + token
         d = tl.load(d_ptr + here + i)
         logs = tl.load(logs_ptr + here + i)
@@ -241,11 +203,9 @@ def _columns(
             into = tl.where(own == 0, into, float("-inf"))
             onto = tl.where(own == last, onto, float("-inf"))
             total = tl.where(last == 0, total, float("-inf"))
-        v = _tile(x_ptr + batch * x_batch + token * x_token + head * x_part + i * x_token, p, real, HEAD_DIM, EXACT)
+        v = _tile(x_ptr + batch * x_batch + token * x_token + head * x_part + i * x_token, p, real, HEAD_DIM, COLUMNS)
         if OUTPUT:
-            q = _tile(
-                C_ptr + batch * C_batch + token * C_token + group * C_part + i * C_token, n, real, WIDTH, N == WIDTH
-            )
+            q = _tile(C_ptr + batch * C_batch + token * C_token + group * C_part + i * C_token, n, real, WIDTH, N)
             cb_at = ((batch * GROUPS + group) * chunks + c) * CHUNK * CHUNK
             cb = tl.load(CB_ptr + cb_at + i[:, None] * CHUNK + i[None, :])
             seen = i[:, None] >= i[None, :]
@@ -253,12 +213,8 @@ def _columns(
                 seen &= own[:, None] == own[None, :]
             decay = tl.exp2(tl.where(seen, logs[:, None] - logs[None, :], float("-inf")))
             mixed = (cb * (decay * d[None, :])).to(v.dtype)
-            if FLIPPED:
-                y = tl.dot(state.to(q.dtype), tl.trans(q), input_precision=PRECISION) * tl.exp2(into)[None, :]
-                y = tl.trans(tl.dot(tl.trans(v), tl.trans(mixed), y, input_precision=PRECISION))
-            else:
-                y = tl.dot(q, state.to(q.dtype), input_precision=PRECISION) * tl.exp2(into)[:, None]
-                y = tl.dot(mixed, v, y, input_precision=PRECISION)
+            y = tl.dot(q, state.to(q.dtype), input_precision=PRECISION) * tl.exp2(into)[:, None]
+            y = tl.dot(mixed, v, y, input_precision=PRECISION)
             if HAS_D:
                 y += tl.load(D_ptr + head).to(tl.float32) * v
             if DOCUMENTS:
@@ -267,27 +223,24 @@ def _columns(
             in_y = (token + i < seq)[:, None] & (p < HEAD_DIM)[None, :]
             tl.store(y_row[:, None] + p[None, :], y.to(v.dtype), mask=in_y)
         u = (v * (tl.exp2(onto) * d)[:, None]).to(v.dtype)
-        if FLIPPED:
-            state = tl.dot(tl.trans(u), b, state * tl.exp2(total), input_precision=PRECISION)
-        else:
-            state = tl.dot(tl.trans(b), u, state * tl.exp2(total), input_precision=PRECISION)
+        state = tl.dot(tl.trans(b), u, state * tl.exp2(total), input_precision=PRECISION)
         through += total
     if OUTPUT:
         if end == chunks:
             at = (batch * HEADS + head) * HEAD_DIM * WIDTH
-            tl.store(state_ptr + at + place, state, mask=in_state)
+            tl.store(state_ptr + at + p[None, :] * WIDTH + n[:, None], state, mask=in_state)
     else:
         row = (batch * count + number + 1) * HEADS + head
-        tl.store(state_ptr + row * HEAD_DIM * WIDTH + place, state, mask=in_state)
+        tl.store(state_ptr + row * HEAD_DIM * WIDTH + p[None, :] * WIDTH + n[:, None], state, mask=in_state)
         # every part of a head writes the same number
         tl.store(decays_ptr + row, tl.exp2(through))
 
 
 @triton.jit
-def _tile(row, columns, real, LIMIT: tl.constexpr, EXACT: tl.constexpr):
-    """The tile at pointers `row` (tokens,) and `columns` (width,): zero where not real and, if not EXACT, from LIMIT on."""
+def _tile(row, columns, real, LIMIT: tl.constexpr, WIDTH: tl.constexpr):
+    """The tile at pointers `row` (tokens,) and `columns` (width,): zero where not real and from column LIMIT on."""
     mask = real[:, None]
-    if not EXACT:
+    if LIMIT % WIDTH:
         mask &= (columns < LIMIT)[None, :]
     return tl.load(row[:, None] + columns[None, :], mask=mask, other=0.0)
 
