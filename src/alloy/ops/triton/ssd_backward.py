@@ -39,13 +39,13 @@ tuning.register(
 tuning.register(
     "ssd_scan_backward/wide",
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 0,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 1},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 1},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 0,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 1},
     {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 1},
     {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
      "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
 )  # fmt: skip

@@ -25,8 +25,8 @@ from alloy.ops.triton.ssd_prep import Prep, narrowest
 for op in ("ssd_scan", "ssd_carries"):
     tuning.register(
         op,
-        {"num_warps": 4, "num_stages": 2, "resident": 2, "ahead": 1},
         {"num_warps": 4, "num_stages": 2, "resident": 2, "ahead": 0},
+        {"num_warps": 4, "num_stages": 2, "resident": 2, "ahead": 1},
         {"num_warps": 4, "num_stages": 1, "resident": 2, "ahead": 0},
     )
 
