@@ -16,8 +16,22 @@ from alloy.ops.triton.moe_gemm import act
 # beyond these, tokens share so many experts that sorting them and reading each expert once wins
 FEW_TOKENS = 2
 
-tuning.register("moe_pairs_up", {"BN": 8, "BK": 256, "num_warps": 4}, {"BN": 8, "BK": 512, "num_warps": 4})
-tuning.register("moe_pairs_down", {"BN": 4, "BK": 512, "num_warps": 4}, {"BN": 2, "BK": 1024, "num_warps": 4})
+tuning.register(
+    "moe_pairs_up",
+    {"BN": 8, "BK": 256, "num_warps": 4},
+    {"BN": 8, "BK": 512, "num_warps": 4},
+    {"BN": 4, "BK": 512, "num_warps": 4},
+    {"BN": 4, "BK": 256, "num_warps": 2},
+    {"BN": 2, "BK": 1024, "num_warps": 4},
+)
+tuning.register(
+    "moe_pairs_down",
+    {"BN": 4, "BK": 512, "num_warps": 4},
+    {"BN": 2, "BK": 1024, "num_warps": 4},
+    {"BN": 4, "BK": 256, "num_warps": 4},
+    {"BN": 2, "BK": 512, "num_warps": 2},
+    {"BN": 1, "BK": 512, "num_warps": 2},
+)
 
 
 def pairs_experts(
