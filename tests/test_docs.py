@@ -6,6 +6,7 @@ prompts.jsonl, my.toml. A block after `<!-- skip: reason -->` is left out, and s
 
 import io
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -76,3 +77,11 @@ def test_blocks_run(page: Path, place: Path, capsys: pytest.CaptureFixture[str])
 def test_pages_have_blocks() -> None:
     """The test above has something to run."""
     assert sum(len(blocks(page)) for page in PAGES) > 10
+
+
+def test_tables_are_those_of_the_results() -> None:
+    """No figure of a table was typed: `benchmarks/table.py --update` would change nothing."""
+    script = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert page.count("<!-- table ") > 5
+    assert script["update"](page) == page

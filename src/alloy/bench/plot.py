@@ -6,7 +6,11 @@ from typing import Any
 from alloy.bench.result import OURS, Row, Run
 from alloy.core.runs import atomic_path
 
-_COLOURS = ("#1f6fb2", "#d1495b", "#3a7d44", "#8f5bb3", "#c98a1b", "#3b9c9c", "#7a7a7a")
+# as many as there are cases
+_COLOURS = (
+    *("#1f6fb2", "#d1495b", "#3a7d44", "#8f5bb3", "#c98a1b", "#3b9c9c", "#7a7a7a"),
+    *("#101820", "#e377c2", "#8c5a3c", "#9acd32"),
+)
 
 
 def draw(run: Run, path: Path) -> None:
