@@ -10,7 +10,7 @@ from torch import Tensor
 from alloy.errors import RecipeError, RequestError, ResourceError
 from alloy.models.base import CausalLM
 from alloy.models.cache import Cache
-from alloy.models.configs import HybridConfig
+from alloy.models.configs import HybridConfig, MambaConfig
 from alloy.models.paged import BLOCK, PagedCache, PagedView, StaticView
 from tests.models.zoo import CONFIGS, build, random_tokens
 
@@ -274,3 +274,20 @@ def test_any_order_of_operations_gives_the_full_pass(name: str) -> None:
     assert {slot: len(text) for slot, text in texts.items()} == {slot: pool.held[slot] for slot in texts}
     pool.close(sorted(texts))
     assert (pool.slots_free, pool.blocks_free) == (5, 12)
+
+
+def test_layers_round_by_seeds_of_their_own() -> None:
+    """Stochastic rounding: no two layers draw the same chances, and no two steps."""
+    model = build("dense")
+    pool = model.new_paged_cache(2, 4, 64, state_dtype="float16-sr")
+    slots = pool.open(2)
+    view = pool.view(slots)
+    layers = [layer for layer, mixer in enumerate(model.cached_mixers()[0]) if isinstance(mixer, MambaConfig)]
+    seeds: set[int] = set()
+    for _ in range(3):
+        for layer in layers:
+            seed = view.seed(layer)
+            assert seed is not None
+            seeds.add(int(seed))
+        pool.advance(torch.tensor(slots), 1)
+    assert len(seeds) == 3 * len(layers) > 3

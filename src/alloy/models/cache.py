@@ -141,7 +141,8 @@ class Cache(ABC):
         uniform: all rows are known to hold the same number
         mtp: the cache of the multi-token prediction blocks, which has its own lengths
         slots: int32 (batch,), -1 for a row that stands for nothing; None: rows in order
-        rounding: int64 (1,), seed of the stochastic rounding of states; None: they are rounded to nearest
+        rounding: int64 (layers, 2), first a layer's seed of the stochastic rounding of its states (the second makes places
+            of 16 bytes); None: they are rounded to nearest
     """
 
     batch: int
@@ -154,6 +155,10 @@ class Cache(ABC):
     slots: Tensor | None = None
     rounding: Tensor | None = None
     _drafted: int = 0
+
+    def seed(self, layer: int) -> Tensor | None:
+        """int64 (1,), what decides how the states of a layer are rounded; None: they are rounded to nearest."""
+        return None if self.rounding is None else self.rounding[layer, :1]
 
     @abstractmethod
     def positions(self, seq: int) -> Tensor:
@@ -249,7 +254,7 @@ class Cache(ABC):
                 dt_bias=draft.dt_bias,
                 dt_limit=draft.dt_limit,
                 slots=self.slots,
-                sr_seed=self.rounding,
+                sr_seed=self.seed(layer),
             )
         self.drafts, self._drafted = {}, 0
         self._count(counts)

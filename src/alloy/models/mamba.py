@@ -235,7 +235,7 @@ class Mamba(nn.Module):
             state=config.state,
             dt_limit=self.decode_limit,
             slots=cache.slots,
-            sr_seed=cache.rounding,
+            sr_seed=cache.seed(self.layer),
         )
 
     def _draft(self, xbc: Tensor, dt: Tensor, cache: Cache) -> Tensor:

@@ -76,7 +76,10 @@ class PagedCache:
         self.lengths = torch.zeros(slots + 1, device=device, dtype=torch.int32)
         self.held = [0] * slots
         self.states = States(mixers, slots, device, dtype, STATE_DTYPES[state_dtype])
-        self.rounding = torch.zeros(1, device=device, dtype=torch.int64) if state_dtype == "float16-sr" else None
+        self.rounding = None
+        if state_dtype == "float16-sr":
+            # the layer in the upper word, the step in the lower: no two roundings use one seed
+            self.rounding = (torch.arange(len(mixers), device=device) << 32)[:, None].repeat(1, 2)
         self._owned: list[list[int]] = [[] for _ in range(slots)]
         self._free_slots = list(range(slots))[::-1]
         self._free_blocks = list(range(1, blocks + 1))[::-1]

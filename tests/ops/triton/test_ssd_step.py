@@ -153,7 +153,7 @@ def test_multi_equals_steps_and_writes_nothing(config: tuning.Config, device: to
 
 
 @pytest.mark.parametrize("config", CANDIDATES, ids=str)
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("seed", [None, 3, 5 << 32 | 7])
 def test_replay_equals_the_accepted_steps(seed: int | None, config: tuning.Config, device: torch.device) -> None:
     """Each row its own number; rejected tokens are NaN and a row that accepts none keeps its bits."""
     counts = [0, 3, 2, 4]
