@@ -20,15 +20,12 @@ from alloy.ops.triton import tuning
 from alloy.ops.triton.elementary import prefetch
 from alloy.ops.triton.ssd_prep import Prep, narrowest
 
-# resident: programs that a multiprocessor holds at a time
-# ahead: ask for the next chunk's tiles to be in the L2
+# resident: programs that a multiprocessor holds at a time; registers: at most, 0: as many as they want; ahead: ask for the next
+# chunk's tiles to be in the L2
+_CONFIG = ("num_warps", "num_stages", "resident", "registers", "ahead")
 for op in ("ssd_scan", "ssd_carries"):
-    tuning.register(
-        op,
-        {"num_warps": 4, "num_stages": 2, "resident": 2, "ahead": 0},
-        {"num_warps": 4, "num_stages": 2, "resident": 2, "ahead": 1},
-        {"num_warps": 4, "num_stages": 1, "resident": 2, "ahead": 0},
-    )
+    rows = ((4, 2, 2, 0, 0), (4, 2, 2, 0, 1), (8, 2, 2, 128, 0), (8, 2, 2, 128, 1), (4, 1, 2, 0, 0))
+    tuning.register(op, *(dict(zip(_CONFIG, row, strict=True)) for row in rows))
 
 PIECES = 2  # stretches of the first pass in one walk
 
@@ -145,6 +142,7 @@ def _common(x: Tensor, B: Tensor, C: Tensor, prep: Prep, chunk: int, config: tun
         "STAGES": 1 if x.dtype == torch.float32 or B.shape[3] > 128 else config["num_stages"],
         "AHEAD": bool(config["ahead"]) and B.shape[3] == n,
         "num_warps": config["num_warps"],
+        "maxnreg": config["registers"] or None,
     }
 
 
