@@ -22,7 +22,7 @@ from alloy.ops.triton.ssd_prep import Prep, narrowest
 
 # resident: programs that a multiprocessor holds at a time; registers: at most, 0: as many as they want; ahead: ask for the next
 # chunk's tiles to be in the L2
-_CONFIG = ("num_warps", "num_stages", "resident", "registers", "ahead")
+_CONFIG: tuple[str, ...] = ("num_warps", "num_stages", "resident", "registers", "ahead")
 for op in ("ssd_scan", "ssd_carries"):
     rows = ((4, 2, 2, 0, 0), (4, 2, 2, 0, 1), (8, 2, 2, 128, 0), (8, 2, 2, 128, 1), (4, 1, 2, 0, 0))
     tuning.register(op, *(dict(zip(_CONFIG, row, strict=True)) for row in rows))
