@@ -20,12 +20,16 @@ from alloy.ops.triton import tuning
 from alloy.ops.triton.elementary import prefetch
 from alloy.ops.triton.ssd_prep import Prep, narrowest
 
-# resident: programs that a multiprocessor holds at a time; registers: at most, 0: as many as they want; ahead: ask for the next
-# chunk's tiles to be in the L2
-_CONFIG: tuple[str, ...] = ("num_warps", "num_stages", "resident", "registers", "ahead")
+
+def _config(num_warps: int, num_stages: int, registers: int = 0, ahead: int = 0) -> tuning.Config:
+    """A multiprocessor holds two programs; registers: at most, 0: as many as they want; ahead: prefetch the next chunk."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "resident": 2, "registers": registers, "ahead": ahead}
+
+
 for op in ("ssd_scan", "ssd_carries"):
-    rows = ((4, 2, 2, 0, 0), (4, 2, 2, 0, 1), (8, 2, 2, 128, 0), (8, 2, 2, 128, 1), (4, 1, 2, 0, 0))
-    tuning.register(op, *(dict(zip(_CONFIG, row, strict=True)) for row in rows))
+    tuning.register(
+        op, _config(4, 2), _config(4, 2, ahead=1), _config(8, 2, 128), _config(8, 2, 128, ahead=1), _config(4, 1)
+    )
 
 PIECES = 2  # stretches of the first pass in one walk
 
