@@ -3,12 +3,11 @@
 """RMSNorm, RMSNorm of a gated product, and RMSNorm of a sum, forward and backward, each one pass over memory.
 
 A program walks the rows of one group of channels, `ROWS` at a time, and holds the group in registers as a tuple of chunks,
-of which only the last is masked; it reads the weight once, and the next rows are on their way to shared memory meanwhile. The backward reads the inputs and the inverse root mean squares;
-each program writes its own share of the weight's gradient, and a second kernel adds the shares up: no atomics, equal bits on
+of which only the last is masked; it reads the weight once, and the next rows are on their way to shared memory meanwhile.
+The backward reads the inputs and the inverse root mean squares; each program writes its own share of the weight's gradient, and a second kernel adds the shares up: no atomics, equal bits on
 repetition.
 
-H200, bf16, share of what a copy moves a second (4.25 TB/s), forward and backward: width 4480 0.88 and 0.89; sum and norm of 4480
-0.90 and 0.95; gated, 8 groups of 1280, 0.94 and 0.78.
+Rates: docs/performance.md (`alloy bench norm`).
 
 Formulas: `alloy.ops.norm`.
 """

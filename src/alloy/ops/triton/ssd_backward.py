@@ -7,9 +7,7 @@ those of the step sizes. Two states a chunk are kept of one segment: with chunks
 take four times the bytes of its x.
 
 Differs: the appendix of performance.md keeps or recomputes the states of the whole sequence; here they go with their segment.
-Measured on an H200 (Triton 3.6, bf16, 8 groups, state 128, segments of 8,192 tokens, without the forward): 65,536 tokens of
-128 heads of 80 take 11.2 ms, of 64 heads of 64 4.5 ms; 4 rows of 4,096 tokens of the latter 1.1 ms. Gradients differ from
-float64 by 2.5e-3, and repetitions give the same bits.
+Repetitions give the same bits. Rates and errors: docs/performance.md (`alloy bench ssd-train`).
 """
 
 import torch

@@ -7,9 +7,7 @@ flight together, walks its tokens with the tiles in registers, and writes them b
 The drafted form repeats the steps' arithmetic on wide registers; the replay stops at its row's count.
 The bound is bandwidth: a step moves the state twice.
 
-H200, torch 2.11 and Triton 3.6, fraction of copy bandwidth (4.25 TB/s), state fp32 / fp16 / fp16 rounded by chance:
-    Nano-9B, batch 64           0.95 / 0.92 / 0.76
-    Nemotron 3 Nano, batch 256  0.97 / 0.92 / 0.76
+Rates: docs/performance.md (`alloy bench ssd-step`); rounding by chance costs a fifth of an fp16 state's.
 """
 
 import torch
