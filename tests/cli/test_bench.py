@@ -137,6 +137,17 @@ def test_results_are_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
+def test_links_stay(tmp_path: Path) -> None:
+    """What a link points at is replaced, not the link: /dev/stdout is one."""
+    (tmp_path / "real").mkdir()
+    links = [tmp_path / "run.jsonl", tmp_path / "run.svg"]
+    for link in links:
+        link.symlink_to(Path("real") / link.name)
+    assert run("good", "--quick", "--no-peers", "--only", "two", "--json", links[0], "--plot", links[1]) == 0
+    assert all(link.is_symlink() and link.read_text() for link in links)
+
+
 def test_results_go_into_pipes(tmp_path: Path) -> None:
     """What is no file is written to, not replaced."""
     pipe = tmp_path / "pipe"

@@ -1,5 +1,6 @@
 """The resolved recipe that a run writes is the recipe: it loads to what was resolved, and running it repeats the run."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -141,12 +142,29 @@ def test_wrong_lists_are_refused_with_their_line(
     assert str(caught.value) == f"tiny.toml:6: {message}"
 
 
-def test_unknown_kind_of_model_speaks_alone(tmp_path: Path) -> None:
-    """Not one complaint for each key of the kind that was meant."""
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("lama", 'Did you mean "llama"?'),
+        ("nemotron-h", 'Did you mean "nemotron_h"?'),
+        ("gpt2", "Known: nemotron_h, nemotron_h_puzzle, llama, qwen3, qwen3_moe, nemotron, nemotron-nas."),
+    ],
+)
+def test_unknown_kind_of_model_speaks_alone(tmp_path: Path, kind: str, hint: str) -> None:
+    """Not one complaint for each key of the kind that was meant, and the kinds of every family."""
     with pytest.raises(RecipeError) as caught:
-        load_recipe(write_recipe(tmp_path), ["model.kind=lama"])
-    assert str(caught.value).startswith('override "model.kind=lama": model.kind = "lama": must be \'llama\', ')
-    assert "\n" not in str(caught.value)
+        load_recipe(write_recipe(tmp_path), [f"model.kind={kind}"])
+    assert str(caught.value) == f'override "model.kind={kind}": model.kind = "{kind}" is not known. {hint}'
+
+
+@pytest.mark.parametrize("value", ["nemotron-nano-9b-v2", 3, [1]])
+def test_a_model_that_is_no_table_is_refused(tmp_path: Path, value: object) -> None:
+    """A name or a path in the place of the table."""
+    shown = json.dumps(value)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write_recipe(tmp_path), [f"model={shown}"])
+    wish = "must be a table: sizes of a new model, or the path of a checkpoint."
+    assert str(caught.value) == f'override "model={shown}": model = {shown}: {wish}'
 
 
 def test_running_the_written_recipe_repeats_the_run(tmp_path: Path) -> None:

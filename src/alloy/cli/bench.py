@@ -81,7 +81,7 @@ def bench(
         if plot is not None:
             from alloy.bench.plot import draw
 
-            draw(run, plot)
+            draw(run, plot.resolve())
             _progress(f"plot in {plot}")
     if interrupted is not None:
         raise interrupted
@@ -99,6 +99,7 @@ def _device() -> str:
 
 def _check_target(path: Path) -> None:
     """Refuse a file that could not be written, before hours of measurements."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -146,7 +147,7 @@ def _autotune(plan: Plan, json_path: str | None) -> None:
     if json_path == "-":
         typer.echo(text, nl=False)
     elif json_path is not None:
-        atomic_write(Path(json_path), text)
+        atomic_write(Path(json_path).resolve(), text)
     typer.echo(f"{len(found)} entries in {path}", err=json_path == "-")
 
 
@@ -172,7 +173,8 @@ def _show(run: Run, json_path: str | None) -> None:
     if json_path == "-":
         typer.echo("\n".join(run.lines()))
     elif json_path is not None:
-        run.write(Path(json_path))
+        # a link, such as /dev/stdout, stays
+        run.write(Path(json_path).resolve())
     rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s {dtype}" for dtype, rate in run.ceilings.flops_per_s.items())
     title = f"{run.machine['device']}: {run.ceilings.bytes_per_s / 1e9:,.4g} GB/s, {rates}"
     table = Table(title=title, title_justify="left")

@@ -23,7 +23,9 @@ DryRun = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Profile = Annotated[bool, typer.Option("--profile", help="Write a profile of the first steps.")]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Print where the time of the first steps goes, by kind of layer.")
+]
 
 
 def run_recipe_command(command: str, recipe: str, overrides: list[str] | None, options: RunOptions) -> RunResult:

@@ -108,6 +108,13 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
         close = difflib.get_close_matches(str(context["tag"]), re.findall(r"'([^']*)'", known), n=1)
         hint = f'Did you mean "{close[0]}"?' if close else f"Known: {known}."
         return f'{composed.where((*key, tag))}: {name}.{tag} = "{context["tag"]}" is not known. {hint}'
+    if kind == "literal_error" and key[-1:] == ("kind",):
+        # of all the tables that may stand here, not only of the one that was tried
+        holders = [holder.model_fields.get("kind") for holder in _models_at(model, None, key[:-1])]
+        kinds = list(dict.fromkeys(str(value) for info in holders if info for value in get_args(info.annotation)))
+        close = difflib.get_close_matches(str(value), kinds, n=1)
+        hint = f'Did you mean "{close[0]}"?' if close else f"Known: {', '.join(kinds)}."
+        return f"{where}: {name} = {_shown(value)} is not known. {hint}"
     if kind == "too_long":
         context = detail.get("ctx", {})
         wish = f"must be a list of at most {context['max_length']}, not {context['actual_length']}"

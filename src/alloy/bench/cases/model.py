@@ -100,7 +100,8 @@ class Routes:
     """
 
     def __init__(self, model: CausalLM) -> None:
-        self._layers = sum(isinstance(module, moe.MoE) for module in model.modules())
+        # multi-token prediction does not run in a timed pass
+        self._layers = sum(isinstance(mixer, MoEConfig) for mixer in sizes.backbone_mixers(model.config))
         self._chosen: list[list[Tensor]] = [[] for _ in range(self._layers)]
         self._calls = 0
 

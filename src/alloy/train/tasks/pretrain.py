@@ -48,8 +48,10 @@ class FromCheckpoint(Config):
     path: str
 
 
-def _model_form(value: object) -> str:
-    """Which of the three forms a `[model]` table has."""
+def _model_form(value: object) -> str | None:
+    """Which of the three forms a `[model]` table has; None: it is no table."""
+    if not isinstance(value, (dict, Config)):
+        return None
     table = value if isinstance(value, dict) else vars(value)
     if "path" in table:
         return "checkpoint"
@@ -60,7 +62,11 @@ ModelTable = Annotated[
     Annotated[FromCheckpoint, Tag("checkpoint")]
     | Annotated[HybridConfig, Tag("hybrid")]
     | Annotated[DecoderConfig, Tag("decoder")],
-    Discriminator(_model_form),
+    Discriminator(
+        _model_form,
+        custom_error_type="model_form",
+        custom_error_message="Input should be an object: sizes of a new model, or the path of a checkpoint",
+    ),
 ]
 
 
