@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_tests.py --out benchmarks/results/gpu_tests.json --processes 8
 
-A file that is there keeps what it says of tests that are not run this time; remove it to begin anew.
+A file of the same machine, versions and day keeps what it says of tests that are not run this time; another is refused.
 """
 
 import argparse
@@ -28,7 +28,10 @@ class Recorder:
         self.out, self.machine = out, machine
         self.tests: dict[str, dict[str, object]] = {}
         if out.exists():
-            self.tests = {row["test"]: row for row in json.loads(out.read_text())["tests"]}
+            earlier = json.loads(out.read_text())
+            if earlier["machine"] != machine:
+                sys.exit(f"error: {out} is of {earlier['machine']}, this is {machine}; name another file")
+            self.tests = {row["test"]: row for row in earlier["tests"]}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One row a test: its call, or the skip or error that kept it from one."""

@@ -179,3 +179,10 @@ def test_decay_reaches_matrices_and_conv_but_no_vectors(kind: str) -> None:
         expected = 1.0 - 0.5 * rate * 0.5 if p.ndim >= 2 else 1.0
         torch.testing.assert_close(p.detach(), torch.full_like(p, expected))
         assert p.grad is None
+
+
+def test_norm_of_nothing_and_of_float64() -> None:
+    """No gradients have the norm 0; float64 ones, of checks, are not narrowed on the way."""
+    assert gradient_norm([]) == 0
+    mixed = [torch.full((3,), 2.0, dtype=torch.float64), torch.full((4,), 1.0)]
+    assert gradient_norm(mixed) == 4

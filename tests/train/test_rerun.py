@@ -184,3 +184,9 @@ def test_running_the_written_recipe_repeats_the_run(tmp_path: Path) -> None:
     assert same.config == model.config
     assert model.config.eos_ids
     torch.testing.assert_close(same.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_no_sources_are_refused() -> None:
+    """Before a dry run counts what they would take."""
+    with pytest.raises(RecipeError, match=r"data\.sources = \[\]: must be a list of at least 1, not 0"):
+        load_recipe("pretrain/tiny", ["data.sources=[]"])

@@ -115,9 +115,10 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
         close = difflib.get_close_matches(str(value), kinds, n=1)
         hint = f'Did you mean "{close[0]}"?' if close else f"Known: {', '.join(kinds)}."
         return f"{where}: {name} = {_shown(value)} is not known. {hint}"
-    if kind == "too_long":
+    if kind in ("too_long", "too_short"):
         context = detail.get("ctx", {})
-        wish = f"must be a list of at most {context['max_length']}, not {context['actual_length']}"
+        bound = f"most {context['max_length']}" if kind == "too_long" else f"least {context['min_length']}"
+        wish = f"must be a list of at {bound}, not {context['actual_length']}"
         return f"{where}: {name} = {_shown(value)}: {wish}."
     wish = (
         detail["msg"]

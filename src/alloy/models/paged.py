@@ -78,7 +78,7 @@ class PagedCache:
         self.states = States(mixers, slots, device, dtype, STATE_DTYPES[state_dtype])
         self.rounding = None
         if state_dtype == "float16-sr":
-            # the layer in the upper word, the step in the lower: no two roundings use one seed
+            # the layer in the upper word, the step in the lower: no two roundings of this cache use one seed
             self.rounding = (torch.arange(len(mixers), device=device) << 32)[:, None].repeat(1, 2)
         self._owned: list[list[int]] = [[] for _ in range(slots)]
         self._free_slots = list(range(slots))[::-1]

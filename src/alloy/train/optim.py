@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from alloy.ops.precision import wide
+
 # quintic Newton-Schulz iteration: x <- a x + (b A + c A A) x with A = x x^T (Jordan et al., 2024)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -71,7 +73,7 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
         gradients: any shapes, dtypes mixed
 
     Returns:
-        () fp32, on their device; nothing waits for it
+        () fp32, on their device; nothing waits for it. 0 without gradients
     """
     by_dtype: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
@@ -79,8 +81,10 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     norms: list[Tensor] = []
     for members in by_dtype.values():
         # what get_total_norm calls, too
-        norms += torch._foreach_norm(members, 2.0, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    norm = torch.stack(norms).norm()
+        norms += torch._foreach_norm(members, 2.0, dtype=wide(members[0]))  # pyright: ignore[reportPrivateImportUsage]
+    if not norms:
+        return torch.zeros(())
+    norm = torch.stack([norm.float() for norm in norms]).norm()
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

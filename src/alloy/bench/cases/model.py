@@ -5,12 +5,11 @@ values of the context, states and convolution inputs read and written); of a pro
 `models.sizes`, in training three times. Keys, values and states are random: their size counts, not what they say.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -100,42 +99,46 @@ class Routes:
     """
 
     def __init__(self, model: CausalLM) -> None:
-        # multi-token prediction does not run in a timed pass
-        self._layers = sum(isinstance(mixer, MoEConfig) for mixer in sizes.backbone_mixers(model.config))
-        self._chosen: list[list[Tensor]] = [[] for _ in range(self._layers)]
-        self._calls = 0
+        self._chosen: dict[moe.MoE, list[Tensor]] = {
+            module: [] for module in model.modules() if isinstance(module, moe.MoE)
+        }
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keep what is chosen inside."""
 
-        def route(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def record(module: moe.MoE, *args: Any, **kwargs: Any) -> Any:
             found = ops.route(*args, **kwargs)
-            self._chosen[self._calls % self._layers].append(found[0])
-            self._calls += 1
+            self._chosen[module].append(found[0])
             return found
 
-        with mock.patch.object(moe, "route", route):
+        with self._routed({module: partial(record, module) for module in self._chosen}):
             yield
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Choose it again inside, whatever the pieces in which the same tokens come; weights are computed as ever."""
-        kept = [torch.cat(chosen) for chosen in self._chosen]
-        taken = [0] * self._layers
-        self._calls = 0
+        # the blocks of multi-token prediction did not run
+        left = {module: torch.cat(chosen) for module, chosen in self._chosen.items() if chosen}
 
-        def route(logits: Tensor, bias: Tensor | None, top_k: int, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-            layer = self._calls % self._layers
-            self._calls += 1
-            chosen = kept[layer][taken[layer] : taken[layer] + len(logits)]
-            taken[layer] += len(logits)
+        def repeat(module: moe.MoE, logits: Tensor, bias: Tensor | None, top_k: int, **kwargs: Any) -> Any:
+            chosen, left[module] = left[module].tensor_split([len(logits)])
             # so far above the others that no score matters
             wanted = logits.new_zeros(logits.shape, dtype=torch.float32).scatter(1, chosen, 1e4)
             return choose(logits, wanted, top_k, kwargs["scoring"], 1, 1, kwargs["normalize"], kwargs["scale"])
 
-        with mock.patch.object(moe, "route", route):
+        with self._routed({module: partial(repeat, module) for module in left}):
             yield
+
+    @contextmanager
+    def _routed(self, routes: Mapping[moe.MoE, Callable[..., Any]]) -> Iterator[None]:
+        for module, route in routes.items():
+            module.route = route
+        try:
+            yield
+        finally:
+            for module in routes:
+                module.route = ops.route
 
 
 @dataclass

@@ -22,8 +22,8 @@ from alloy.ops.triton.ssd_prep import Prep, narrowest
 
 
 def _config(num_warps: int, num_stages: int, registers: int = 0, ahead: int = 0) -> tuning.Config:
-    """A multiprocessor holds two programs; registers: at most, 0: as many as they want; ahead: prefetch the next chunk."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "resident": 2, "registers": registers, "ahead": ahead}
+    """registers: at most, 0: as many as they want; ahead: ask for the next chunk's tiles to be in the L2."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "registers": registers, "ahead": ahead}
 
 
 for op in ("ssd_scan", "ssd_carries"):
@@ -32,6 +32,7 @@ for op in ("ssd_scan", "ssd_carries"):
     )
 
 PIECES = 2  # stretches of the first pass in one walk
+RESIDENT = 2  # programs that a multiprocessor holds at a time
 
 
 def scan(
@@ -58,7 +59,7 @@ def scan(
     config = tuning.pick("ssd_scan", _key(x, width))
     programs = heads * triton.cdiv(head_dim, narrowest(x.dtype))
     chunks = triton.cdiv(seq, chunk)
-    walk, stretch = cut(chunks, batch * programs, config["resident"] * _multiprocessors(x.device))
+    walk, stretch = cut(chunks, batch * programs, RESIDENT * _multiprocessors(x.device))
     walks = triton.cdiv(chunks, walk)
     states = carries(x, prep, B, h0, chunk, stretch, (walks - 1) * (walk // stretch) + 1)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -83,7 +83,7 @@ class DataTable(Config):
     """`[data]`. A source is a folder of token shards, or text (file, JSONL, Parquet, folder) to be tokenized in the run directory."""
 
     seq: Annotated[int, Field(gt=1)] = 512
-    sources: tuple[Source, ...]
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     # folder with tokenizer.json, needed for text unless `vocab` asks for a new one; None: a checkpoint's own
     tokenizer: str | None = None
     # train a tokenizer of this size on the text sources
