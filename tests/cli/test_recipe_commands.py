@@ -8,7 +8,7 @@ import pytest
 
 from alloy.cli import main
 from alloy.cli.doctor import diagnose
-from alloy.cli.run_command import run_recipe_command
+from alloy.cli.run_command import closing_lines, run_recipe_command
 from alloy.core import compose
 from alloy.core.metrics import MetricLog
 from alloy.core.recipe import COMMANDS, Config, Recipe, RunOptions, RunResult
@@ -99,12 +99,17 @@ def test_check(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_run_command_prints_where_things_are(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run directory, checkpoint, next commands; on standard error."""
+    """Run directory, checkpoint, next commands that it can take; on standard error."""
     result = run_recipe_command("play", "play/tiny", ["train.steps=4"], RunOptions(run_dir=Path("x")))
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines()[:3] == ["run         x", f"checkpoint  {result.checkpoint}", "next:"]
-    assert len(captured.err.splitlines()) == 6
+    assert captured.err.splitlines() == [
+        "run         x", f"checkpoint  {result.checkpoint}", "next:", f"  alloy model info {result.checkpoint}"
+    ]  # fmt: skip
+    assert result.checkpoint is not None
+    result.checkpoint.mkdir(parents=True, exist_ok=True)
+    (result.checkpoint / "tokenizer.json").touch()
+    assert [line.split()[1] for line in closing_lines(result).splitlines()[3:]] == ["generate", "chat", "eval"]
 
 
 def test_run_command_as_json(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,9 +61,11 @@ def closing_lines(result: RunResult) -> str:
         lines.append(f"report      {report}")
     if result.checkpoint is None:
         return "\n".join(lines)
+    lines += [f"checkpoint  {result.checkpoint}", "next:"]
+    if not (result.checkpoint / "tokenizer.json").is_file():
+        # trained on shards that brought none: no text goes in
+        return "\n".join([*lines, f"  alloy model info {result.checkpoint}"])
     lines += [
-        f"checkpoint  {result.checkpoint}",
-        "next:",
         f'  alloy generate {result.checkpoint} --prompt "Once"',
         f"  alloy chat {result.checkpoint}",
         f"  alloy eval {result.checkpoint} --ppl FILE",
