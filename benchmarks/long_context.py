@@ -11,6 +11,7 @@ peaks are those of `alloy model info --gpu-mem`; all tokens are drawn at random,
 import argparse
 import gc
 import json
+import re
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from alloy.bench.worker import machine
 from alloy.engine.graphs import DecodeGraphs
 from alloy.models import sizes
 from alloy.models.paged import blocks_of
-from alloy.models.presets import preset
+from alloy.models.presets import PRESETS, preset
 from alloy.models.registry import build
 
 STEPS = 64
@@ -88,16 +89,25 @@ def measure(name: str, tokens: int, chunk: int, gib: float | None) -> dict[str, 
     }
 
 
+def setting(text: str) -> tuple[str, int, int, float | None]:
+    """One argument, taken apart."""
+    match = re.fullmatch(r"([\w.-]+):([1-9]\d*):([1-9]\d*)(?::(\d+(?:\.\d+)?))?", text)
+    if match is None or match[1] not in PRESETS:
+        raise argparse.ArgumentTypeError(f'"{text}" is not PRESET:TOKENS:CHUNK[:GIB], such as tiny-moe:300:64:20')
+    return match[1], int(match[2]), int(match[3]), float(match[4]) if match[4] else None
+
+
 def main() -> None:
     """Measure each argument; the file is whole after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="PRESET:TOKENS:CHUNK[:GIB]")
+    parser.add_argument("runs", nargs="+", type=setting, help="PRESET:TOKENS:CHUNK[:GIB]")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a CUDA device, and there is none")
     rows: list[dict[str, Any]] = []
     for run in options.runs:
-        name, tokens, chunk, *gib = run.split(":")
-        rows.append(measure(name, int(tokens), int(chunk), float(gib[0]) if gib else None))
+        rows.append(measure(*run))
         print(json.dumps(rows[-1], indent=1))
         part = options.out.with_suffix(".part")
         part.write_text(json.dumps({"machine": machine("cuda"), "runs": rows}, indent=1) + "\n")

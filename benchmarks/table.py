@@ -10,10 +10,12 @@ relative to benchmarks/results; the third draws the rows of several runs on one 
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 from alloy.bench.plot import draw
 from alloy.bench.result import OURS, Row, Run, read_run
+from alloy.errors import AlloyError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,4 +103,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (AlloyError, OSError) as error:
+        sys.exit(f"error: {error}")
