@@ -1,5 +1,6 @@
 """Runs the problems of a case one implementation at a time: right numbers first, then memory, then time."""
 
+import gc
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Bench:
 
     def measure(self, item: Item) -> Row:
         """The row of `item`; a peer that is not installed gives one that says so."""
+        self.clean()
         version = None
         if item.name != OURS:
             version = peers.version(item.name)
@@ -121,6 +123,12 @@ class Bench:
             ms = time_ms(call, repeats, 0, self.device)
         rate = problem.tokens / ms * 1e3 if problem.tokens else None
         return {**found, "ms": ms, "tokens_per_s": rate}
+
+    def clean(self) -> None:
+        """Give back what the item before held: blocks cut for one size serve another badly."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def draw(self, problem: Problem, seed: int = 0) -> Any:
         """Inputs of `problem`, the same for the same seed."""

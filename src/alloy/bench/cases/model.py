@@ -60,6 +60,8 @@ CONTEXTS = {"8k": 8192, "16k": 16_384, "70": 70}
 BATCHES = (1, 8, 64)
 # tokens that a timed sequence may grow by
 ROOM = 256
+# of a decode step's reference
+ROWS_AT_ONCE = 8
 # model, label, tokens of the prompt, tokens at once; a million tokens take minutes: benchmarks/long_context.py
 PROMPTS = (
     *((name, "8k", 8192, 8192) for name in MODELS if not name.startswith("tiny")),
@@ -163,7 +165,7 @@ def decode(size: Size) -> Iterator[Problem]:
             f"{name} {length} batch {batch}",
             partial(_draw_decode, MODELS[name], context, batch),
             _decode,
-            _decode_plainly,
+            partial(_decode_plainly, context),
             bytes=partial(_step_bytes, context),
             peers={"transformers": _decode_transformers},
             flops=batch * sizes.flops_per_token(config, context, causal_mean=False),
@@ -259,14 +261,21 @@ def _serving(name: str, batch: int, tokens: int) -> Serving:
 
 
 @torch.no_grad()
+def _fill(pool: PagedCache, context: int) -> None:
+    """Every sequence holds `context` random tokens, the same ones each time."""
+    torch.manual_seed(2)
+    pool.lengths[:-1] = context
+    for tensor in (*pool.arenas, pool.states.ssm, pool.states.conv):
+        tensor.normal_(std=0.5)
+
+
+@torch.no_grad()
 def _draw_decode(name: str, context: int, batch: int) -> Serving:
     """Every row holds `context` random tokens; on a GPU the step is captured."""
     i = _serving(name, batch, context + ROOM)
     i.pool.reserve(i.rows, context)
     i.pool.count(i.rows, context)
-    i.pool.lengths[:batch] = context
-    for tensor in (*i.pool.arenas, i.pool.states.ssm, i.pool.states.conv):
-        tensor.normal_(std=0.5)
+    _fill(i.pool, context)
     if obstacle(i.model) is None:
         i.graphs = DecodeGraphs(i.model, i.pool, [next(bucket for bucket in BUCKETS if bucket >= batch)])
     return i
@@ -275,27 +284,31 @@ def _draw_decode(name: str, context: int, batch: int) -> Serving:
 def _decode(i: Serving) -> Outputs:
     """One step: captured, or as calls where nothing can be captured."""
     if i.graphs is None:
-        return _call(i, i.tokens)
+        return {"logits": _call(i, slice(None))}
     step = i.graphs.step(i.rows, i.tokens.flatten().tolist() if not i.started else None)
     i.started = True
     return {"logits": step.logits}
 
 
-def _decode_plainly(i: Serving) -> Outputs:
-    routes, view = Routes(i.model), i.pool.view(i.rows)
-    mark = view.mark()
+def _decode_plainly(context: int, i: Serving) -> Outputs:
+    """The same step by the readable ops, a few rows at a time: they copy the keys of a layer."""
+    routes = Routes(i.model)
     with routes.recorded():
-        _call(i, i.tokens)
-    view.rollback(mark)
+        _call(i, slice(None))
+    # a mark of all states to return to would take as much memory as they do
+    i.pool.count(i.rows, -1)
+    _fill(i.pool, context)
     with routes.replayed(), ops.use_backend("torch"):
-        return _call(i, i.tokens)
+        pieces = [_call(i, slice(at, at + ROWS_AT_ONCE)) for at in range(0, len(i.rows), ROWS_AT_ONCE)]
+    return {"logits": torch.cat(pieces)}
 
 
 @torch.inference_mode()
-def _call(i: Serving, tokens: Tensor) -> Outputs:
-    logits = i.model(tokens, cache=i.pool.view(i.rows), logits="last").logits
+def _call(i: Serving, rows: slice) -> Tensor:
+    """Logits (rows, 1, vocab) of the newest tokens of some rows."""
+    logits = i.model(i.tokens[rows], cache=i.pool.view(i.rows[rows]), logits="last").logits
     assert logits is not None, "the call asked for logits"
-    return {"logits": logits}
+    return logits
 
 
 def _decode_transformers(i: Serving) -> Outputs:
@@ -338,12 +351,10 @@ def _transformers_step(i: Serving) -> Callable[[], object]:
 def _step_bytes(context: int, i: Serving) -> float:
     """Bytes that a step must move: weights once, of routed experts those that were chosen; caches read, states written."""
     config, batch = i.model.config, len(i.rows)
-    mark = i.pool.view(i.rows).mark()
     # a model in training mode tells which experts were chosen
     with torch.inference_mode():
         routers = i.model.train()(i.tokens, cache=i.pool.view(i.rows), logits=None).routers
     i.model.eval()
-    i.pool.view(i.rows).rollback(mark)
     routed = [mixer for mixer in sizes.backbone_mixers(config) if isinstance(mixer, MoEConfig)]
     unused = sum(
         int((router.counts == 0).sum()) * (2 + mixer.gated) * (mixer.latent or mixer.hidden) * mixer.ffn
