@@ -47,17 +47,3 @@ def sigmoid(x):
         )
     else:
         return 1.0 / below
-
-
-@triton.jit
-def prefetch(ptr, row, stride, WIDTH: tl.constexpr):
-    """Ask for rows of WIDTH elements (a power of two, at least 128 bytes) to be in the L2 by the time they are wanted.
-
-    Triton issues the loads of a loop's next turn at the end of this one, and waits for them at once: of what comes from the
-    memory that is the whole latency, of what lies in the L2 a third of it. An address must be valid.
-    """
-    if _PTX:
-        LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
-        at = ptr + row[:, None] * stride + (tl.arange(0, WIDTH // LINE) * LINE)[None, :]
-        asm: tl.constexpr = "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }"
-        tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1)

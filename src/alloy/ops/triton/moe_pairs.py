@@ -18,19 +18,20 @@ FEW_TOKENS = 2
 
 tuning.register(
     "moe_pairs_up",
+    {"BN": 4, "BK": 512, "num_warps": 2},
     {"BN": 8, "BK": 256, "num_warps": 4},
-    {"BN": 8, "BK": 512, "num_warps": 4},
-    {"BN": 4, "BK": 512, "num_warps": 4},
+    {"BN": 4, "BK": 256, "num_warps": 1},
     {"BN": 4, "BK": 256, "num_warps": 2},
-    {"BN": 2, "BK": 1024, "num_warps": 4},
+    {"BN": 8, "BK": 512, "num_warps": 4},
 )
 tuning.register(
     "moe_pairs_down",
-    {"BN": 4, "BK": 512, "num_warps": 4},
-    {"BN": 2, "BK": 1024, "num_warps": 4},
-    {"BN": 4, "BK": 256, "num_warps": 4},
+    {"BN": 4, "BK": 512, "num_warps": 2},
+    {"BN": 2, "BK": 512, "num_warps": 1},
     {"BN": 2, "BK": 512, "num_warps": 2},
-    {"BN": 1, "BK": 512, "num_warps": 2},
+    {"BN": 4, "BK": 512, "num_warps": 4},
+    {"BN": 2, "BK": 256, "num_warps": 1},
+    {"BN": 1, "BK": 2048, "num_warps": 4},
 )
 
 
@@ -64,7 +65,7 @@ def pairs_up(
     """Hidden values fp32 of each pair (tokens * top_k, ffn) and of the shared expert (tokens, shared_ffn)."""
     tokens, top_k = chosen.shape
     _, ffn, width = up.shape
-    config = tuning.pick("moe_pairs_up", f"{ffn}x{width}")
+    config = tuning.pick("moe_pairs_up", f"{ffn}x{width}-{tokens}")
     out = torch.empty(tokens * top_k, ffn, dtype=torch.float32, device=x.device)
     shared_ffn = 0 if shared_up is None else shared_up.shape[0]
     shared = None if shared_up is None else out.new_empty(tokens, shared_ffn)
@@ -102,7 +103,7 @@ def pairs_down(
     """Sum of each token's pairs of hidden (tokens * top_k, ffn) through `down`, weighted, and of shared: (tokens, width)."""
     tokens, top_k = chosen.shape
     _, width, ffn = down.shape
-    config = tuning.pick("moe_pairs_down", f"{width}x{ffn}")
+    config = tuning.pick("moe_pairs_down", f"{width}x{ffn}-{tokens}")
     out = down.new_empty(tokens, width)
     shared_ffn = 0 if shared is None else shared.shape[1]
     grid = (triton.cdiv(width, config["BN"]), tokens)

@@ -25,27 +25,23 @@ SCRATCH = 2**28
 # heads that one program walks; more of them share a group's sums over heads, fewer fill the machine with less scratch
 HEADS = 16
 
-# chunk: tokens of a chunk; tile, warps, stages, registers (at most; 0: as many as they want): of the kernels that carry states;
-# token_*, sum_*: of those inside chunks; ahead: ask for the next head's tiles to be in the L2. Chunks of 32 tokens serve every
-# shape, they make no narrow operands of wgmma (ssd_backward_carry.py); chunks of 64 serve the shapes for which each candidate
-# was checked on a GPU
+# chunk: tokens of a chunk; tile, warps, stages, registers (at most; 0: as many as they want): of the kernel that carries states
+# from chunk to chunk; start_*: of the one before the segments; token_*, sum_*: of those inside chunks. Chunks of 32 tokens
+# serve every shape, they make no narrow operands of wgmma (ssd_backward_carry.py); chunks of 64 serve the shapes for which each
+# candidate was checked on a GPU
 tuning.register(
     "ssd_scan_backward",
-    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 0,
-     "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1, "ahead": 0},
+    {"chunk": 32, "tile": 64, "warps": 4, "stages": 1, "registers": 0, "start_tile": 64, "start_warps": 4, "start_stages": 1,
+     "token_warps": 4, "token_stages": 1, "sum_warps": 4, "sum_stages": 1},
 )  # fmt: skip
 tuning.register(
     "ssd_scan_backward/wide",
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 0,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 0,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 1},
-    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 1},
-    {"chunk": 64, "tile": 128, "warps": 8, "stages": 3, "registers": 128,
-     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2, "ahead": 0},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 128, "start_tile": 128, "start_warps": 8, "start_stages": 3,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 2, "registers": 128, "start_tile": 128, "start_warps": 8, "start_stages": 3,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
+    {"chunk": 64, "tile": 64, "warps": 4, "stages": 3, "registers": 0, "start_tile": 64, "start_warps": 4, "start_stages": 3,
+     "token_warps": 4, "token_stages": 2, "sum_warps": 4, "sum_stages": 2},
 )  # fmt: skip
 WIDE = ((64, 128), (80, 128))
 

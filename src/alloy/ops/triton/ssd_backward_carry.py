@@ -40,20 +40,20 @@ def starts(
         out: fp32 (batch, segments - 1, heads, head_dim, state), contiguous in its last three dims
         first: chunks of the first segment
         rest: chunks of each other segment
-        config: `chunk`, and of these kernels `tile`, `warps`, `stages`, `registers`
+        config: `chunk`, and of this kernel `start_tile`, `start_warps`, `start_stages`
     """
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
     count = out.shape[1]
     through = out.new_empty(batch, count, heads)
-    tile = min(config["tile"], max(16, triton.next_power_of_2(state)))
+    tile = min(config["start_tile"], max(16, triton.next_power_of_2(state)))
     p0, p1 = tiles(head_dim)
     _local[(triton.cdiv(state, tile) * heads, count, batch)](
         x, B, prep.d, prep.logs, prep.segments, prep.lengths, out, through,
         seq, prep.d.shape[2], heads, groups, first, rest, *x.stride()[:3], *B.stride()[:3], *out.stride()[:2],
         HEAD_DIM=head_dim, STATE=state, HAS_DOCUMENTS=prep.segments is not None,
         CHUNK=config["chunk"], P0=p0, P1=p1, TILE=tile, PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"], maxnreg=config["registers"] or None,
+        num_warps=config["start_warps"], num_stages=config["start_stages"],
     )  # fmt: skip
     block = 1024
     _join[(triton.cdiv(head_dim * state, block), heads, batch)](
@@ -79,7 +79,7 @@ def carries(
         before: (batch, chunks, heads, head_dim, state), written; like after
         after: gradients
         first: the segment's first chunk
-        config: as in `starts`
+        config: `chunk`, and of this kernel `tile`, `warps`, `stages`, `registers`
     """
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alloy.ops.triton.elementary import prefetch
 from alloy.ops.triton.ssd_backward_carry import precision, rows, tiles
 from alloy.ops.triton.ssd_prep import Prep
 from alloy.ops.triton.tuning import Config
@@ -86,7 +85,6 @@ def gradients(
     settings = {
         "HEAD_DIM": head_dim, "STATE": state, "HAS_DOCUMENTS": prep.segments is not None, "CHUNK": chunk, "P0": p0, "P1": p1,
         "N": max(16, triton.next_power_of_2(state)), "PARTS": parts, "PRECISION": precision(x),
-        "AHEAD": bool(config["ahead"]) and p0 + p1 == head_dim and state % 64 == 0,
     }  # fmt: skip
     _tokens[(groups * parts, chunks, batch)](
         dy, x, B, C, D, *prep, after, dx, left.crossed, left.vectors, *sizes, *strides, left.vectors.stride(0),
@@ -111,27 +109,12 @@ def _state(ptr, p, n, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, EXACT_P: tl.c
 
 
 @triton.jit
-def _prefetch_head(
-    state_ptr, d_ptr, logs_ptr, head, at, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Ask for a head's state, and for its d and logs at `at`."""
-    prefetch(state_ptr + head * (HEAD_DIM * STATE), tl.arange(0, P0), STATE, N)
-    if P1 > 0:
-        prefetch(state_ptr + head * (HEAD_DIM * STATE) + P0 * STATE, tl.arange(0, P1), STATE, N)
-    first = tl.arange(0, 1)
-    prefetch(d_ptr + at, first, 0, CHUNK)
-    prefetch(logs_ptr + at, first, 0, CHUNK)
-
-
-@triton.jit
 def _tokens(
     dy_ptr, x_ptr, B_ptr, C_ptr, D_ptr, d_ptr, logs_ptr, segments_ptr, lengths_ptr, after_ptr,
     dx_ptr, crossed_ptr, vectors_ptr, seq, padded, heads, groups, first, share,
     dy_batch, dy_token, dy_head, x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, vector,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dx and Z of one chunk, `share` heads of a group; grid (groups * parts, chunks of the segment, batch)."""
     group = tl.program_id(0) // PARTS
@@ -171,12 +154,6 @@ def _tokens(
     dx_ptr += (batch * seq + begin) * heads * HEAD_DIM
     for step in tl.range(0, share, num_stages=STAGES):
         head = tl.program_id(0) * share + step
-        if AHEAD:
-            coming = (tl.program_id(0) * share + tl.minimum(step + 1, share - 1)).to(tl.int64)
-            row = tl.minimum(own, seq - 1 - begin)
-            prefetch(x_ptr + coming * x_head, row, x_token, P0 + (P0 if P1 > 0 else 0))
-            prefetch(dy_ptr + coming * dy_head, row, dy_token, P0 + (P0 if P1 > 0 else 0))
-            _prefetch_head(after_ptr, d_ptr, logs_ptr, coming, coming * padded, HEAD_DIM, STATE, CHUNK, P0, P1, N)
         x_at, dy_at = x_ptr + head.to(tl.int64) * x_head, dy_ptr + head.to(tl.int64) * dy_head
         x0 = rows(x_at, own, x_token, real, q0, HEAD_DIM, exact0)
         y0 = rows(dy_at, own, dy_token, real, q0, HEAD_DIM, exact0).to(kind)
@@ -234,7 +211,6 @@ def _sums(
     out_part, out_batch,
     HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """dB or dC of one chunk, summed over `share` heads of a group; grid (groups * parts * 2, chunks of the segment, batch)."""
     walker = tl.program_id(0) // 2
@@ -259,14 +235,14 @@ def _sums(
             x_ptr + batch * x_batch + begin * x_token, x_token, x_head, after_ptr + states, before_ptr + states,
             C_ptr, C_token, d_ptr + per_head, logs_ptr + per_head, segments_ptr, crossed_ptr, dB_ptr + out, flow_ptr,
             walker, share, length - begin, seq - begin, place, batch, padded, heads, groups,
-            False, HEAD_DIM, STATE, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES, AHEAD,
+            False, HEAD_DIM, STATE, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _side(
             dy_ptr + batch * dy_batch + begin * dy_token, dy_token, dy_head, before_ptr + states, before_ptr + states,
             C_ptr, C_token, d_ptr + per_head, logs_ptr + per_head, segments_ptr, crossed_ptr, dC_ptr + out, vectors_ptr,
             walker, share, length - begin, seq - begin, place, batch, padded, heads, groups,
-            True, HEAD_DIM, STATE, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES, AHEAD, B_ptr, B_token,
+            True, HEAD_DIM, STATE, HAS_DOCUMENTS, CHUNK, P0, P1, N, PRECISION, STAGES, B_ptr, B_token,
         )  # fmt: skip
 
 
@@ -276,7 +252,7 @@ def _side(
     walker, share, length, written, place, batch, padded, heads, groups,
     READS: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, CHUNK: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, B_ptr=None, B_token=0,
+    B_ptr=None, B_token=0,
 ):  # fmt: skip
     """READS: dC from dy and the states before the chunk; else dB from x and the gradients of the states behind it."""
     own, n = tl.arange(0, CHUNK), tl.arange(0, N)
@@ -293,13 +269,6 @@ def _side(
     acc = tl.zeros((CHUNK, N), dtype=tl.float32)
     for step in tl.range(0, share, num_stages=STAGES):
         head = walker * share + step
-        if AHEAD:
-            turn = tl.minimum(step + 1, share - 1).to(tl.int64)
-            coming = walker * share + turn
-            prefetch(v_ptr + coming * v_head, tl.minimum(own, written - 1), v_token, P0 + (P0 if P1 > 0 else 0))
-            _prefetch_head(state_ptr, d_ptr, logs_ptr, coming, turn * padded, HEAD_DIM, STATE, CHUNK, P0, P1, N)
-            if not READS:
-                _prefetch_head(other_ptr, d_ptr, logs_ptr, coming, turn * padded, HEAD_DIM, STATE, CHUNK, P0, P1, N)
         v_at = v_ptr + head.to(tl.int64) * v_head
         v0 = rows(v_at, own, v_token, real, q0, HEAD_DIM, exact0)
         m0 = _state(state_ptr + head * (HEAD_DIM * STATE), q0, n, HEAD_DIM, STATE, exact0, exact_n)

@@ -17,19 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
-from alloy.ops.triton.elementary import prefetch
 from alloy.ops.triton.ssd_prep import Prep, narrowest
 
-
-def _config(num_warps: int, num_stages: int, registers: int = 0, ahead: int = 0) -> tuning.Config:
-    """registers: at most, 0: as many as they want; ahead: ask for the next chunk's tiles to be in the L2."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "registers": registers, "ahead": ahead}
-
-
 for op in ("ssd_scan", "ssd_carries"):
-    tuning.register(
-        op, _config(4, 2), _config(4, 2, ahead=1), _config(8, 2, 128), _config(8, 2, 128, ahead=1), _config(4, 1)
-    )
+    tuning.register(op, {"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 1})
 
 PIECES = 2  # stretches of the first pass in one walk
 RESIDENT = 2  # programs that a multiprocessor holds at a time
@@ -145,9 +136,7 @@ def _common(x: Tensor, B: Tensor, C: Tensor, prep: Prep, chunk: int, config: tun
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
         # the next chunk's tiles do not fit the shared memory beside this one's where they are large
         "STAGES": 1 if x.dtype == torch.float32 or B.shape[3] > 128 else config["num_stages"],
-        "AHEAD": bool(config["ahead"]) and B.shape[3] == n,
         "num_warps": config["num_warps"],
-        "maxnreg": config["registers"] or None,
     }
 
 
@@ -164,7 +153,7 @@ def _walk(
     x_token: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
     OUTPUT: tl.constexpr, HAS_CARRY: tl.constexpr, HAS_D: tl.constexpr, DOCUMENTS: tl.constexpr,
     WIDTH: tl.constexpr, N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`walk` chunks of COLUMNS columns of one head; grid (heads * parts of a head, walks, batch).
 
@@ -194,19 +183,6 @@ def _walk(
     for c in tl.range(number * walk, end, num_stages=STAGES):
         token = tl.cast(c, tl.int64) * CHUNK
         real = token + i < length
-        if AHEAD:
-            coming = tl.minimum(c + 1, end - 1).to(tl.int64)
-            row = tl.minimum(coming * CHUNK + i, seq - 1)
-            first = tl.arange(0, 1)
-            prefetch(B_ptr + batch * B_batch + group * B_part, row, B_token, N)
-            prefetch(
-                x_ptr + batch * x_batch + head * x_part + tl.program_id(0) % PARTS * COLUMNS, row, x_token, COLUMNS
-            )
-            prefetch(d_ptr + (batch * HEADS + head) * padded + coming * CHUNK, first, 0, CHUNK)
-            prefetch(logs_ptr + (batch * HEADS + head) * padded + coming * CHUNK, first, 0, CHUNK)
-            if OUTPUT:
-                prefetch(C_ptr + batch * C_batch + group * C_part, row, C_token, N)
-                prefetch(CB_ptr + ((batch * GROUPS + group) * chunks + coming) * CHUNK * CHUNK, i, CHUNK, CHUNK)
         b = _tile(B_ptr + batch * B_batch + token * B_token + group * B_part + i * B_token, n, real, WIDTH, N)
         here = (batch * HEADS + head) * padded + token
         d = tl.load(d_ptr + here + i)
