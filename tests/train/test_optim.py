@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from alloy.train.optim import Muon, Optimizers, gradient_norm, is_muon_parameter, lr_factor, orthogonalize
+from alloy.train.optim import (
+    Muon,
+    Optimizers,
+    clip_gradients,
+    gradient_norm,
+    is_muon_parameter,
+    lr_factor,
+    orthogonalize,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +61,19 @@ def test_gradient_norm_of_fp32_is_torchs() -> None:
     """The same bits, so that a run in fp32 stays what it was."""
     gradients = [p.detach() for p in parameters((61, 37), (5,), (3, 7, 11))]
     assert torch.equal(gradient_norm(gradients), nn.utils.get_total_norm(gradients))
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+def test_gradients_are_clipped_as_by_torch(limit: float) -> None:
+    """Of two dtypes; a norm below the limit changes nothing."""
+    parameters = [nn.Parameter(torch.zeros(5, 7)), nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+    clip_gradients(gradients, gradient_norm(gradients).item(), limit)
+    nn.utils.clip_grad_norm_(parameters, limit)
+    for found, p in zip(gradients, parameters, strict=True):
+        torch.testing.assert_close(found, p.grad, rtol=1e-2 if found.dtype == torch.bfloat16 else 1e-5, atol=0)
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ from alloy.losses.base import Loss
 from alloy.parallel.fsdp import release
 from alloy.parallel.mesh import World
 from alloy.train.checkpoint import latest_state, load_state, model_tensors, save_state
-from alloy.train.optim import Optimizers, gradient_norm, lr_factor
+from alloy.train.optim import Optimizers, clip_gradients, gradient_norm, lr_factor
 from alloy.train.precision import DTYPES, compute_in
 from alloy.train.recipe import LogTable, TrainTable
 
@@ -278,9 +278,7 @@ class Trainer(Generic[Batch]):
         total = sum(weights[name] * mean for name, mean in means.items())
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             self._refuse_step(total, grad_norm, own, micro, position)
-        if grad_norm > self.table.grad_clip:
-            for gradient in gradients:
-                gradient.mul_(self.table.grad_clip / grad_norm)
+        clip_gradients(gradients, grad_norm, self.table.grad_clip)
         factor = self._set_lr()
         self.optimizers.step()
         extra = self.task.after_step(self.model, stats)

@@ -88,6 +88,14 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+def clip_gradients(gradients: list[Tensor], norm: float, limit: float) -> None:
+    """Scale gradients, any shapes, whose `gradient_norm` is above `limit` down to it.
+
+    `nn.utils.clip_grad_norm_` scales by a tensor in fp32, which for gradients in bf16 takes a slow launch each."""
+    if norm > limit:
+        torch._foreach_mul_(gradients, limit / norm)  # pyright: ignore[reportPrivateImportUsage]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz; the step of a matrix is lr * max(1, out / in) ** 0.5.
 

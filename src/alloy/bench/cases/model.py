@@ -27,7 +27,7 @@ from alloy.models.paged import PagedCache, blocks_of
 from alloy.models.presets import preset
 from alloy.models.registry import build
 from alloy.ops.moe import choose
-from alloy.train.optim import Optimizers
+from alloy.train.optim import Optimizers, clip_gradients, gradient_norm
 from alloy.train.precision import Precision, compute_in
 
 # 1.046 B parameters: 12 Mamba-2, 12 MLP and 2 attention layers (performance.md, section 9.4)
@@ -407,7 +407,9 @@ def train(i: Training) -> Outputs:
         hidden = i.model(i.tokens[:, :-1], logits=None).last_hidden
         loss = linear_cross_entropy(hidden, i.model.head.weight, i.tokens[:, 1:]) / i.tokens[:, 1:].numel()
     loss.backward()
-    nn.utils.clip_grad_norm_(i.model.parameters(), 1.0)
+    gradients = [p.grad for p in i.model.parameters() if p.grad is not None]
+    # the one wait for the device, as in the training loop
+    clip_gradients(gradients, gradient_norm(gradients).item(), 1.0)
     i.optimizer.step()
     return {"loss": loss.detach()}
 
