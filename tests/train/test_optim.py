@@ -64,16 +64,20 @@ def test_gradient_norm_of_fp32_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("limit", [0.5, 100.0])
-def test_gradients_are_clipped_as_by_torch(limit: float) -> None:
-    """Of two dtypes; a norm below the limit changes nothing."""
-    parameters = [nn.Parameter(torch.zeros(5, 7)), nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]
-    for p in parameters:
+def test_gradients_are_clipped_to_the_limit(limit: float) -> None:
+    """As torch clips fp32; of two dtypes, to the limit's norm; a norm below the limit changes nothing."""
+    held = [nn.Parameter(p) for p in parameters((5, 7), (3,))]
+    for p in held:
         p.grad = torch.randn_like(p)
-    gradients = [p.grad.clone() for p in parameters if p.grad is not None]
-    clip_gradients(gradients, gradient_norm(gradients).item(), limit)
-    nn.utils.clip_grad_norm_(parameters, limit)
-    for found, p in zip(gradients, parameters, strict=True):
-        torch.testing.assert_close(found, p.grad, rtol=1e-2 if found.dtype == torch.bfloat16 else 1e-5, atol=0)
+    gradients = [p.grad.clone() for p in held if p.grad is not None]
+    mixed = [gradients[0].clone(), gradients[1].bfloat16()]
+    for each in (gradients, mixed):
+        before = gradient_norm(each).item()
+        clip_gradients(each, before, limit)
+        assert gradient_norm(each).item() == pytest.approx(min(before, limit), rel=2e-3)
+    nn.utils.clip_grad_norm_(held, limit)
+    for found, p in zip(gradients, held, strict=True):
+        torch.testing.assert_close(found, p.grad, rtol=1e-5, atol=0)
 
 
 @pytest.mark.gpu
