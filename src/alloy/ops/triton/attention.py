@@ -19,6 +19,7 @@ from torch import Tensor
 
 from alloy.ops.attention import BLOCK
 from alloy.ops.triton import tuning
+from alloy.ops.triton.elementary import num_blocks, power_of_2
 
 # `programs` is how many the length is split for, `least` the fewest blocks of a share
 tuning.register(
@@ -64,7 +65,7 @@ def _attn_decode(
         "QUERIES": queries,
         "D": head_dim,
         # Triton 3.6's assembler for sm_90 misreads warp group operands of less than 128 bytes a row
-        "WIDTH": max(64 if rows > 32 else 16, triton.next_power_of_2(head_dim)),
+        "WIDTH": max(64 if rows > 32 else 16, power_of_2(head_dim)),
         "WINDOW": window,
         "SPLITS": splits,
         "LEAST": config["least"],
@@ -82,7 +83,7 @@ def _attn_decode(
         *q.stride()[:3],
         *kv.stride()[:4],
         table.stride(0),
-        M=max(16, triton.next_power_of_2(rows)),
+        M=max(16, power_of_2(rows)),
         IEEE=q.dtype == torch.float32,
         # 128 rows do not fit the registers of four warps
         num_warps=config["num_warps"] if rows <= 64 else 8,
@@ -114,8 +115,8 @@ def _kv_append(kv: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor,
         table.stride(0),
         HEADS=heads,
         D=head_dim,
-        TALL=triton.next_power_of_2(heads),
-        WIDTH=triton.next_power_of_2(head_dim),
+        TALL=power_of_2(heads),
+        WIDTH=power_of_2(head_dim),
         BLOCK=BLOCK,
         num_warps=4 if heads * head_dim > 512 else 1,
     )
@@ -123,8 +124,8 @@ def _kv_append(kv: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor,
 
 def _splits(pairs: int, blocks: int, programs: int, least: int) -> int:
     """Shares of each (row, head of keys): enough for `programs`, a power of two, no more than the table could fill."""
-    wanted = triton.next_power_of_2(max(4, triton.cdiv(programs, pairs)))
-    return min(wanted, MOST_SPLITS, triton.next_power_of_2(triton.cdiv(blocks, least)))
+    wanted = power_of_2(max(4, num_blocks(programs, pairs)))
+    return min(wanted, MOST_SPLITS, power_of_2(num_blocks(blocks, least)))
 
 
 @triton.jit

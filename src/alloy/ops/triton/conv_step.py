@@ -13,6 +13,7 @@ from torch import Tensor
 from alloy.ops import conv
 from alloy.ops.precision import wide
 from alloy.ops.triton import tuning
+from alloy.ops.triton.elementary import num_blocks
 
 tuning.register("conv_step", {"BLOCK": 256, "num_warps": 4}, {"BLOCK": 128, "num_warps": 1})
 
@@ -107,7 +108,7 @@ def _launch(
         raise ValueError(f"x has strides {x.stride()}; the channels of a token must lie next to each other")
     batch, tokens, channels = x.shape
     config = tuning.pick("conv_step", str(state.dtype).removeprefix("torch."))
-    _conv_kernel[(triton.cdiv(channels, config["BLOCK"]), batch)](
+    _conv_kernel[(num_blocks(channels, config["BLOCK"]), batch)](
         state,
         x,
         weight,

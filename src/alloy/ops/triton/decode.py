@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alloy.ops.triton.elementary import num_blocks, power_of_2
+
 # ids that one program looks at
 BLOCK = 4096
 
@@ -23,21 +25,19 @@ def count_tokens(lengths: Tensor, slots: Tensor, count: int) -> None:
 @torch.library.custom_op("alloy::take_largest", mutates_args=("logits", "chosen", "tokens"))
 def _take_largest(scores: Tensor, logits: Tensor, chosen: Tensor, tokens: Tensor) -> None:
     rows, vocab = scores.shape
-    parts = triton.cdiv(vocab, BLOCK)
+    parts = num_blocks(vocab, BLOCK)
     peaks = torch.empty(rows, parts, dtype=torch.float32, device=scores.device)
     places = torch.empty(rows, parts, dtype=torch.int32, device=scores.device)
     _part[(parts, rows)](
         scores, logits, peaks, places, vocab, parts, scores.stride(0), logits.stride(0), BLOCK=BLOCK, num_warps=8
     )
-    _whole[(rows,)](
-        peaks, places, chosen, tokens, parts, chosen.stride(0), tokens.stride(0), WIDTH=triton.next_power_of_2(parts)
-    )
+    _whole[(rows,)](peaks, places, chosen, tokens, parts, chosen.stride(0), tokens.stride(0), WIDTH=power_of_2(parts))
 
 
 @torch.library.custom_op("alloy::count_tokens", mutates_args=("lengths",))
 def _count_tokens(lengths: Tensor, slots: Tensor, count: int) -> None:
     rows = slots.numel()
-    _count[(1,)](lengths, slots, rows, count, WIDTH=triton.next_power_of_2(rows), num_warps=1)
+    _count[(1,)](lengths, slots, rows, count, WIDTH=power_of_2(rows), num_warps=1)
 
 
 @triton.jit

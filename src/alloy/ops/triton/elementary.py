@@ -25,7 +25,7 @@ def num_blocks(size: int, block: int) -> int:
 
 def power_of_2(size: int) -> int:
     """The smallest power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()
+    return 1 << max(0, size - 1).bit_length()
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from alloy.ops.triton import chain, tuning
+from alloy.ops.triton.elementary import num_blocks
 
 # rows of the padded operand
 MOST_ROWS = 16
@@ -156,7 +157,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     size = next((name for name, most in SIZES.items() if outputs <= most), "wide")
     if rows == 1:
         config = tuning.pick("linear_one", size)
-        grid = (triton.cdiv(outputs, config["BLOCK_N"]),)
+        grid = (num_blocks(outputs, config["BLOCK_N"]),)
         _one_kernel[grid](
             x,
             weight,
@@ -171,7 +172,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         )
         return y
     config = tuning.pick("linear_few", size)
-    blocks, parts = triton.cdiv(outputs, config["BLOCK_N"]), 1
+    blocks, parts = num_blocks(outputs, config["BLOCK_N"]), 1
     while 2 * parts * blocks <= ENOUGH and 2 * parts * config["BLOCK_K"] <= inputs:
         parts *= 2
     out = y if parts == 1 else torch.empty(parts, rows, outputs, device=x.device)
@@ -192,7 +193,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         **config,
     )
     if parts > 1:
-        _add_kernel[(triton.cdiv(y.numel(), 512),)](
+        _add_kernel[(num_blocks(y.numel(), 512),)](
             out, bias, y, y.numel(), outputs, PARTS=parts, HAS_BIAS=bias is not None, BLOCK=512, **chain.options(x)
         )
     return y

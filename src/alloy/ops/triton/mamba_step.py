@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from alloy.ops.mamba_step import _mamba_step as reference
 from alloy.ops.precision import wide
 from alloy.ops.triton import chain, tuning
+from alloy.ops.triton.elementary import power_of_2
 from alloy.ops.triton.ssd_step import round_to_half, step_size, tiles
 
 tuning.register(
@@ -292,7 +293,7 @@ def _mamba_step(
         HAS_SLOTS=slots is not None,
         STOCHASTIC=sr_seed is not None,
         **chain.options(y),
-        BLOCK_U=triton.next_power_of_2(block_sizes["BLOCK_P"] * block_sizes["TILES"]),
+        BLOCK_U=power_of_2(block_sizes["BLOCK_P"] * block_sizes["TILES"]),
         **block_sizes,
     )
     _norm_kernel[(groups, batch)](
@@ -310,7 +311,7 @@ def _mamba_step(
         TAPS=taps,
         HAS_SLOTS=slots is not None,
         **chain.options(y),
-        BLOCK=triton.next_power_of_2(inner // groups),
+        BLOCK=power_of_2(inner // groups),
         BLOCK_N=block_sizes["BLOCK_N"],
         num_warps=4,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from alloy.ops.triton import tuning
+from alloy.ops.triton.elementary import power_of_2
 from alloy.ops.triton.moe_plan import Plan, gather
 
 _CONFIG = ("BN", "BK", "FLATTEN", "SORTED", "per_sm", "num_warps", "num_stages")
@@ -168,7 +169,7 @@ def hidden_gradients(
         plan.starts.numel() - 1,
         F=ffn,
         ACTIVATION=activation,
-        WIDTH=min(2048, triton.next_power_of_2(ffn)),
+        WIDTH=min(2048, power_of_2(ffn)),
         num_warps=8,
     )
     return dhidden, dopened, hidden, dweights

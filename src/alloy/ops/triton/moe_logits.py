@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops import moe as reference
+from alloy.ops.triton.elementary import power_of_2
 
 # tokens up to which one launch reads the router's matrix little more than once
 FEW_TOKENS = 16
@@ -33,7 +34,7 @@ def _few_logits(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], experts, dtype=torch.float32)
     if x.shape[0]:
         few_logits_kernel[(experts, x.shape[0])](
-            x, weight, out, x.stride(0), weight.stride(0), experts, D=width, BK=min(1024, triton.next_power_of_2(width))
+            x, weight, out, x.stride(0), weight.stride(0), experts, D=width, BK=min(1024, power_of_2(width))
         )
     return out
 

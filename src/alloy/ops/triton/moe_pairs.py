@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
+from alloy.ops.triton.elementary import num_blocks
 from alloy.ops.triton.moe_gemm import act
 
 # beyond these, tokens share so many experts that sorting them and reading each expert once wins
@@ -70,7 +71,7 @@ def pairs_up(
     shared_ffn = 0 if shared_up is None else shared_up.shape[0]
     shared = None if shared_up is None else out.new_empty(tokens, shared_ffn)
     bn = config["BN"]
-    grid = (tokens * (top_k * triton.cdiv(ffn, bn) + triton.cdiv(shared_ffn, bn)),)
+    grid = (tokens * (top_k * num_blocks(ffn, bn) + num_blocks(shared_ffn, bn)),)
     pairs_up_kernel[grid](
         x,
         chosen,
@@ -106,7 +107,7 @@ def pairs_down(
     config = tuning.pick("moe_pairs_down", f"{width}x{ffn}-{tokens}")
     out = down.new_empty(tokens, width)
     shared_ffn = 0 if shared is None else shared.shape[1]
-    grid = (triton.cdiv(width, config["BN"]), tokens)
+    grid = (num_blocks(width, config["BN"]), tokens)
     pairs_down_kernel[grid](
         hidden,
         chosen,
@@ -119,7 +120,7 @@ def pairs_down(
         TOP_K=top_k,
         F=ffn,
         SHARED=shared_ffn,
-        PARTS=triton.cdiv(shared_ffn, ffn),
+        PARTS=num_blocks(shared_ffn, ffn),
         **config,
     )
     return out

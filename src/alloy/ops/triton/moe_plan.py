@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alloy.ops.triton.elementary import num_blocks, power_of_2
+
 # most programs that share a sort, pairs below which one program does it alone
 _PROGRAMS = 128
 _ALONE = 512
@@ -50,12 +52,12 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
     plan = empty_plan(chosen, num_experts, block, align)
     if align > 1:
         plan.order.fill_(-1)
-    pairs, width = chosen.numel(), triton.next_power_of_2(num_experts)
-    programs = 1 if pairs <= _ALONE else min(_PROGRAMS, triton.cdiv(pairs, _ALONE))
+    pairs, width = chosen.numel(), power_of_2(num_experts)
+    programs = 1 if pairs <= _ALONE else min(_PROGRAMS, num_blocks(pairs, _ALONE))
     # one program has a multiprocessor to itself
     num_warps = 8 if programs == 1 else 4
     step = max(16, 2048 * num_warps // width)
-    share = triton.cdiv(triton.cdiv(pairs, programs), step) * step
+    share = num_blocks(num_blocks(pairs, programs), step) * step
     counts = torch.empty(programs, width, dtype=torch.int32, device=chosen.device)
     sizes = {"WIDTH": width, "STEP": step, "num_warps": num_warps}
     if programs > 1:
@@ -79,8 +81,8 @@ def make_plan(chosen: Tensor, num_experts: int, block: int, align: int = 1) -> P
 def gather(x: Tensor, plan: Plan, top_k: int) -> Tensor:
     """x (tokens, width) as the rows of a plan: (rows, width), zero where a row has no pair."""
     out = x.new_empty(plan.order.numel(), x.shape[1])
-    width = min(1024, triton.next_power_of_2(x.shape[1]))
-    grid = (triton.cdiv(out.shape[1], width) * triton.cdiv(out.shape[0], _ROWS),)
+    width = min(1024, power_of_2(x.shape[1]))
+    grid = (num_blocks(out.shape[1], width) * num_blocks(out.shape[0], _ROWS),)
     gather_kernel[grid](x, plan.order, out, *out.shape, x.stride(0), top_k, ROWS=_ROWS, WIDTH=width)
     return out
 
@@ -99,8 +101,8 @@ def combine(
     """
     tokens, top_k = shape
     out = torch.empty(tokens, rows.shape[1], dtype=dtype, device=rows.device)
-    width = min(1024, triton.next_power_of_2(rows.shape[1]))
-    grid = (triton.cdiv(rows.shape[1], width) * tokens,)
+    width = min(1024, power_of_2(rows.shape[1]))
+    grid = (num_blocks(rows.shape[1], width) * tokens,)
     combine_kernel[grid](rows, more, plan.place, weights, out, rows.shape[1], TOP_K=top_k, WIDTH=width)
     return out
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops import moe as reference
+from alloy.ops.triton.elementary import power_of_2
 
 # the least choice of a real expert: what lies below it (NaN too) counts as this, and what was taken or dropped as less
 _WORST = tl.constexpr(-3.0e38)
@@ -60,14 +61,14 @@ def _route(
             logits.stride(0),
             scale,
             TOP_K=top_k,
-            DEEP=triton.next_power_of_2(top_k),
+            DEEP=power_of_2(top_k),
             SOFTMAX=scoring == "softmax",
             GROUPS=num_groups,
             TOP_GROUPS=top_groups,
             SIZE=experts // num_groups,
             NORMALIZE=normalize,
-            ROWS=triton.next_power_of_2(num_groups),
-            COLS=triton.next_power_of_2(experts // num_groups),
+            ROWS=power_of_2(num_groups),
+            COLS=power_of_2(experts // num_groups),
             num_warps=1,
         )
     return chosen, weights, scores
@@ -117,10 +118,10 @@ def _route_backward(
             experts,
             scale,
             TOP_K=top_k,
-            DEEP=triton.next_power_of_2(top_k),
+            DEEP=power_of_2(top_k),
             SOFTMAX=scoring == "softmax",
             NORMALIZE=normalize,
-            COLS=triton.next_power_of_2(experts),
+            COLS=power_of_2(experts),
             num_warps=1,
         )
     return out

@@ -11,10 +11,10 @@ Repetitions give the same bits. Rates and errors: docs/performance.md (`alloy be
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from alloy.ops.triton import tuning
+from alloy.ops.triton.elementary import num_blocks
 from alloy.ops.triton.ssd_backward_carry import carries, starts
 from alloy.ops.triton.ssd_backward_chunk import gradients, shares
 from alloy.ops.triton.ssd_backward_step import steps
@@ -127,16 +127,16 @@ def _backward(
 
     share = heads // groups
     parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= HEADS)
-    chunks = triton.cdiv(seq, chunk)
+    chunks = num_blocks(seq, chunk)
     sums = x.new_empty(3, batch, chunks, heads, dtype=torch.float32)
     # a segment's dx, less the last chunk, has room for a state in fp32
-    room = 1 + triton.cdiv(4 * state, chunk * x.element_size())
+    room = 1 + num_blocks(4 * state, chunk * x.element_size())
     fitting = SCRATCH // (2 * batch * heads * head_dim * state * x.element_size())
     # two programs a multiprocessor run at a time: no segment ends with a few of them
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     wave = max(1, 2 * processors // (batch * groups * parts))
     rest = min(chunks, max(fitting // wave * wave or fitting, room))
-    first = chunks - (triton.cdiv(chunks, rest) - 1) * rest
+    first = chunks - (num_blocks(chunks, rest) - 1) * rest
     begun = _states_in(dx, first * chunk, rest * chunk, (chunks - first) // rest, state)
     if begun is not None:
         starts(x, B, prep, h0, begun, first, rest, config)

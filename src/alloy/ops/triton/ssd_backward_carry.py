@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alloy.ops.triton.elementary import num_blocks, power_of_2
 from alloy.ops.triton.ssd_prep import Prep
 from alloy.ops.triton.tuning import Config
 
@@ -24,7 +25,7 @@ def tiles(head_dim: int) -> tuple[int, int]:
     """Two powers of two of at least 16 (the second may be 0) that cover head_dim with little behind it."""
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return first, max(16, power_of_2(rest)) if rest > 0 else 0
 
 
 def starts(
@@ -46,9 +47,9 @@ def starts(
     groups, state = B.shape[2:]
     count = out.shape[1]
     through = out.new_empty(batch, count, heads)
-    tile = min(config["start_tile"], max(16, triton.next_power_of_2(state)))
+    tile = min(config["start_tile"], max(16, power_of_2(state)))
     p0, p1 = tiles(head_dim)
-    _local[(triton.cdiv(state, tile) * heads, count, batch)](
+    _local[(num_blocks(state, tile) * heads, count, batch)](
         x, B, prep.d, prep.logs, prep.segments, prep.lengths, out, through,
         seq, prep.d.shape[2], heads, groups, first, rest, *x.stride()[:3], *B.stride()[:3], *out.stride()[:2],
         HEAD_DIM=head_dim, STATE=state, HAS_DOCUMENTS=prep.segments is not None,
@@ -56,7 +57,7 @@ def starts(
         num_warps=config["start_warps"], num_stages=config["start_stages"],
     )  # fmt: skip
     block = 1024
-    _join[(triton.cdiv(head_dim * state, block), heads, batch)](
+    _join[(num_blocks(head_dim * state, block), heads, batch)](
         h0, out, through, count, head_dim * state, *(h0.stride()[:2] if h0 is not None else (0, 0)), *out.stride()[:2],
         HAS_H0=h0 is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -83,9 +84,9 @@ def carries(
     """
     batch, seq, heads, head_dim = x.shape
     groups, state = B.shape[2:]
-    tile = min(config["tile"], max(16, triton.next_power_of_2(state)))
+    tile = min(config["tile"], max(16, power_of_2(state)))
     p0, p1 = tiles(head_dim)
-    _carries[(triton.cdiv(state, tile) * 2, heads, batch)](
+    _carries[(num_blocks(state, tile) * 2, heads, batch)](
         x, dy, B, C, prep.d, prep.logs, prep.segments, prep.lengths, start, slope, before, after,
         seq, prep.d.shape[2], heads, groups, first, before.shape[1],
         *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3],

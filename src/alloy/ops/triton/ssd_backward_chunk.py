@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alloy.ops.triton.elementary import power_of_2
 from alloy.ops.triton.ssd_backward_carry import precision, rows, tiles
 from alloy.ops.triton.ssd_prep import Prep
 from alloy.ops.triton.tuning import Config
@@ -84,7 +85,7 @@ def gradients(
     strides = (*dy.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3])
     settings = {
         "HEAD_DIM": head_dim, "STATE": state, "HAS_DOCUMENTS": prep.segments is not None, "CHUNK": chunk, "P0": p0, "P1": p1,
-        "N": max(16, triton.next_power_of_2(state)), "PARTS": parts, "PRECISION": precision(x),
+        "N": max(16, power_of_2(state)), "PARTS": parts, "PRECISION": precision(x),
     }  # fmt: skip
     _tokens[(groups * parts, chunks, batch)](
         dy, x, B, C, D, *prep, after, dx, left.crossed, left.vectors, *sizes, *strides, left.vectors.stride(0),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.cpu.ssd import NO_LIMIT
+from alloy.ops.triton.elementary import num_blocks, power_of_2
 from alloy.ops.triton.ssd_backward_chunk import Shares
 from alloy.ops.triton.ssd_prep import Prep, softplus
 
@@ -40,11 +41,11 @@ def steps(
     """
     batch, seq, heads = dt.shape
     chunks, width = shares.flow.shape[2:]
-    _steps[(chunks, triton.cdiv(heads, HEADS_BLOCK), batch)](
+    _steps[(chunks, num_blocks(heads, HEADS_BLOCK), batch)](
         shares.vectors, shares.flow, dt, A, dt_bias, prep.d, prep.logs, prep.segments, prep.lengths, ddt, sums,
         seq, prep.d.shape[2], heads, first, sums.shape[2], width, *dt.stride(), low=dt_limit[0], high=dt_limit[1],
         HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, LIMITED=tuple(dt_limit) != NO_LIMIT,
-        HAS_DOCUMENTS=prep.segments is not None, CHUNK=chunk, HEADS=HEADS_BLOCK, ROWS=triton.next_power_of_2(width),
+        HAS_DOCUMENTS=prep.segments is not None, CHUNK=chunk, HEADS=HEADS_BLOCK, ROWS=power_of_2(width),
         num_warps=4,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.triton import tuning
+from alloy.ops.triton.elementary import num_blocks, power_of_2
 from alloy.ops.triton.ssd_prep import Prep, narrowest
 
 for op in ("ssd_scan", "ssd_carries"):
@@ -48,10 +49,10 @@ def scan(
     batch, seq, heads, head_dim = x.shape
     width = B.shape[-1]
     config = tuning.pick("ssd_scan", _key(x, width))
-    programs = heads * triton.cdiv(head_dim, narrowest(x.dtype))
-    chunks = triton.cdiv(seq, chunk)
+    programs = heads * num_blocks(head_dim, narrowest(x.dtype))
+    chunks = num_blocks(seq, chunk)
     walk, stretch = cut(chunks, batch * programs, RESIDENT * _multiprocessors(x.device))
-    walks = triton.cdiv(chunks, walk)
+    walks = num_blocks(chunks, walk)
     states = carries(x, prep, B, h0, chunk, stretch, (walks - 1) * (walk // stretch) + 1)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     state = x.new_empty(batch, heads, head_dim, width, dtype=torch.float32)
@@ -82,24 +83,25 @@ def carries(
     """
     batch, seq, heads, head_dim = x.shape
     width = B.shape[-1]
-    chunks = triton.cdiv(seq, chunk)
-    number: int = triton.cdiv(chunks, stretch) if count is None else count
+    chunks = num_blocks(seq, chunk)
+    number: int = num_blocks(chunks, stretch) if count is None else count
     out = x.new_empty(batch, number, heads, head_dim, width, dtype=torch.float32)
     decays = x.new_empty(batch, number, heads, dtype=torch.float32)
     if number > 1:
         config = tuning.pick("ssd_carries", _key(x, width))
-        _walk[(heads * triton.cdiv(head_dim, narrowest(x.dtype)), number - 1, batch)](
+        _walk[(heads * num_blocks(head_dim, narrowest(x.dtype)), number - 1, batch)](
             x, B, B, None, None, prep.d, prep.logs, prep.segments, prep.lengths, None, out, decays, None,
             seq, chunks, stretch, number, 1,
             OUTPUT=False, HAS_CARRY=False, HAS_D=False, **_common(x, B, B, prep, chunk, config),
         )  # fmt: skip
-    _join[(triton.cdiv(head_dim * width, 1024), heads, batch)](
+    _join[(num_blocks(head_dim * width, 1024), heads, batch)](
         out, decays, h0, number, heads, head_dim * width, *(h0.stride() if h0 is not None else (0, 0, 0, 0)),
         WIDTH=width, HAS_H0=h0 is not None, BLOCK=1024,
     )  # fmt: skip
     return out
 
 
+@cache
 def cut(chunks: int, programs: int, slots: int) -> tuple[int, int]:
     """(chunks of a walk, chunks of a stretch of the first pass), for `programs` a walk on a GPU that holds `slots` at a time.
 
@@ -107,12 +109,12 @@ def cut(chunks: int, programs: int, slots: int) -> tuple[int, int]:
     the first pass is 0.4 of one of the second, and the last walk needs none."""
 
     def cost(walks: int) -> float:
-        walk = triton.cdiv(chunks, walks)
-        second = triton.cdiv(programs * walks, slots) * (walk + 2)
-        return second + triton.cdiv(programs * (walks - 1) * PIECES, slots) * (0.4 * walk / PIECES + 2)
+        walk = num_blocks(chunks, walks)
+        second = num_blocks(programs * walks, slots) * (walk + 2)
+        return second + num_blocks(programs * (walks - 1) * PIECES, slots) * (0.4 * walk / PIECES + 2)
 
     walks = min(range(1, max(1, min(64, chunks // 4)) + 1), key=cost)
-    stretch = triton.cdiv(chunks, walks * PIECES)
+    stretch = num_blocks(chunks, walks * PIECES)
     return stretch * PIECES, stretch
 
 
@@ -122,7 +124,7 @@ def _key(x: Tensor, width: int) -> str:
 
 def _common(x: Tensor, B: Tensor, C: Tensor, prep: Prep, chunk: int, config: tuning.Config) -> dict:
     """Strides, sizes and options for `_walk`. Strides of tokens are compiled in, so that a tile needs one address."""
-    tensors, n = (("x", x), ("B", B), ("C", C)), max(narrowest(x.dtype), triton.next_power_of_2(B.shape[3]))
+    tensors, n = (("x", x), ("B", B), ("C", C)), max(narrowest(x.dtype), power_of_2(B.shape[3]))
     strides = {f"{name}_{of}": t.stride(i) for name, t in tensors for i, of in enumerate(("batch", "token", "part"))}
     return strides | {
         "HEADS": x.shape[2],

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alloy.ops.cpu.ssd import NO_LIMIT
+from alloy.ops.triton.elementary import num_blocks
 
 HEADS_BLOCK = 32
 
@@ -58,14 +59,14 @@ def prepare(
         chunk: tokens of a chunk, a power of two
     """
     batch, seq, heads = dt.shape
-    chunks = triton.cdiv(seq, chunk)
+    chunks = num_blocks(seq, chunk)
     d = dt.new_empty(batch, heads, chunks * chunk, dtype=torch.float32)
     logs = torch.empty_like(d)
     segments = lengths = None
     if documents is not None:
         segments = dt.new_empty(batch, chunks * chunk, dtype=torch.int32)
         lengths = dt.new_empty(batch, dtype=torch.int32)
-    _prepare[(chunks, triton.cdiv(heads, HEADS_BLOCK), batch)](
+    _prepare[(chunks, num_blocks(heads, HEADS_BLOCK), batch)](
         dt, A, dt_bias, documents, d, logs, segments, lengths,
         seq, heads, *dt.stride(), *(documents.stride() if documents is not None else (0, 0)),
         low=dt_limit[0], high=dt_limit[1],
@@ -89,7 +90,7 @@ def products(B: Tensor, C: Tensor, chunk: int, lengths: Tensor | None = None) ->
         [i, j] = C_i . B_j; 0 where i or j is behind the end
     """
     batch, seq, groups, state = B.shape
-    chunks = triton.cdiv(seq, chunk)
+    chunks = num_blocks(seq, chunk)
     out = B.new_empty(batch, groups, chunks, chunk, chunk, dtype=torch.float32 if B.dtype == torch.float16 else B.dtype)
     block = narrowest(B.dtype)
     _products[(chunks, groups, batch)](

@@ -18,6 +18,7 @@ from torch import Tensor
 from alloy.ops import ssd
 from alloy.ops.precision import wide
 from alloy.ops.triton import tuning
+from alloy.ops.triton.elementary import num_blocks, power_of_2
 
 tuning.register(
     "ssd_step",
@@ -176,12 +177,12 @@ def tiles(op: str, state: Tensor) -> tuple[int, dict[str, int]]:
     """Programs for each head of state (slots, heads, head_dim, state), and the sizes of their tiles."""
     head_dim, width = state.shape[2:]
     config = tuning.pick(op, f"{head_dim}x{width}-{state.dtype}".replace("torch.", ""))
-    threads, block_n = 32 * config["num_warps"], max(16, triton.next_power_of_2(width))
+    threads, block_n = 32 * config["num_warps"], max(16, power_of_2(width))
     # registers: at most 64 elements of a tile a thread, and 128 of all its tiles
     block_p = min(config["BLOCK_P"], 64 * threads // block_n)
-    number = min(config["TILES"], triton.cdiv(head_dim, block_p), 128 * threads // (block_p * block_n))
+    number = min(config["TILES"], num_blocks(head_dim, block_p), 128 * threads // (block_p * block_n))
     sizes = {"BLOCK_P": block_p, "BLOCK_N": block_n, "TILES": number, "num_warps": config["num_warps"]}
-    return triton.cdiv(head_dim, block_p * number), sizes
+    return num_blocks(head_dim, block_p * number), sizes
 
 
 def _launch(
