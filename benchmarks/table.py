@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+from alloy.bench.pairs import pairs
 from alloy.bench.plot import draw
 from alloy.bench.result import OURS, Row, Run, read_run
 from alloy.errors import AlloyError
@@ -67,9 +68,11 @@ def head(run: Run) -> str:
 def tables(run: Run, cases: list[str]) -> str:
     """The tables of the named cases, or of all."""
     names = cases or list(dict.fromkeys(row.case for row in run.rows))
-    return "\n\n".join(
-        "\n".join([f"**{case}**\n", *table([row for row in run.rows if row.case == case])]) for case in names
-    )
+    parts: list[str] = []
+    for case in names:
+        rows = [row for row in run.rows if row.case == case]
+        parts += ["\n".join([f"**{case}**\n", *table(rows)]), *pairs(rows)]
+    return "\n\n".join(parts)
 
 
 def update(page: str) -> str:

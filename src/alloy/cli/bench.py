@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from alloy.bench.case import CASES, PEERS, Case, Size
+from alloy.bench.pairs import pairs
 from alloy.bench.result import OURS, Row, Run, read_run, slower
 from alloy.bench.runner import Plan, run_cases, tune_cases
 from alloy.core.runs import atomic_write
@@ -189,6 +190,8 @@ def _show(run: Run, json_path: str | None) -> None:
     # nothing is folded away where the output is not a terminal
     console = Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 180)
     console.print(table)
+    for line in pairs(run.rows):
+        console.print(line, highlight=False)
 
 
 def _cells(row: Row, peak_flops: float | None) -> list[str]:

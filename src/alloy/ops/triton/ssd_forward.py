@@ -21,7 +21,7 @@ from alloy.ops.triton.elementary import num_blocks, power_of_2
 from alloy.ops.triton.ssd_prep import Prep, narrowest
 
 for op in ("ssd_scan", "ssd_carries"):
-    tuning.register(op, {"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 1})
+    tuning.register(op, {"num_warps": 4, "num_stages": 2})
 
 PIECES = 2  # stretches of the first pass in one walk
 RESIDENT = 2  # programs that a multiprocessor holds at a time
