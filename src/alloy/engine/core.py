@@ -4,11 +4,11 @@ Greedy answers are the same tokens alone, in a batch, with prompts in chunks and
 The engine holds no state between calls: closing a stream cancels what is left of it and frees its cache.
 """
 
-import heapq
 import random
+from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -20,15 +20,17 @@ from transformers import PreTrainedTokenizerBase
 from alloy.core.device import resolve_device
 from alloy.engine.codec import THINK, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
-from alloy.engine.graphs import DecodeGraphs, new_pool, obstacle
+from alloy.engine.engine import Engine
+from alloy.engine.graphs import DecodeGraphs, buckets_for, obstacle
+from alloy.engine.pool import PoolPlan, new_pool, plan_pool
 from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
-from alloy.engine.runner import EngineStats, Runner
+from alloy.engine.runner import EngineStats
 from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
-from alloy.models.paged import STATE_DTYPES
+from alloy.models.paged import STATE_DTYPES, PagedCache
 from alloy.models.quant import check_place, parse_weights, quantize_weights
 from alloy.models.registry import load
 
@@ -42,21 +44,13 @@ STEP_TOKENS_ACCELERATOR = 2048
 LOOKAHEAD = 64
 
 
-@dataclass
-class _Answer:
-    """What is known of a request while its samples run."""
-
-    request: Request
-    open: int
-
-
 class LLM:
     """A model ready to generate.
 
     Args:
         model: a folder or hub id (see `alloy.load`), or a model
         tokenizer: of a model given as an object; None: prompts must be token ids and answers have no text
-        max_model_len: longest prompt plus answer; default: the config's max_positions
+        max_model_len: longest prompt plus answer; default: the config's max_positions, or what fits into memory
         dtype, device: as in `alloy.load`, for a path
         max_seqs: sequences that run at once
         speculate: drafts of the model's MTP layers per step; "auto" measures the best number; 0: none
@@ -65,6 +59,10 @@ class LLM:
         graphs: replay decode steps as CUDA graphs where the device and the model's kernels allow it
         state_dtype: of recurrent states: float32, bfloat16, float16, or float16-sr, which rounds stochastically and needs
             graphs
+        prefix_cache: keep what answers leave in the cache, for prompts that begin the same
+        checkpoint_every: prompt tokens between two of the states that are kept on the way
+        memory: GiB for keys, values and states; default: 0.8 of what is free on a GPU, on a CPU a quarter of the machine's
+            memory, at most 4
     """
 
     def __init__(
@@ -80,6 +78,9 @@ class LLM:
         max_step_tokens: int | None = None,
         graphs: bool = True,
         state_dtype: str = "float32",
+        prefix_cache: bool = True,
+        checkpoint_every: int = 1024,
+        memory: float | None = None,
     ) -> None:
         kind = None if weights is None else parse_weights(weights)
         if isinstance(model, CausalLM):
@@ -102,13 +103,14 @@ class LLM:
             raise RequestError(
                 f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {config.vocab}"
             )
-        self.max_model_len = max_model_len if max_model_len is not None else config.max_positions
+        self.max_model_len = config.max_positions if max_model_len is None else max_model_len
         place = self.model.embed.weight.device.type
         if max_step_tokens is None:
             max_step_tokens = STEP_TOKENS.get(place, STEP_TOKENS_ACCELERATOR)
         self.max_step_tokens = max_step_tokens
         self.max_seqs = max_seqs
-        for name in ("max_model_len", "max_seqs", "max_step_tokens"):
+        self.prefix_cache, self.checkpoint_every, self.memory = prefix_cache, checkpoint_every, memory
+        for name in ("max_model_len", "max_seqs", "max_step_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} = {getattr(self, name)} must be at least 1")
         self.speculate: int | Literal["auto"] = speculate
@@ -127,7 +129,14 @@ class LLM:
         if state_dtype == "float16-sr" and why is not None:
             raise RequestError(f'state_dtype = "float16-sr" works in captured steps alone: {why}; use another')
         self.state_dtype = state_dtype
-        self._is_graph_taken = False
+        if max_model_len is None:
+            self.max_model_len = self._plan(self.max_model_len, shorten=True).max_tokens
+        self._engine: Engine | None = None
+        self._engine_graphs: DecodeGraphs | None = None
+        self._weights: list[tuple[int, int | None]] = []
+        # increments that one stream computed for another
+        self._inboxes: dict[int, deque[Output]] = {}
+        self._streams = 0
         # what was measured stays from call to call
         self._draft_length = DraftLength(self.speculate) if self.speculate else None
         # counters of the latest call
@@ -265,48 +274,90 @@ class LLM:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         self._thinking(params)
 
+    def engine(self) -> Engine:
+        """The engine of this model, the same one until the weights lie elsewhere. What is known of prefixes goes when the
+        weights change."""
+        if self._engine is not None and self._engine.busy:
+            return self._engine
+        graphs = self._capture()
+        weights = _versions(self.model)
+        if self._engine is None or graphs is not self._engine_graphs:
+            self._engine_graphs = graphs
+            pool = graphs.pool if graphs is not None else self._new_pool()
+            self._engine = Engine(
+                self.model,
+                pool,
+                self._sequences,
+                self.max_seqs,
+                self.max_step_tokens,
+                self._draft_length,
+                graphs,
+                self.prefix_cache,
+                self.checkpoint_every,
+            )
+        elif weights != self._weights:
+            self._engine.forget()
+        self._weights = weights
+        return self._engine
+
     def stream(self, requests: Iterable[Request]) -> Generator[Output]:
         """Increments of the answers to `requests`, which are read only as room comes free.
 
         One increment is one sample's news. Of the waiting requests the lowest `priority` goes first. A request that
-        cannot be run raises when it is read; closing the iterator cancels everything.
+        cannot be run raises when it is read; closing the iterator cancels everything. Streams may run side by side.
         """
-        # a second stream beside the first has no graphs
-        graphs = None if self._is_graph_taken else self._capture()
-        runner = Runner(self.model, self._draft_length, self.max_step_tokens, graphs, STATE_DTYPES[self.state_dtype])
-        self.stats = runner.stats
+        engine = self.engine()
+        if not engine.busy:
+            engine.stats = EngineStats()
+        self.stats = engine.stats
+        number, self._streams = self._streams, self._streams + 1
+        inbox = self._inboxes[number] = deque[Output]()
         source = enumerate(requests)
-        waiting: list[tuple[int, int, list[Sequence]]] = []
-        answers: dict[int, _Answer] = {}
+        mine: dict[str, tuple[int, Request]] = {}
         was_training = self.model.training
-        self.model.eval()
-        self._is_graph_taken |= graphs is not None
         try:
             while True:
-                for order, request in islice(source, max(0, LOOKAHEAD + self.max_seqs - len(waiting))):
-                    sequences = self._sequences(request, order)
-                    answers[order] = _Answer(request, len(sequences))
-                    heapq.heappush(waiting, (request.priority, order, sequences))
-                running = sum(not s.finished for s in runner.sequences)
-                if not waiting and not running:
+                for order, request in islice(source, max(0, LOOKAHEAD + self.max_seqs - len(mine))):
+                    # ids of other streams may be the same
+                    own = f"{number}/{order}"
+                    engine.add(replace(request, id=own))
+                    mine[own] = order, request
+                if not mine:
                     return
-                admitted = self._next(waiting, self.max_seqs - running)
-                if admitted:
-                    scored = runner.admit(admitted)
-                    for sequence, scores in zip(admitted, scored, strict=True):
-                        first = self._news(sequence, answers)
-                        first.prompt_logprobs = scores if sequence.index == 0 else None
-                        yield first
-                else:
-                    runner.step()
-                    for sequence in runner.sequences:
-                        if sequence.has_news:
-                            yield self._news(sequence, answers)
+                if not inbox:
+                    self._round(engine)
+                while inbox:
+                    news = inbox.popleft()
+                    order, request = mine[news.id]
+                    if news.finished:
+                        del mine[news.id]
+                    yield replace(news, id=request.id, index=order)
         finally:
-            runner.close()
-            if graphs is not None:
-                self._is_graph_taken = False
+            for own in mine:
+                engine.cancel(own)
+            del self._inboxes[number]
             self.model.train(was_training)
+
+    def _round(self, engine: Engine) -> None:
+        """One round for all streams."""
+        self.model.eval()
+        try:
+            found = engine.step()
+        except BaseException:
+            engine.close()
+            raise
+        for news in found:
+            inbox = self._inboxes.get(int(news.id.partition("/")[0]))
+            if inbox is not None:
+                inbox.append(news)
+
+    def _plan(self, max_tokens: int, shorten: bool = False) -> PoolPlan:
+        return plan_pool(
+            self.model, self.max_seqs, max_tokens, self.state_dtype, self.memory, self.prefix_cache, shorten
+        )
+
+    def _new_pool(self) -> PagedCache:
+        return new_pool(self.model, self._plan(self.max_model_len), self.state_dtype)
 
     def _capture(self) -> DecodeGraphs | None:
         if self.graphs is not None and not self.graphs.refresh():
@@ -316,9 +367,7 @@ class LLM:
         if self.graphs is None and self._may_capture:
             was_training = self.model.training
             self.model.eval()
-            self.graphs = DecodeGraphs(
-                self.model, new_pool(self.model, self.max_seqs, self.max_model_len, self.state_dtype)
-            )
+            self.graphs = DecodeGraphs(self.model, self._new_pool(), buckets_for(self.max_seqs))
             self.model.train(was_training)
         return self.graphs
 
@@ -335,35 +384,6 @@ class LLM:
         for news in self.stream(requests):
             gather(outputs[news.index], news)
         return outputs
-
-    def _next(self, waiting: list[tuple[int, int, list[Sequence]]], free: int) -> list[Sequence]:
-        """Take the sequences whose prompts are computed next, all in one call unless a single prompt needs several."""
-        group: list[Sequence] = []
-        prompts = longest = 0
-        while waiting and len(group) < free:
-            _, _, sequences = waiting[0]
-            length = len(sequences[0].prompt)
-            alone = length > self.max_step_tokens or sequences[0].params.prompt_logprobs is not None
-            if group and (alone or (prompts + 1) * max(longest, length) > self.max_step_tokens):
-                break
-            prompts, longest = prompts + 1, max(longest, length)
-            taken = sequences[: free - len(group)]
-            group += taken
-            del sequences[: len(taken)]
-            if not sequences:
-                heapq.heappop(waiting)
-            if alone:
-                break
-        return group
-
-    def _news(self, sequence: Sequence, answers: dict[int, _Answer]) -> Output:
-        answer = answers[sequence.order]
-        completion = sequence.take()
-        answer.open -= completion.finish_reason is not None
-        if not answer.open:
-            del answers[sequence.order]
-        request = answer.request
-        return Output(request.id, sequence.order, request.token_ids, [completion], finished=not answer.open)
 
     def _sequences(self, request: Request, order: int) -> list[Sequence]:
         """The n samples of a request."""
@@ -428,6 +448,12 @@ def gather(whole: Output, news: Output) -> None:
         whole.completions[new.index] = replace(
             new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids, logprobs=logprobs
         )
+
+
+def _versions(model: CausalLM) -> list[tuple[int, int | None]]:
+    """Differs when weights may have changed."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
 
 def _empty(params: SamplingParams, index: int) -> Completion:

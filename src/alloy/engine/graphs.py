@@ -14,18 +14,15 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from alloy.errors import ResourceError
 from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.configs import MambaConfig, MoEConfig
 from alloy.models.mamba import Mamba
-from alloy.models.paged import PagedCache, StaticView, blocks_of
+from alloy.models.paged import PagedCache, StaticView
 from alloy.ops import backend
 from alloy.ops.decode import take_largest
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# share of the device's free memory that keys, values and states may take
-CACHE_FRAC = 0.8
 
 
 @dataclass(frozen=True)
@@ -165,27 +162,6 @@ def obstacle(model: CausalLM) -> str | None:
 def buckets_for(slots: int) -> tuple[int, ...]:
     """The buckets that serve up to `slots` rows."""
     return (*(b for b in BUCKETS if b < slots), next((b for b in BUCKETS if b >= slots), slots))
-
-
-def new_pool(model: CausalLM, slots: int, max_tokens: int, state_dtype: str = "float32") -> PagedCache:
-    """A cache for `slots` sequences with as many blocks as they could fill, or as the device's free memory holds."""
-    device = model.embed.weight.device
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    wanted = slots * blocks_of(max_tokens + 1)
-    block_bytes = sizes.kv_bytes(model.config, 1, 64, dtype, model.has_mtp)
-    if block_bytes:
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = int(CACHE_FRAC * (torch.cuda.mem_get_info(device)[0] + held))
-        free -= sizes.state_bytes(model.config, slots, state_dtype.removesuffix("-sr"), model.has_mtp)
-        room = max(0, free) // block_bytes
-        if room < blocks_of(max_tokens + 1):
-            raise ResourceError(
-                f"one sequence of {max_tokens:,} tokens needs {blocks_of(max_tokens + 1) * block_bytes / sizes.GIB:.2f} GiB "
-                f"of keys and values beside the states of {slots} sequences, and {max(0, free) / sizes.GIB:.2f} GiB may be "
-                "used; lower max_model_len or max_seqs"
-            )
-        wanted = min(wanted, room)
-    return model.new_paged_cache(slots, wanted, max_tokens, state_dtype=state_dtype)
 
 
 def _places(model: CausalLM) -> list[int]:

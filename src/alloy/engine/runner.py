@@ -1,8 +1,7 @@
-"""The model step: prompts in, one or more tokens per running sequence out.
+"""The model calls of the engine: prompts in pieces, and one or more tokens per running sequence.
 
-The running rows share one cache. New sequences are computed in a cache of their own, as one right-padded batch or, when a
-prompt is longer than a step may be, in chunks, and join the running rows; finished rows leave before the next step. With
-captured graphs the caches are views of one paged cache, so that joining moves nothing, and steps without drafts are replays.
+All sequences live in one paged cache, each in its slot. A sequence runs once its cache holds all its tokens but the newest:
+the last token of a prompt is the first that a step computes. With captured graphs, steps without drafts are replays.
 """
 
 from collections.abc import Sequence as Items
@@ -13,25 +12,26 @@ import torch
 from torch import Tensor
 
 from alloy.engine.graphs import DecodeGraphs
-from alloy.engine.request import TokenLogprobs
 from alloy.engine.sampler import Sampler, on_host, token_logprobs
 from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import Drafter, DraftLength
 from alloy.models.base import CausalLM
-from alloy.models.cache import Cache
-from alloy.models.paged import PagedView
+from alloy.models.paged import PagedCache, PagedView
 
 
 @dataclass
 class EngineStats:
-    """Counters of one call of the engine."""
+    """Counters of an engine since it was made, or of one call of `LLM`."""
 
+    # of requests that began; and those that were not computed, but found
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
+    preemptions: int = 0
     steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    # tokens that decode steps gave (the first of each sequence comes from its prompt)
+    # tokens that decode steps gave
     decoded_tokens: int = 0
     # per draft position: steps of a sequence that drafted it, and that kept it
     drafted_at: list[int] = field(default_factory=list[int])
@@ -58,35 +58,31 @@ class EngineStats:
 
 
 class Runner:
-    """Running sequences and their cache.
+    """Computes sequences whose slots the engine has given them.
 
     Args:
         model: in evaluation mode
+        pool: the cache
         length: chooses how many tokens to draft; None: no drafts
-        max_step_tokens: prompt tokens per model call, padding included
-        graphs: captured steps of the model and the paged cache they work on, which this runner has to itself
-        state_dtype: of recurrent states where there are no graphs
+        graphs: captured steps over `pool`; None: steps are computed one operation at a time
+
+    Attributes:
+        sequences: those that run, one row each
     """
 
     def __init__(
-        self,
-        model: CausalLM,
-        length: DraftLength | None,
-        max_step_tokens: int,
-        graphs: DecodeGraphs | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        self, model: CausalLM, pool: PagedCache, length: DraftLength | None, graphs: DecodeGraphs | None = None
     ) -> None:
-        self.model = model
-        self.max_step_tokens = max_step_tokens
+        self.model, self.pool, self.length = model, pool, length
         self.sequences: list[Sequence] = []
         self.stats = EngineStats()
         self._device = model.embed.weight.device
         self._vocab = model.config.vocab
-        self._cache: Cache | None = None
         self._graphs = graphs
-        self._state_dtype = state_dtype
-        self._length = length
+        self._view: PagedView | None = None
         self._drafter = Drafter(model) if length is not None else None
+        # rows of which nothing is known to draft from
+        self._bare = 0
         self._sampler = Sampler([], self._vocab, self._device)
         # the newest token of each row, which the cache does not hold yet
         self._newest: list[int] = []
@@ -94,210 +90,178 @@ class Runner:
         self._is_placed = False
 
     @torch.inference_mode()
-    def admit(self, sequences: Items[Sequence]) -> list[list[TokenLogprobs | None] | None]:
-        """Compute the prompts of new sequences, choose their first tokens, let them join. Samples of one request share
-        its prompt and must be neighbours.
-
-        Returns:
-            per sequence the log probabilities of its prompt, where they were asked for
-        """
+    def prefill(self, pieces: Items[tuple[Sequence, int]]) -> None:
+        """Compute tokens of sequences, each from what its cache holds up to an end, in one call. One that wants the log
+        probabilities of its prompt comes alone."""
         start = perf_counter()
-        for sequence in sequences:
-            sequence.timings.started_s = start - sequence.request.arrival
-        prompts: list[Items[int]] = []
-        rows: list[int] = []
-        for i, sequence in enumerate(sequences):
-            if i == 0 or sequence.request is not sequences[i - 1].request:
-                prompts.append(sequence.prompt)
-            rows.append(len(prompts) - 1)
+        sequences = [sequence for sequence, _ in pieces]
+        ids = [sequence.known[sequence.computed : end] for sequence, end in pieces]
+        view = self.pool.view([sequence.slot for sequence in sequences])
+        tokens, documents = self._padded(ids)
         wanted = sequences[0].params.prompt_logprobs
-        self._leave()
-        cache = self._open(prompts)
-        if len(prompts) == 1:
-            logits, hidden, scored = self._prefill_chunks(cache, prompts[0], wanted)
-        else:
-            assert all(s.params.prompt_logprobs is None for s in sequences), "prompt_logprobs run alone"
-            logits, hidden = self._prefill_batch(cache, prompts)
-            scored = None
-        index = torch.tensor(rows, device=self._device)
-        sampler = Sampler(sequences, self._vocab, self._device)
-        logits = logits[index]
-        accepted = _append(sequences, sampler.choose(logits))
-        if sampler.wants_logprobs:
-            sampler.logprobs(logits, accepted)
-        self.stats.prompt_tokens += sum(len(p) for p in prompts)
-        self.stats.generated_tokens += sum(len(tokens) for tokens in accepted)
-        self._join(sequences, cache, rows, hidden[index])
+        out = self.model(tokens, cache=view, documents=documents, logits=None if wanted is None else "all")
+        if wanted is not None and out.logits is not None:
+            sequence = sequences[0]
+            following = sequence.known[sequence.computed + 1 : pieces[0][1] + 1]
+            table = {"model": out.logits[0].log_softmax(-1)}
+            sequence.prompt_scores += token_logprobs(following, table, wanted)
+        if self._drafter is not None:
+            self._follow(sequences, ids, out.last_hidden)
+        for sequence, end in pieces:
+            sequence.computed = end
         self.stats.prefill_s += perf_counter() - start
-        return [scored] * len(sequences)
+
+    def join(self, sequences: Items[Sequence]) -> None:
+        """Let sequences run whose cache holds all tokens but the newest."""
+        if not sequences:
+            return
+        if self._drafter is not None:
+            for sequence in sequences:
+                self._drafter.join(sequence.behind, sequence.known[-1], sequence.hidden, self._device)
+                self._bare += sequence.hidden is None
+                sequence.behind, sequence.hidden = (), None
+        self._newest += [sequence.known[-1] for sequence in sequences]
+        self._arrange([*self.sequences, *sequences])
+
+    def remove(self, gone: Items[Sequence]) -> None:
+        """Stop running sequences; what drafts need to go on goes with them."""
+        left = {id(sequence) for sequence in gone}
+        if not left:
+            return
+        rows = [row for row, sequence in enumerate(self.sequences) if id(sequence) not in left]
+        for row, sequence in enumerate(self.sequences):
+            if id(sequence) in left:
+                sequence.computed = self.pool.held[sequence.slot]
+                if self._drafter is not None:
+                    sequence.behind, sequence.hidden = self._drafter.leave(row)
+        self._newest = [self._newest[row] for row in rows]
+        if self._drafter is not None:
+            self._drafter.select(torch.tensor(rows, dtype=torch.int64, device=self._device))
+        self._arrange([self.sequences[row] for row in rows])
+
+    def reset(self) -> None:
+        """Forget all rows, also after an error."""
+        self._newest, self._bare = [], 0
+        self._drafter = Drafter(self.model) if self.length is not None else None
+        self._arrange([])
+
+    def draft_length(self) -> int:
+        """How many tokens the next step drafts."""
+        if self.length is None or self._bare or not self.sequences:
+            return 0
+        # the last token of a sequence needs no draft
+        room = max(s.max_tokens - len(s.tokens) for s in self.sequences) - 1
+        return min(self.length.choose(len(self.sequences)), room)
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """One model call for all running rows: every sequence gets a token, with drafts perhaps several."""
+    def step(self, length: int) -> None:
+        """One model call for all running rows: every sequence gets a token, with `length` drafts perhaps several."""
         start = perf_counter()
-        self._leave()
-        cache = self._cache
-        if cache is None:
-            return
-        rows, length = len(self.sequences), self._draft_length()
+        view = self._view
+        assert view is not None, "a step needs rows"
+        rows = len(self.sequences)
         if length:
             assert self._drafter is not None, "only a drafter sets a length"
-            drafts = self._drafter.draft(cache, length)
-            with cache.drafting():
-                out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=cache, logits="all")
+            drafts = self._drafter.draft(view, length)
+            with view.drafting():
+                out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=view, logits="all")
             guesses: list[list[int]] | None = on_host(drafts)
             logits, hidden = out.logits, out.last_hidden
             assert logits is not None, "the call asked for logits"
             chosen = self._sampler.choose(logits, drafts)
         else:
             guesses = None
-            logits, hidden, chosen = self._one_token(cache)
+            logits, hidden, chosen = self._one_token(view)
         accepted = _append(self.sequences, chosen, guesses)
         if self._sampler.wants_logprobs:
             self._sampler.logprobs(logits, accepted)
         self._sampler.commit(accepted)
-        kept = [len(tokens) for tokens in accepted]
+        kept = [max(1, len(tokens)) for tokens in accepted]
         self._newest = [tokens[-1] if tokens else 0 for tokens in accepted]
         self._is_placed = self._graphs is not None and not length and self._sampler.plain and accepted == chosen
         if length:
             counts = torch.tensor(kept, device=self._device)
-            cache.accept(counts)
+            view.accept(counts)
             self._observe(accepted, hidden, counts)
             for sequence, count in zip(self.sequences, kept, strict=True):
                 sequence.drafted += length
-                sequence.accepted += max(0, count - 1)
-                self.stats.count_drafts(length, max(0, count - 1))
+                sequence.accepted += count - 1
+                self.stats.count_drafts(length, count - 1)
         elif self._drafter is not None:
+            self._drafter.flush(view)
             self._drafter.observe(self._column(self._newest), hidden.clone())
+            self._bare = 0
         seconds = perf_counter() - start
-        if self._length is not None:
-            self._length.record(rows, length, seconds, [max(0, n - 1) for n in kept])
+        if self.length is not None:
+            self.length.record(rows, length, seconds, [n - 1 for n in kept])
+        generated = sum(len(tokens) for tokens in accepted)
         self.stats.steps += 1
         self.stats.decode_s += seconds
-        self.stats.decoded_tokens += sum(kept)
-        self.stats.generated_tokens += sum(kept)
+        self.stats.decoded_tokens += generated
+        self.stats.generated_tokens += generated
 
-    def close(self) -> None:
-        """Give back what is held, also by rows that an error kept from running."""
-        if self._graphs is not None:
-            self._graphs.pool.reset()
-        self._cache, self.sequences = None, []
-
-    def _one_token(self, cache: Cache) -> tuple[Tensor, Tensor, list[list[int]]]:
+    def _one_token(self, view: PagedView) -> tuple[Tensor, Tensor, list[list[int]]]:
         """A step without drafts: logits (rows, 1, vocab), hidden (rows, 1, hidden), and the tokens chosen."""
         if self._graphs is None:
-            out = self.model(self._column(self._newest), cache=cache, logits="last")
+            out = self.model(self._column(self._newest), cache=view, logits="last")
             assert out.logits is not None, "the call asked for logits"
             return out.logits, out.last_hidden, self._sampler.choose(out.logits)
-        assert isinstance(cache, PagedView), "graphs have a paged cache"
-        step = self._graphs.step(cache.rows, None if self._is_placed else self._newest)
-        cache.refresh()
+        step = self._graphs.step(view.rows, None if self._is_placed else self._newest)
+        view.refresh()
         chosen = on_host(step.tokens) if self._sampler.plain else self._sampler.choose(step.logits)
         return step.logits, step.hidden, chosen
 
-    def _open(self, prompts: Items[Items[int]]) -> Cache:
-        """An empty cache with a row for each prompt."""
-        if self._graphs is None:
-            return self.model.new_cache(len(prompts), max(len(p) for p in prompts), state_dtype=self._state_dtype)
-        pool = self._graphs.pool
-        return pool.view(pool.open(len(prompts)))
+    def _follow(self, sequences: Items[Sequence], ids: Items[Items[int]], hidden: Tensor) -> None:
+        """Let the multi-token prediction see what was computed: hidden (rows, width, hidden) of the tokens `ids`.
+
+        It learns a hidden state with the token after it, so the last one of each row waits."""
+        tokens: list[list[int]] = []
+        states: list[Tensor] = []
+        rows: list[int] = []
+        for row, (sequence, piece) in enumerate(zip(sequences, ids, strict=True)):
+            own = hidden[row, : len(piece) - 1]
+            if sequence.hidden is not None:
+                following, own = [*sequence.behind, *piece], torch.cat([sequence.hidden, own])
+            else:
+                following = list(piece[1:])
+            if following and (sequence.hidden is not None or not sequence.computed):
+                rows.append(row)
+                tokens.append(following)
+                states.append(own)
+            sequence.behind, sequence.hidden = (), hidden[row, len(piece) - 1][None].clone()
+        if rows:
+            view = self.pool.view([sequences[row].slot for row in rows])
+            padded, documents = self._padded(tokens)
+            stacked = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+            self.model.mtp_step(padded, stacked, view, documents=documents, logits=None)
+
+    def _observe(self, accepted: Items[Items[int]], hidden: Tensor, counts: Tensor) -> None:
+        assert self._drafter is not None, "drafts were made"
+        width = max(1, *(len(tokens) for tokens in accepted))
+        tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in accepted], device=self._device)
+        uniform = all(len(t) == width for t in accepted)
+        self._drafter.observe(tokens, hidden[:, :width], None if uniform else counts)
+
+    def _arrange(self, sequences: list[Sequence]) -> None:
+        """The rows of the next step."""
+        self.sequences = sequences
+        self._is_placed = False
+        self._view = self.pool.view([sequence.slot for sequence in sequences]) if sequences else None
+        self._sampler = Sampler(sequences, self._vocab, self._device)
 
     def _column(self, tokens: Items[int]) -> Tensor:
         """Tokens as (rows, 1) int64 on the device."""
         return torch.tensor(tokens, dtype=torch.int64, device=self._device)[:, None]
 
-    def _draft_length(self) -> int:
-        if self._length is None:
-            return 0
-        # the last token of a sequence needs no draft
-        room = max(s.max_tokens - len(s.tokens) for s in self.sequences) - 1
-        return min(self._length.choose(len(self.sequences)), room)
-
-    def _observe(self, accepted: Items[Items[int]], hidden: Tensor, counts: Tensor) -> None:
-        assert self._drafter is not None, "drafts were made"
-        width = max(len(tokens) for tokens in accepted)
-        tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in accepted], device=self._device)
-        uniform = all(len(t) == width for t in accepted)
-        self._drafter.observe(tokens, hidden[:, :width], None if uniform else counts)
-
-    def _prefill_chunks(
-        self, cache: Cache, prompt: Items[int], wanted: int | None
-    ) -> tuple[Tensor, Tensor, list[TokenLogprobs | None] | None]:
-        """One prompt in chunks. Returns logits (1, 1, vocab) and hidden (1, 1, hidden) of its last token, and scores."""
-        tokens = torch.tensor(prompt, dtype=torch.int64, device=self._device)[None]
-        scored: list[TokenLogprobs | None] | None = None if wanted is None else [None]
-        logits = hidden = None
-        for start in range(0, len(prompt), self.max_step_tokens):
-            chunk = tokens[:, start : start + self.max_step_tokens]
-            end = start + chunk.shape[1]
-            is_last = end == len(prompt)
-            kind = "all" if scored is not None else "last" if is_last else None
-            out = self.model(chunk, cache=cache, logits=kind)
-            logits, hidden = out.logits, out.last_hidden
-            following = tokens[:, start + 1 : end + 1]
-            if self._drafter is not None and following.shape[1]:
-                self.model.mtp_step(following, hidden[:, : following.shape[1]], cache, logits=None)
-            if scored is not None and wanted is not None and logits is not None:
-                ids = list(prompt[start + 1 : end + 1])
-                scored += token_logprobs(ids, {"model": logits[0, : len(ids)].log_softmax(-1)}, wanted)
-        assert logits is not None, "the last chunk gives logits"
-        assert hidden is not None, "a prompt has a token"
-        return logits[:, -1:], hidden[:, -1:], scored
-
-    def _prefill_batch(self, cache: Cache, prompts: Items[Items[int]]) -> tuple[Tensor, Tensor]:
-        """Several prompts, right-padded. Returns logits (rows, 1, vocab) and hidden (rows, 1, hidden) of the last tokens."""
-        width = max(len(p) for p in prompts)
-        tokens = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=self._device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self._device)
+    def _padded(self, ids: Items[Items[int]]) -> tuple[Tensor, Tensor | None]:
+        """Rows of tokens (rows, width) int64, zeros behind them; and documents, -1 there, or None where nothing is."""
+        width = max(len(piece) for piece in ids)
+        tokens = torch.tensor([[*piece, *[0] * (width - len(piece))] for piece in ids], device=self._device)
+        if all(len(piece) == width for piece in ids):
+            return tokens, None
+        lengths = torch.tensor([len(piece) for piece in ids], device=self._device)
         index = torch.arange(width, device=self._device)
-        ragged = any(len(p) < width for p in prompts)
-        out = self.model(tokens, cache=cache, documents=_padding(index, lengths) if ragged else None, logits="last")
-        if self._drafter is not None and width > 1:
-            documents = _padding(index[:-1], lengths - 1) if ragged else None
-            self.model.mtp_step(tokens[:, 1:], out.last_hidden[:, :-1], cache, documents=documents, logits=None)
-        assert out.logits is not None, "the call asked for logits"
-        last = (lengths - 1)[:, None, None].expand(-1, 1, out.last_hidden.shape[2])
-        return out.logits, out.last_hidden.gather(1, last)
-
-    def _join(self, sequences: Items[Sequence], cache: Cache, rows: Items[int], hidden: Tensor) -> None:
-        """Add new sequences, whose prompts are the given rows of `cache`, to the running ones."""
-        alive = [i for i, s in enumerate(sequences) if not s.finished]
-        cache.select([rows[i] for i in alive])
-        if not alive:
-            return
-        joining = [sequences[i] for i in alive]
-        newest = [s.tokens[-1] for s in joining]
-        drafter = None
-        if self._drafter is not None:
-            drafter = Drafter(self.model)
-            drafter.observe(self._column(newest), hidden[torch.tensor(alive, device=self._device)])
-        if self._cache is None:
-            self._cache, self._drafter = cache, drafter
-        else:
-            self._cache.join(cache)
-            if self._drafter is not None and drafter is not None:
-                self._drafter.join(drafter)
-        self._newest += newest
-        self._is_placed = False
-        self.sequences += joining
-        self._sampler = Sampler(self.sequences, self._vocab, self._device)
-
-    def _leave(self) -> None:
-        """Drop the rows of finished sequences."""
-        alive = [i for i, s in enumerate(self.sequences) if not s.finished]
-        if len(alive) == len(self.sequences):
-            return
-        index = torch.tensor(alive, dtype=torch.int64, device=self._device)
-        self.sequences = [self.sequences[i] for i in alive]
-        self._newest = [self._newest[i] for i in alive]
-        self._is_placed = False
-        assert self._cache is not None, "running rows have a cache"
-        self._cache.select(alive)
-        if not alive:
-            self._cache = None
-        elif self._drafter is not None:
-            self._drafter.select(index)
-        self._sampler = Sampler(self.sequences, self._vocab, self._device)
+        return tokens, (index < lengths[:, None]).to(torch.int32) - 1
 
 
 def _append(
@@ -316,8 +280,3 @@ def _append(
                 break
         accepted.append(sequence.tokens[before:])
     return accepted
-
-
-def _padding(index: Tensor, lengths: Tensor) -> Tensor:
-    """(rows, width) int32: 0 for the first lengths[row] positions, -1 after them."""
-    return (index < lengths[:, None]).to(torch.int32) - 1

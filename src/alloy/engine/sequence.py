@@ -1,8 +1,10 @@
-"""One sample being generated: its tokens, its text, and the rules that end it. No tensors."""
+"""One sample being generated: its tokens, its text, where it lies in the cache, and the rules that end it."""
 
 from collections import deque
-from collections.abc import Sequence as Items
 from time import perf_counter
+from typing import Literal
+
+from torch import Tensor
 
 from alloy.engine.detokenizer import Detokenizer
 from alloy.engine.random import uniforms
@@ -43,6 +45,20 @@ class Sequence:
         self.index = index
         self.prompt = request.token_ids
         self.tokens: list[int] = []
+        # prompt and generated tokens
+        self.known = list(request.token_ids)
+        # where it lies in the cache, and how many tokens the cache holds of it
+        self.slot = -1
+        self.computed = 0
+        # tokens that drafts have not seen yet, without the newest, and the hidden states before all of them
+        self.behind: tuple[int, ...] = ()
+        self.hidden: Tensor | None = None
+        # positions at which the prompt's computation stops for a snapshot, and of what kind
+        self.stops: list[tuple[int, Literal["way", "kept"]]] = []
+        self.preemptions = 0
+        # tokens of its prompt that were found computed; None: it has not begun
+        self.cached: int | None = None
+        self.prompt_scores: list[TokenLogprobs | None] = [None]
         self.max_tokens = max_tokens
         self.eos_ids = frozenset[int]() if request.params.ignore_eos else eos_ids
         self.stop_ids = self.eos_ids | frozenset(request.params.stop_token_ids)
@@ -61,6 +77,11 @@ class Sequence:
         self._taken = 0
         if thinking is not None:
             self.forced.extend(thinking.start(self.prompt))
+
+    def start(self, cached: int) -> None:
+        """It has a slot; `cached` tokens of its prompt are computed already."""
+        self.cached = cached
+        self.timings.started_s = perf_counter() - self.request.arrival
 
     @property
     def finished(self) -> bool:
@@ -98,6 +119,7 @@ class Sequence:
             if self._thinking is not None:
                 self.forced.extend(self._thinking.observe(token))
         self.tokens.append(token)
+        self.known.append(token)
         if self.timings.first_token_s is None:
             self.timings.first_token_s = perf_counter() - self.request.arrival
         if token in self.stop_ids and len(self.tokens) > self.params.min_tokens:
@@ -135,10 +157,6 @@ class Sequence:
             reasoning_tokens=self._thinking.used if self._thinking is not None else 0,
             timings=self.timings,
         )
-
-    def history(self) -> Items[int]:
-        """Prompt and generated tokens."""
-        return [*self.prompt, *self.tokens]
 
     def _finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason

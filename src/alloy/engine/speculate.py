@@ -27,6 +27,8 @@ TRIALS = 3
 # steps between two looks at a length that was not chosen
 PROBE_EVERY = 64
 DECAY = 0.98
+# pairs that steps without drafts let wait
+MOST_PENDING = 16
 
 
 @dataclass
@@ -93,11 +95,41 @@ class Drafter:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows."""
-        self._pending = [pairs.select(rows) for pairs in self._pending]
+        self._pending = [pairs.select(rows) for pairs in self._pending] if len(rows) else []
 
-    def join(self, other: "Drafter") -> None:
-        """Append the rows of `other`."""
-        self._pending = [stack(merge(self._pending), merge(other._pending))]
+    def join(self, behind: Sequence[int], newest: int, hidden: Tensor | None, device: torch.device) -> None:
+        """Append a row: hidden (pairs, hidden) states and the tokens that follow them, `newest` last; None: nothing yet."""
+        width = self._model.config.hidden
+        if hidden is None:
+            dtype = self._model.embed.weight.dtype
+            pairs = Pairs(
+                torch.zeros(1, 1, dtype=torch.int64, device=device),
+                torch.zeros(1, 1, width, dtype=dtype, device=device),
+                torch.zeros(1, dtype=torch.int64, device=device),
+            )
+        else:
+            pairs = Pairs(torch.tensor([[*behind, newest]], device=device), hidden[None])
+        self._pending = [stack(merge(self._pending), pairs)] if self._pending else [pairs]
+
+    def leave(self, row: int) -> tuple[tuple[int, ...], Tensor | None]:
+        """What `join` needs to bring a row back: tokens behind the newest one, and the hidden states before all of them."""
+        pairs = merge(self._pending)
+        self._pending = [pairs]
+        count = pairs.tokens.shape[1] if pairs.counts is None else int(pairs.counts[row])
+        if not count:
+            return (), None
+        return tuple(pairs.tokens[row, : count - 1].tolist()), pairs.hidden[row, :count].clone()
+
+    def flush(self, cache: Cache) -> None:
+        """Show the MTP blocks what waits, once it is much; steps without drafts call this before `observe`."""
+        if sum(pairs.tokens.shape[1] for pairs in self._pending) < MOST_PENDING:
+            return
+        pairs = merge(self._pending)
+        if pairs.counts is not None and not int(pairs.counts.min()):
+            return
+        documents = None if pairs.counts is None else pairs.mask().to(torch.int32) - 1
+        self._model.mtp_step(pairs.tokens, pairs.hidden, cache, documents=documents, logits=None)
+        self._pending = []
 
 
 class DraftLength:
@@ -109,6 +141,7 @@ class DraftLength:
 
     def __init__(self, setting: int | Literal["auto"]) -> None:
         self._fixed = None if setting == "auto" else setting
+        self.longest = LONGEST_DRAFT if setting == "auto" else setting
         self._tried = [1.0] * LONGEST_DRAFT
         self._kept = [0.7] * LONGEST_DRAFT
         self._seconds: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))

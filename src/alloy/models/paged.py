@@ -4,10 +4,13 @@
 slots of its rows. Lengths and block tables live on the device, so that a captured step can read them; the host keeps a
 copy and never asks. serving.md section 3.
 
+Blocks are counted by those who hold them. What a block holds up to a sequence's length never changes, so others may read
+it while its owner appends behind; who takes over a block that is not full takes a copy.
+
 Paper: PagedAttention (Kwon et al., 2023). arXiv:2309.06180
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -83,6 +86,8 @@ class PagedCache:
         self._owned: list[list[int]] = [[] for _ in range(slots)]
         self._free_slots = list(range(slots))[::-1]
         self._free_blocks = list(range(1, blocks + 1))[::-1]
+        # how many hold each block
+        self._holders = [0] * (blocks + 1)
 
     @property
     def slots_free(self) -> int:
@@ -108,6 +113,10 @@ class PagedCache:
     def close(self, slots: Sequence[int]) -> None:
         """Give slots and their blocks back."""
         self._free_slots += reversed(slots)
+        self._release(slots)
+
+    def empty(self, slots: Sequence[int]) -> None:
+        """Give the slots' blocks back; the slots and their states stay taken."""
         self._release(slots)
 
     def reset(self) -> None:
@@ -141,11 +150,72 @@ class PagedCache:
                 f"{self.blocks} are free beside {running} sequences; run fewer at once, shorten them, or give the cache "
                 "more blocks"
             )
-        given = [self._free_blocks.pop() for _ in wanted]
+        given = [self._new_block() for _ in wanted]
         for (slot, _), block in zip(wanted, given, strict=True):
             self._owned[slot].append(block)
-        places = upload([[s, i, b] for (s, i), b in zip(wanted, given, strict=True)], self.table.device)
-        self.table[places[:, 0], places[:, 1]] = places[:, 2].to(torch.int32)
+        self._enter([(slot, i, block) for (slot, i), block in zip(wanted, given, strict=True)])
+
+    def blocks_missing(self, needed: Mapping[int, int]) -> int:
+        """Blocks that slots lack to hold so many tokens."""
+        if not self.kv:
+            return 0
+        return sum(max(0, blocks_of(tokens) - len(self._owned[slot])) for slot, tokens in needed.items())
+
+    def owned(self, slot: int) -> Sequence[int]:
+        """The blocks of a slot."""
+        return self._owned[slot]
+
+    def hold(self, slot: int, first: int = 0) -> list[int]:
+        """Hold the blocks of what the slot holds now, from the `first` on, beside it; `drop` gives them back."""
+        blocks = self._owned[slot][first : blocks_of(self.held[slot])]
+        self.add_holder(blocks)
+        return blocks
+
+    def add_holder(self, blocks: Sequence[int]) -> None:
+        """One more holds the blocks."""
+        for block in blocks:
+            self._holders[block] += 1
+
+    def drop(self, blocks: Sequence[int]) -> None:
+        """One less holds the blocks; those that nobody holds are free."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free_blocks.append(block)
+
+    def adopt(self, slot: int, blocks: Sequence[int], tokens: int) -> None:
+        """Let an empty slot begin with the first `tokens` tokens that lie in `blocks`; one that is not full is copied."""
+        full = tokens // BLOCK if self.kv else 0
+        owned = list(blocks[:full])
+        if self.kv and tokens % BLOCK:
+            owned.append(self._new_block())
+            for arena in self.arenas:
+                arena[:, owned[-1]] = arena[:, blocks[full]]
+        self.add_holder(owned[:full])
+        self._owned[slot] = owned
+        self._enter([(slot, i, block) for i, block in enumerate(owned)])
+        self.held[slot] = tokens
+        self.lengths[slot] = tokens
+
+    def copy_states(self, source: int, target: int) -> None:
+        """Recurrent states of one slot into another, those of multi-token prediction too."""
+        for tensor in (self.states.ssm, self.states.conv):
+            tensor[target] = tensor[source]
+        if self.mtp is not None:
+            self.mtp.copy_states(source, target)
+
+    def _new_block(self) -> int:
+        if not self._free_blocks:
+            raise ResourceError(f"the cache is full: none of its {self.blocks} blocks of {BLOCK} tokens is free")
+        block = self._free_blocks.pop()
+        self._holders[block] = 1
+        return block
+
+    def _enter(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """Write (slot, place, block) into the table."""
+        if places:
+            index = upload([list(place) for place in places], self.table.device)
+            self.table[index[:, 0], index[:, 1]] = index[:, 2].to(torch.int32)
 
     def fork(self, slot: int, count: int) -> list[int]:
         """`count` new slots that hold what `slot` holds; all or none."""
@@ -182,7 +252,7 @@ class PagedCache:
         """Give back blocks beyond what the slots hold."""
         for slot in slots:
             kept = blocks_of(self.held[slot])
-            self._free_blocks += reversed(self._owned[slot][kept:])
+            self.drop(self._owned[slot][kept:])
             del self._owned[slot][kept:]
 
     def _clear(self, slots: Sequence[int]) -> None:
@@ -201,13 +271,8 @@ class PagedCache:
 
     def _copy(self, source: int, targets: Sequence[int]) -> None:
         for target in targets:
-            self.reserve([target], self.held[source])
-            self.held[target] = self.held[source]
-            kept = blocks_of(self.held[source])
-            pairs = upload([self._owned[source][:kept], self._owned[target][:kept]], self.table.device)
-            for arena in self.arenas:
-                arena[:, pairs[1]] = arena[:, pairs[0]]
-            for tensor in (self.lengths, self.states.ssm, self.states.conv):
+            self.adopt(target, self._owned[source], self.held[source])
+            for tensor in (self.states.ssm, self.states.conv):
                 tensor[target] = tensor[source]
             if self.mtp is not None:
                 self.mtp._copy(source, [target])

@@ -1,0 +1,360 @@
+"""The scheduler: which sequences wait, are read, run, and what a round computes. serving.md sections 2 and 4.
+
+A round admits what there is room for, computes pieces of prompts up to `max_step_tokens`, and gives every running sequence a
+token. Where blocks run out, what only the prefix cache holds goes first, then the youngest sequence: it leaves what it has
+to the prefix cache and waits again with its tokens as its prompt.
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from alloy.engine.graphs import DecodeGraphs
+from alloy.engine.prefix import Kind, Match, PrefixCache, Snapshot
+from alloy.engine.request import Output, Request
+from alloy.engine.runner import EngineStats, Runner
+from alloy.engine.sequence import Sequence
+from alloy.engine.speculate import MOST_PENDING, DraftLength
+from alloy.models.base import CausalLM
+from alloy.models.paged import PagedCache, blocks_of
+from alloy.ops.attention import BLOCK
+
+# a request that was put back so often is not put back again while others can be
+MOST_PREEMPTIONS = 3
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """What an engine holds. Blocks and slots are free, cached (nobody but the prefix cache holds them), or in use."""
+
+    running: int
+    waiting: int
+    blocks: int
+    blocks_free: int
+    blocks_cached: int
+    slots: int
+    slots_free: int
+    slots_cached: int
+
+
+class Engine:
+    """Runs requests over one paged cache. Not for several threads at once.
+
+    Args:
+        model: in evaluation mode
+        pool: the cache, which the engine has to itself
+        sequences: makes the samples of a request, given the order of its arrival; refuses what cannot run
+        max_seqs: sequences that run at once
+        max_step_tokens: prompt tokens of a round, padding included
+        length: chooses how many tokens to draft; None: no drafts
+        graphs: captured steps over `pool`
+        prefix_cache: keep what sequences leave, for others to begin with
+        checkpoint_every: tokens between snapshots on the way through a long prompt
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        pool: PagedCache,
+        sequences: Callable[[Request, int], list[Sequence]],
+        max_seqs: int,
+        max_step_tokens: int,
+        length: DraftLength | None = None,
+        graphs: DecodeGraphs | None = None,
+        prefix_cache: bool = True,
+        checkpoint_every: int = 1024,
+    ) -> None:
+        self.pool, self.max_seqs, self.max_step_tokens = pool, max_seqs, max_step_tokens
+        self.checkpoint_every = checkpoint_every
+        self._make = sequences
+        self._runner = Runner(model, pool, length, graphs)
+        self._pools = [pool] if pool.mtp is None else [pool, pool.mtp]
+        self._recurrent = bool(pool.states.layers)
+        lag = 0 if length is None else MOST_PENDING + 1 + length.longest
+        self._cache = PrefixCache(pool, self._recurrent, lag) if prefix_cache else None
+        # (priority, order, index), and the sequence
+        self._waiting: list[tuple[int, int, int, Sequence]] = []
+        # whose prompts are being computed, oldest first
+        self._reading: list[Sequence] = []
+        self._order = 0
+        # samples of each request that have not ended
+        self._open: dict[int, int] = {}
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters; assign new ones to start again."""
+        return self._runner.stats
+
+    @stats.setter
+    def stats(self, stats: EngineStats) -> None:
+        self._runner.stats = stats
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self._waiting or self._reading or self._runner.sequences)
+
+    def gauges(self) -> Gauges:
+        """What is held now."""
+        pool, cache, live = self.pool, self._cache, self._live()
+        used = {block for s in live for block in pool.owned(s.slot)}
+        cached = len(cache.held_blocks() - used) if cache is not None else 0
+        return Gauges(
+            len(live),
+            len(self._waiting),
+            pool.blocks,
+            pool.blocks_free,
+            cached,
+            pool.slots,
+            pool.slots_free,
+            cache.snapshots if cache is not None else 0,
+        )
+
+    def add(self, request: Request) -> None:
+        """Take a request in."""
+        made = self._make(request, self._order)
+        self._open[self._order] = len(made)
+        for sequence in made:
+            self._wait(sequence)
+        self._order += 1
+
+    def cancel(self, request_id: str) -> None:
+        """Stop the samples of a request wherever they are; unknown ids are passed over."""
+        gone = [s for s in self._live() if s.request.id == request_id]
+        for sequence in [*gone, *(entry[3] for entry in self._waiting if entry[3].request.id == request_id)]:
+            self._open.pop(sequence.order, None)
+        self._waiting = [entry for entry in self._waiting if entry[3].request.id != request_id]
+        heapq.heapify(self._waiting)
+        self._take_out(gone)
+        for sequence in gone:
+            self._leave(sequence)
+
+    def step(self) -> list[Output]:
+        """One round: what is new of every sequence that ran."""
+        self._admit()
+        self._read()
+        ran = list(self._runner.sequences)
+        if ran:
+            self._decode()
+        ended = [s for s in self._runner.sequences if s.finished]
+        self._runner.remove(ended)
+        for sequence in ended:
+            self._leave(sequence)
+        return [self._news(s) for s in ran if s.has_news]
+
+    def forget(self) -> None:
+        """Drop all that finished sequences left, such as after the weights changed."""
+        if self._cache is not None:
+            self._cache.clear()
+
+    def close(self) -> None:
+        """Cancel everything and give back what is held, also after an error."""
+        self._waiting, self._reading, self._open = [], [], {}
+        self._runner.reset()
+        self.forget()
+        self.pool.reset()
+
+    def _live(self) -> list[Sequence]:
+        return [*self._reading, *self._runner.sequences]
+
+    def _wait(self, sequence: Sequence) -> None:
+        heapq.heappush(
+            self._waiting, (sequence.request.priority, sequence.order, sequence.index, sequence)
+        )  # fmt: skip
+
+    def _admit(self) -> None:
+        """Give waiting sequences a slot and what is known of their prompts, as long as there is room."""
+        while self._waiting and len(self._reading) + len(self._runner.sequences) < self.max_seqs:
+            sequence = self._waiting[0][3]
+            # a sample of a prompt that is being computed waits for it
+            if any(s.request is sequence.request for s in self._reading) or not self._place(sequence):
+                return
+            heapq.heappop(self._waiting)
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Slot and first blocks for a sequence; False: there is no room now."""
+        target = len(sequence.known) - 1
+        match = self._match(sequence, target)
+        piece = min(target - match.length, self.max_step_tokens)
+        # the block behind a hit is a copy, and everyone that runs may need one soon
+        wanted = blocks_of(match.length + piece) - match.length // BLOCK + 1 + len(self._runner.sequences)
+        alone = not self._live()
+        if not self._room(min(wanted, self.pool.blocks) if alone else wanted):
+            return False
+        # making room may have taken a part of it
+        match = self._match(sequence, target)
+        slot = self.pool.open(1)[0]
+        sequence.slot, sequence.computed = slot, match.length
+        sequence.behind, sequence.hidden = (), None
+        snapshot = self._cache.begin(slot, match) if self._cache is not None else None
+        if snapshot is not None:
+            sequence.behind, sequence.hidden = snapshot.tokens, snapshot.hidden
+        sequence.stops = self._stops(sequence, match, target)
+        if sequence.cached is None:
+            sequence.start(match.length)
+            self.stats.cached_tokens += match.length
+            self.stats.prompt_tokens += 0 if sequence.index else len(sequence.prompt)
+        self._reading.append(sequence)
+        return True
+
+    def _match(self, sequence: Sequence, target: int) -> Match:
+        # log probabilities of a prompt need its logits
+        if self._cache is None or sequence.params.prompt_logprobs is not None:
+            return Match((), 0, 0, None)
+        return self._cache.match(sequence.known, target, sequence.request.salt)
+
+    def _stops(self, sequence: Sequence, match: Match, target: int) -> list[tuple[int, Kind]]:
+        """Where the computation of a prompt stops for snapshots: its end, where it parts from what is known, where the
+        request asked for it, and now and then."""
+        kinds: dict[int, Kind] = {}
+        if self._cache is not None and self._recurrent:
+            kinds |= dict.fromkeys(range(self.checkpoint_every, target, self.checkpoint_every), "way")
+            kinds |= dict.fromkeys((match.shared, *sequence.request.keep_at), "kept")
+        kinds[target] = "kept"
+        return sorted((at, kind) for at, kind in kinds.items() if match.length < at <= target)
+
+    def _read(self) -> None:
+        """Compute pieces of prompts, oldest first, in one call; sequences whose prompt is done run."""
+        group: list[tuple[Sequence, int]] = []
+        widest = 0
+        for sequence in list(self._reading):
+            if sequence.computed == len(sequence.known) - 1:
+                continue
+            stop, room = sequence.stops[0][0], self.max_step_tokens // (len(group) + 1)
+            end = min(stop, sequence.computed + max(1, room))
+            if end < stop and end // BLOCK * BLOCK > sequence.computed:
+                end = end // BLOCK * BLOCK
+            width = end - sequence.computed
+            is_alone = sequence.params.prompt_logprobs is not None
+            if group and (is_alone or max(widest, width) * (len(group) + 1) > self.max_step_tokens):
+                break
+            if not self._secure([sequence], width):
+                break
+            if sequence.slot < 0:
+                # it was the youngest
+                continue
+            self._reserve(sequence, width)
+            group, widest = [*((s, e) for s, e in group if s in self._reading), (sequence, end)], max(widest, width)
+            if is_alone:
+                break
+        if group:
+            self._runner.prefill(group)
+        for sequence, end in group:
+            if end == sequence.stops[0][0]:
+                self._keep(sequence, sequence.stops.pop(0)[1])
+        done = [s for s in self._reading if s.computed == len(s.known) - 1]
+        for sequence in done:
+            self._reading.remove(sequence)
+            self._fork(sequence)
+        self._runner.join(done)
+
+    def _fork(self, sequence: Sequence) -> None:
+        """Let further samples of a request begin where its prompt ends, as far as there is room."""
+        while self._waiting and self._waiting[0][3].request is sequence.request and not sequence.tokens:
+            other = self._waiting[0][3]
+            full = len(self._reading) + len(self._runner.sequences) + 1 >= self.max_seqs
+            if full or other.tokens or not self._room(1):
+                return
+            heapq.heappop(self._waiting)
+            other.slot, other.computed = self.pool.fork(sequence.slot, 1)[0], sequence.computed
+            other.behind, other.hidden = sequence.behind, sequence.hidden
+            other.start(sequence.computed)
+            self._runner.join([other])
+
+    def _decode(self) -> None:
+        """A token for each running sequence; the youngest make room if there is none."""
+        length = self._runner.draft_length()
+        self._secure(self._runner.sequences, 1 + length)
+        if self._runner.sequences:
+            self._runner.step(length)
+
+    def _secure(self, sequences: list[Sequence], tokens: int) -> bool:
+        """Blocks for `tokens` more of each; sequences younger than the rest are put back for it. False: not possible."""
+        while True:
+            if not sequences or self._room(self._missing(sequences, tokens), slot=False):
+                return True
+            victim = self._victim()
+            if victim is None:
+                return False
+            self._take_out([victim])
+            self._leave(victim)
+            victim.preemptions += 1
+            self.stats.preemptions += 1
+            self._wait(victim)
+            if victim in sequences:
+                sequences = [s for s in sequences if s is not victim]
+
+    def _missing(self, sequences: list[Sequence], tokens: int) -> int:
+        """Blocks that `tokens` more of each sequence take, of the kind of which they take most."""
+        needed = {s.slot: self.pool.held[s.slot] + tokens for s in sequences}
+        return max(pool.blocks_missing(needed) for pool in self._pools)
+
+    def _reserve(self, sequence: Sequence, tokens: int) -> None:
+        for pool in self._pools:
+            pool.reserve([sequence.slot], self.pool.held[sequence.slot] + tokens - pool.held[sequence.slot])
+
+    def _victim(self) -> Sequence | None:
+        """The youngest sequence, unless it is the only one; those put back often only where no other is left."""
+        live = self._live()
+        if len(live) < 2:
+            return None
+        spared = [s for s in live if s.preemptions < MOST_PREEMPTIONS] or live
+        return max(spared, key=lambda s: (s.request.priority, s.order, s.index))
+
+    def _room(self, blocks: int, slot: bool = True) -> bool:
+        """Whether `blocks` are free, and a slot, after the prefix cache gave back what it can."""
+        if self._cache is not None:
+            while slot and not self.pool.slots_free and self._cache.evict_slot():
+                pass
+            if any(pool.blocks_free < blocks for pool in self._pools):
+                self._cache.evict_blocks(blocks)
+        return all(pool.blocks_free >= blocks for pool in self._pools) and (not slot or self.pool.slots_free > 0)
+
+    def _keep(self, sequence: Sequence, kind: Kind) -> None:
+        """Enter what a sequence has computed into the prefix cache, its states too if there is a slot for them."""
+        cache = self._cache
+        if cache is None or not sequence.computed:
+            return
+        node = cache.insert(
+            sequence.known[: sequence.computed], sequence.slot, sequence.request.salt, sequence.hidden is not None
+        )
+        if not self._recurrent or node.snapshot is not None:
+            return
+        if not self.pool.slots_free and not cache.evict_slot():
+            return
+        slot = self.pool.open(1)[0]
+        self.pool.copy_states(sequence.slot, slot)
+        node.snapshot = Snapshot(slot, kind, sequence.behind, sequence.hidden)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give back what a sequence has: to the prefix cache, which takes the slot itself as a snapshot, or to all."""
+        slot, cache = sequence.slot, self._cache
+        sequence.slot = -1
+        if cache is not None and sequence.computed and sequence.finish_reason != "error":
+            tokens = sequence.known[: sequence.computed]
+            node = cache.insert(tokens, slot, sequence.request.salt, sequence.hidden is not None)
+            if self._recurrent and node.snapshot is None:
+                self.pool.empty([slot])
+                node.snapshot = Snapshot(slot, "kept", sequence.behind, sequence.hidden)
+                return
+        self.pool.close([slot])
+
+    def _take_out(self, sequences: list[Sequence]) -> None:
+        """Let sequences neither read nor run any more."""
+        self._reading = [s for s in self._reading if s not in sequences]
+        running = [s for s in self._runner.sequences if s in sequences]
+        self._runner.remove(running)
+
+    def _news(self, sequence: Sequence) -> Output:
+        request, order = sequence.request, sequence.order
+        completion = sequence.take()
+        self._open[order] -= completion.finish_reason is not None
+        finished = not self._open[order]
+        if finished:
+            del self._open[order]
+        scores = None
+        if sequence.index == 0 and sequence.params.prompt_logprobs is not None and sequence.prompt_scores:
+            scores, sequence.prompt_scores = sequence.prompt_scores, []
+        return Output(
+            request.id, order, request.token_ids, [completion], scores, finished, cached_tokens=sequence.cached or 0
+        )

@@ -1,0 +1,273 @@
+"""Prefix reuse: one radix tree over tokens that holds blocks of keys and values, and states at exact positions.
+
+Attention can go on after any prefix whose keys are there; a recurrent layer only where its state was kept. A hit is thus as
+long as the deepest node, within what the prompt shares, that has a snapshot (of a model without recurrent layers: all of
+what it shares). Keys compare tokens, never hashes. serving.md section 4.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from alloy.models.paged import PagedCache, blocks_of
+from alloy.ops.attention import BLOCK
+
+# why a snapshot was taken; those on the way go first
+Kind = Literal["way", "kept"]
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """State after a node's last token.
+
+    Attributes:
+        slot: of the cache, which the snapshot owns; -1 for a model without recurrent layers
+        kind: "way": one of many inside a long prompt
+        tokens: what the multi-token prediction has not seen yet, without the token that follows
+        hidden: (tokens + 1, hidden) the hidden states those tokens followed, and that of the node's last token; None: the
+            engine makes no drafts
+    """
+
+    slot: int
+    kind: Kind
+    tokens: tuple[int, ...] = ()
+    hidden: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Node:
+    """A run of tokens; it ends where its children differ or where a snapshot was taken.
+
+    Attributes:
+        start: tokens before the run
+        blocks: blocks of keys that hold the run, the first of which may begin before it; and the same of multi-token
+            prediction
+        used: when a request last began here
+    """
+
+    start: int
+    tokens: tuple[int, ...]
+    parent: "Node | None"
+    blocks: list[int] = field(default_factory=list[int])
+    mtp_blocks: list[int] = field(default_factory=list[int])
+    children: dict[int, "Node"] = field(default_factory=dict[int, "Node"])
+    snapshot: Snapshot | None = None
+    used: int = 0
+
+    @property
+    def end(self) -> int:
+        """Tokens up to the end of the run."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the tree knows of a prompt.
+
+    Attributes:
+        path: nodes from the root's child on; the last may be shared in part
+        shared: tokens in common
+        length: tokens that can be taken over
+        node: whose snapshot that needs, or None
+    """
+
+    path: tuple[Node, ...]
+    shared: int
+    length: int
+    node: Node | None
+
+
+class PrefixCache:
+    """What finished and running sequences left in a paged cache, for others to begin with.
+
+    Args:
+        pool: the cache; snapshots take slots of it
+        recurrent: whether the model's layers have states
+        lag: tokens by which the multi-token prediction may be behind
+    """
+
+    def __init__(self, pool: PagedCache, recurrent: bool, lag: int = 0) -> None:
+        self.pool, self.recurrent, self.lag = pool, recurrent, lag
+        self._roots: dict[str, Node] = {}
+        self._clock = 0
+
+    def match(self, tokens: Sequence[int], limit: int, salt: str = "") -> Match:
+        """The longest reusable part of `tokens`, at most `limit` of them."""
+        node, path, at = self._root(salt), list[Node](), 0
+        best: Node | None = None
+        while (child := node.children.get(tokens[at]) if at < len(tokens) else None) is not None:
+            run = child.tokens
+            same = _common(run, tokens, at)
+            at += same
+            path.append(child)
+            if same < len(run):
+                break
+            node = child
+            if child.snapshot is not None and child.end <= limit:
+                best = child
+        if not self.recurrent:
+            return Match(tuple(path), at, min(at, limit), None)
+        return Match(tuple(path), at, 0 if best is None else best.end, best)
+
+    def begin(self, slot: int, match: Match) -> Snapshot | None:
+        """Let an empty slot begin with what was matched; returns the snapshot that was read."""
+        self._clock += 1
+        node = match.node
+        if not match.length:
+            return None
+        for other in reversed(match.path):
+            if other.start < match.length:
+                other.used = self._clock
+                break
+        snapshot = None if node is None else node.snapshot
+        lag = 0 if snapshot is None or snapshot.hidden is None else len(snapshot.hidden)
+        # allocation of a partial block may need room
+        pool, mtp = self.pool, self.pool.mtp
+        if mtp is not None and lag:
+            mtp.adopt(slot, self._mtp_blocks(match), match.length - lag)
+        pool.adopt(slot, _blocks(match), match.length)
+        if snapshot is not None:
+            pool.copy_states(snapshot.slot, slot)
+        return snapshot
+
+    def insert(self, tokens: Sequence[int], slot: int, salt: str = "", with_mtp: bool = False) -> Node:
+        """The node that ends with `tokens`, all of which the slot holds; blocks that are new to the tree are held."""
+        self._clock += 1
+        node, at = self._root(salt), 0
+        while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
+            same = _common(child.tokens, tokens, at)
+            at += same
+            node = child if same == len(child.tokens) else self._split(child, same)
+        if at < len(tokens):
+            leaf = Node(at, tuple(tokens[at:]), node, self.pool.hold(slot, at // BLOCK))
+            if with_mtp and self.pool.mtp is not None:
+                leaf.mtp_blocks = self.pool.mtp.hold(slot, self._mtp_first(at))
+            node.children[tokens[at]] = leaf
+            node = leaf
+        node.used = self._clock
+        return node
+
+    def evict_blocks(self, wanted: int) -> None:
+        """Free blocks until `wanted` are free or nothing is left: least recently used leaves first."""
+        pools = [self.pool] if self.pool.mtp is None else [self.pool, self.pool.mtp]
+        while any(pool.blocks_free < wanted for pool in pools):
+            leaves = sorted((n for n in self._nodes() if not n.children), key=lambda n: n.used)
+            if not leaves:
+                return
+            for leaf in leaves:
+                self._remove(leaf)
+                if all(pool.blocks_free >= wanted for pool in pools):
+                    return
+
+    def evict_slot(self) -> bool:
+        """Free the slot of one snapshot: of those on the way the least recently used, then of all; False: there is none."""
+        held = [n for n in self._nodes() if n.snapshot is not None and n.snapshot.slot >= 0]
+        if not held:
+            return False
+        node = min(held, key=lambda n: (n.snapshot is not None and n.snapshot.kind != "way", n.used))
+        self.forget(node)
+        return True
+
+    def forget(self, node: Node) -> None:
+        """Drop a node's snapshot, and the node with it if nothing else needs its keys."""
+        if node.snapshot is not None and node.snapshot.slot >= 0:
+            self.pool.close([node.snapshot.slot])
+        node.snapshot = None
+        # keys behind the last snapshot of a path cannot be used any more
+        while self.recurrent and node.parent is not None and not node.children and node.snapshot is None:
+            parent = node.parent
+            self._remove(node)
+            node = parent
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for node in list(self._nodes()):
+            if node.snapshot is not None and node.snapshot.slot >= 0:
+                self.pool.close([node.snapshot.slot])
+            self._drop(node)
+        self._roots = {}
+
+    def held_blocks(self) -> set[int]:
+        """The blocks of keys that the tree holds."""
+        return {block for node in self._nodes() for block in node.blocks}
+
+    @property
+    def snapshots(self) -> int:
+        """Slots that snapshots hold."""
+        return sum(node.snapshot is not None and node.snapshot.slot >= 0 for node in self._nodes())
+
+    def _mtp_first(self, start: int) -> int:
+        """Index of the first block that a node holds of multi-token prediction, which was behind when the node was made."""
+        return max(0, start - self.lag) // BLOCK
+
+    def _mtp_blocks(self, match: Match) -> list[int]:
+        blocks: dict[int, int] = {}
+        for node in match.path:
+            if node.start < match.length:
+                blocks.update(enumerate(node.mtp_blocks, self._mtp_first(node.start)))
+        return [blocks[i] for i in sorted(blocks)]
+
+    def _root(self, salt: str) -> Node:
+        return self._roots.setdefault(salt, Node(0, (), None))
+
+    def _nodes(self) -> Iterator[Node]:
+        todo = [child for root in self._roots.values() for child in root.children.values()]
+        while todo:
+            node = todo.pop()
+            yield node
+            todo += node.children.values()
+
+    def _split(self, node: Node, size: int) -> Node:
+        """Cut a run after `size` tokens; returns the upper part."""
+        middle = node.start + size
+        parent = node.parent
+        assert parent is not None, "a root has no run"
+        upper = Node(node.start, node.tokens[:size], parent, used=node.used)
+        pools = [(self.pool, node.start // BLOCK, middle // BLOCK, node.blocks, upper.blocks)]
+        if self.pool.mtp is not None:
+            ends = self._mtp_first(node.start), self._mtp_first(middle)
+            pools.append((self.pool.mtp, *ends, node.mtp_blocks, upper.mtp_blocks))
+        for pool, first, second, below, above in pools:
+            # a block in the middle is held by both
+            above += below[: blocks_of(middle) - first]
+            pool.add_holder(above)
+            pool.drop(below[: second - first])
+            del below[: second - first]
+        node.start, node.tokens, node.parent = middle, node.tokens[size:], upper
+        upper.children[node.tokens[0]] = node
+        parent.children[upper.tokens[0]] = upper
+        return upper
+
+    def _remove(self, node: Node) -> None:
+        """Take a leaf out."""
+        if node.snapshot is not None and node.snapshot.slot >= 0:
+            self.pool.close([node.snapshot.slot])
+        node.snapshot = None
+        self._drop(node)
+        if node.parent is not None:
+            del node.parent.children[node.tokens[0]]
+
+    def _drop(self, node: Node) -> None:
+        self.pool.drop(node.blocks)
+        if self.pool.mtp is not None:
+            self.pool.mtp.drop(node.mtp_blocks)
+        node.blocks, node.mtp_blocks = [], []
+
+
+def _common(run: Sequence[int], tokens: Sequence[int], at: int) -> int:
+    """How many tokens of a run follow at `at`."""
+    there = tuple(tokens[at : at + len(run)])
+    if there == tuple(run):
+        return len(run)
+    return next((i for i, (a, b) in enumerate(zip(run, there, strict=False)) if a != b), min(len(run), len(there)))
+
+
+def _blocks(match: Match) -> list[int]:
+    """The blocks of what was matched: of two nodes that share a block, the deeper one's holds what both need."""
+    blocks: dict[int, int] = {}
+    for node in match.path:
+        if node.start < match.length:
+            blocks.update(enumerate(node.blocks, node.start // BLOCK))
+    return [blocks[i] for i in sorted(blocks)]
