@@ -218,7 +218,7 @@ class Engine:
         group: list[tuple[Sequence, int]] = []
         widest = 0
         for sequence in list(self._reading):
-            if sequence.computed == len(sequence.known) - 1:
+            if sequence.slot < 0 or sequence.computed == len(sequence.known) - 1:
                 continue
             stop, room = sequence.stops[0][0], self.max_step_tokens // (len(group) + 1)
             end = min(stop, sequence.computed + max(1, room))
@@ -234,9 +234,11 @@ class Engine:
                 # it was the youngest
                 continue
             self._reserve(sequence, width)
-            group, widest = [*((s, e) for s, e in group if s in self._reading), (sequence, end)], max(widest, width)
+            group, widest = [*group, (sequence, end)], max(widest, width)
             if is_alone:
                 break
+        # room for one may have been another's
+        group = [(sequence, end) for sequence, end in group if sequence.slot >= 0]
         if group:
             self._runner.prefill(group)
         for sequence, end in group:
@@ -315,12 +317,12 @@ class Engine:
         cache = self._cache
         if cache is None or not sequence.computed:
             return
+        # a slot first: what goes for it may take the nodes above it along
+        has_slot = self._recurrent and (self.pool.slots_free or cache.evict_slot())
         node = cache.insert(
             sequence.known[: sequence.computed], sequence.slot, sequence.request.salt, sequence.hidden is not None
         )
-        if not self._recurrent or node.snapshot is not None:
-            return
-        if not self.pool.slots_free and not cache.evict_slot():
+        if not has_slot or node.snapshot is not None:
             return
         slot = self.pool.open(1)[0]
         self.pool.copy_states(sequence.slot, slot)
