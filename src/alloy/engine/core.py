@@ -439,7 +439,7 @@ class LLM:
 
 def gather(whole: Output, news: Output) -> None:
     """Add an increment of a stream to the answer so far."""
-    whole.finished = news.finished
+    whole.finished, whole.cached_tokens = news.finished, news.cached_tokens
     if news.prompt_logprobs is not None:
         whole.prompt_logprobs = news.prompt_logprobs
     for new in news.completions:
