@@ -336,11 +336,13 @@ class LLM:
             for own in mine:
                 engine.cancel(own)
             del self._inboxes[number]
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
     def _round(self, engine: Engine) -> None:
         """One round for all streams."""
-        self.model.eval()
+        if self.model.training:
+            self.model.eval()
         try:
             found = engine.step()
         except BaseException:

@@ -24,7 +24,7 @@ from alloy.errors import RequestError
 from alloy.models.configs import AttentionConfig, MambaConfig, Mixer
 from alloy.ops.attention import attention
 from alloy.ops.conv import conv_replay
-from alloy.ops.slots import read_slots, write_slots
+from alloy.ops.slots import Rows, read_slots, write_slots
 from alloy.ops.ssd import ssd_replay
 
 # keys and values are allocated for a multiple of this many tokens
@@ -209,14 +209,18 @@ class Cache(ABC):
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's recurrent states (batch, heads, head_dim, state) and conv inputs (batch, channels, kernel - 1)."""
-        rows = None if self.slots is None else self.slots.long()
+        rows = self._rows_held()
         return read_slots(self.ssm(layer), rows, self.batch), read_slots(self.conv(layer), rows, self.batch)
 
     def write(self, layer: int, ssm: Tensor, conv: Tensor) -> None:
         """Put back what `read` gives."""
-        rows = None if self.slots is None else self.slots.long()
+        rows = self._rows_held()
         write_slots(self.ssm(layer), rows, ssm)
         write_slots(self.conv(layer), rows, conv)
+
+    def _rows_held(self) -> Rows:
+        """The slots of the rows."""
+        return None if self.slots is None else self.slots.long()
 
     def advance(self, counts: Tensor | int) -> None:
         """Count tokens just computed: the same for all rows, or (batch,) int64. Nothing happens while drafting."""

@@ -21,6 +21,7 @@ from alloy.models.cache import Cache, Snapshot, States
 from alloy.models.configs import AttentionConfig, Mixer
 from alloy.ops.attention import BLOCK, MAX_QUERIES, attention, attn_decode, gather_kv, kv_append
 from alloy.ops.decode import count_tokens
+from alloy.ops.slots import Rows, consecutive
 
 # names that every command uses; "float16-sr" rounds stochastically
 STATE_DTYPES = {
@@ -311,7 +312,8 @@ class PagedView(Cache):
         if not self.longest:
             # nothing is held: the call is an ordinary causal one
             return attention(q, k, v, window=window)
-        if seq <= MAX_QUERIES:
+        # on a CPU gathering is quicker, for rows that stand for something
+        if seq <= MAX_QUERIES and (q.is_cuda or min(self.rows) < 0):
             return attn_decode(q.transpose(1, 2), kv, table, lengths, self.slots, window=window).transpose(1, 2)
         total = self.longest + seq
         blocks = table[self.slots.long(), : blocks_of(total)]
@@ -361,6 +363,9 @@ class PagedView(Cache):
         self.refresh()
         if self.mtp is not None:
             self.mtp._place(rows)
+
+    def _rows_held(self) -> Rows:
+        return consecutive(self.rows) or self.slots.long()
 
     def _reserve(self, tokens: int) -> None:
         self.pool.reserve(self.rows, tokens)

@@ -117,6 +117,10 @@ def gather_kv(kv: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of whole blocks, one after another: kv (blocks, 2, kv_heads, BLOCK, head_dim), blocks int (batch, n)
     -> (batch, kv_heads, n * BLOCK, head_dim) each."""
     batch, n = blocks.shape
+    if not kv.is_cuda:
+        # along another dimension than the first, index_select copies all of kv before it looks
+        both = kv.index_select(0, blocks.flatten()).unflatten(0, (batch, n)).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+        return both[0], both[1]
     keys, values = (
         kv[:, i]
         .transpose(0, 1)

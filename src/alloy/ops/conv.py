@@ -216,7 +216,7 @@ def _causal_conv1d_step(
         y.addcmul_(window[..., k].to(kind), weight[:, k])
     for k in range(taps):
         window[..., k].copy_(window[..., k + 1] if k + 1 < taps else x)
-    if rows is not None:
+    if isinstance(rows, Tensor):
         write_slots(state, rows, window)
     return (F.silu(y, inplace=True) if activation == "silu" else y).to(x.dtype)
 

@@ -1,7 +1,12 @@
 """Reading and writing rows of slot-major states in place."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+Rows = Tensor | slice | None
 
 
 def check_slots(slots: Tensor | None, state: Tensor, batch: int) -> None:
@@ -43,28 +48,36 @@ def slot_numbers(slots: Tensor | None, state: Tensor, batch: int) -> list[int]:
     return numbers
 
 
-def used_rows(slots: Tensor | None, state: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
+def used_rows(slots: Tensor | None, state: Tensor, batch: int) -> tuple[Rows, Tensor | None]:
     """(rows, used): the state row of each batch row that has one, and the numbers of those batch rows.
 
-    (None, None) when `slots` is None: batch row b uses state row b. `used` is None when every batch row has a slot.
+    (None, None) when `slots` is None: batch row b uses state row b. `used` is None when every batch row has a slot; `rows` is
+    a slice where slots follow each other.
     """
     numbers = slot_numbers(slots, state, batch)
     if slots is None:
         return None, None
     if min(numbers, default=0) >= 0:
-        return slots.long(), None
+        return consecutive(numbers) or slots.long(), None
     used = (slots >= 0).nonzero()[:, 0]
     return slots[used].long(), used
 
 
-def read_slots(state: Tensor, rows: Tensor | None, batch: int) -> Tensor:
-    """The rows of `state` (slots, ...) as (rows, ...): a view of the first `batch` for None, else a copy."""
+def consecutive(numbers: Sequence[int]) -> slice | None:
+    """The slice of slots that follow each other, or None."""
+    if not numbers or numbers[0] < 0 or any(b != a + 1 for a, b in pairwise(numbers)):
+        return None
+    return slice(numbers[0], numbers[-1] + 1)
+
+
+def read_slots(state: Tensor, rows: Rows, batch: int) -> Tensor:
+    """The rows of `state` (slots, ...) as (rows, ...): a view of the first `batch` for None and of a slice, else a copy."""
     return state[:batch] if rows is None else state[rows]
 
 
-def write_slots(state: Tensor, rows: Tensor | None, new: Tensor) -> None:
+def write_slots(state: Tensor, rows: Rows, new: Tensor) -> None:
     """Write `new` (rows, ...) into `state` (slots, ...) in place; None: the first rows in order."""
-    if rows is None:
-        state[: new.shape[0]].copy_(new)
+    if not isinstance(rows, Tensor):
+        state[slice(new.shape[0]) if rows is None else rows].copy_(new)
     else:
         state.index_copy_(0, rows, new.to(state.dtype))

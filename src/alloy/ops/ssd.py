@@ -21,7 +21,7 @@ from alloy.ops.cpu.ssd import NO_LIMIT
 from alloy.ops.documents import as_documents, segment_ids
 from alloy.ops.precision import wide
 from alloy.ops.rounding import round_to_half
-from alloy.ops.slots import check_slots, read_slots, used_rows, write_slots
+from alloy.ops.slots import Rows, check_slots, read_slots, used_rows, write_slots
 
 # of a head and of its state, whatever the backend
 MOST_WIDTH = 256
@@ -407,7 +407,7 @@ def _ssd_replay(
     if sr_seed is not None:
         # what is not advanced is not rounded either: it is float16 already
         after = round_to_half(after, sr_seed, _slot_numbers(rows, after))
-    if rows is not None or after.dtype != state.dtype or sr_seed is not None:
+    if isinstance(rows, Tensor) or after.dtype != state.dtype or sr_seed is not None:
         write_slots(state, rows, after)
 
 
@@ -505,9 +505,12 @@ def _ssd_step(
     return y.to(x.dtype)
 
 
-def _slot_numbers(rows: Tensor | None, after: Tensor) -> Tensor:
+def _slot_numbers(rows: Rows, after: Tensor) -> Tensor:
     """The slot of each row of `after`, int (rows,)."""
-    return torch.arange(len(after), device=after.device) if rows is None else rows
+    if isinstance(rows, Tensor):
+        return rows
+    first = 0 if rows is None else rows.start
+    return torch.arange(first, first + len(after), device=after.device)
 
 
 backend.add("ssd_scan", "torch", _ssd_scan)
