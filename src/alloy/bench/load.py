@@ -7,7 +7,6 @@ next request when one has ended, and its latencies count from there. Figures hav
 
 import asyncio
 import contextlib
-import json
 import math
 import random
 import signal
@@ -178,11 +177,8 @@ def new_client(target: Target) -> "httpx.AsyncClient":
 
 async def first_model(client: "httpx.AsyncClient", root: str) -> str:
     """The name of the first model that the server lists."""
-    answer = await _plain(client, root, "GET", "/models", None, _CONNECT_S)
-    models = answer.get("data")
-    if not isinstance(models, list) or not models:
-        raise ServerError("no model", f"{root}/models lists no model; name one with --model")
-    return str(models[0]["id"])
+    response = await _plain(client, root, "GET", "/models", None, _CONNECT_S)
+    return wire.read_first_model(root, response.status_code, response.content)
 
 
 async def count_words(client: "httpx.AsyncClient", target: Target, tokens: int) -> Callable[[int], int]:
@@ -190,8 +186,13 @@ async def count_words(client: "httpx.AsyncClient", target: Target, tokens: int) 
     counts: list[tuple[int, int]] = []
     for words in (max(1, tokens // 16), max(2, tokens // 8)):
         body = _body(target, [{"role": "user", "content": " ".join(["word"] * words)}], 1)
-        answer = await _plain(client, target.root, "POST", _PATHS[target.endpoint], body, target.timeout_s)
-        usage = wire.read_usage(answer)
+        response = await _plain(client, target.root, "POST", _PATHS[target.endpoint], body, target.timeout_s)
+        if response.status_code != 200:
+            raise wire.refusal(response.status_code, response.content)
+        try:
+            usage = wire.read_usage(response.json())
+        except ValueError:
+            usage = None
         if usage is None:
             raise ServerError(
                 "no usage", f"{target.root} counts no tokens (its answers have no usage); it cannot be measured"
@@ -344,29 +345,17 @@ def _body(target: Target, messages: Sequence[dict[str, Any]], max_tokens: int) -
 
 async def _plain(
     client: "httpx.AsyncClient", root: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
-) -> dict[str, Any]:
+) -> "httpx.Response":
     """One request without a stream, whose failure ends the command."""
     import httpx
 
     try:
-        response = await client.request(method, root + path, json=body, timeout=timeout_s)
+        return await client.request(method, root + path, json=body, timeout=timeout_s)
     except httpx.ConnectError as error:
         raise wire.unreachable(root, error) from error
     except httpx.HTTPError as error:
-        raise ServerError(
-            "broken", f"{root} did not answer the first request: {type(error).__name__} {error}"
-        ) from error
-    if response.status_code != 200:
-        raise wire.refusal(response.status_code, response.content)
-    try:
-        answer = json.loads(response.content)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise ServerError(
-            "not JSON", f"{root}{path} answered with what is not a JSON object; is it an OpenAI-compatible server?"
-        )
-    return answer
+        what = f"{type(error).__name__} {error}".strip()
+        raise ServerError("broken", f"{root} did not answer the first request: {what}") from error
 
 
 @contextlib.contextmanager

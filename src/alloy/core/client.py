@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from alloy.core.device import require
 from alloy.core.toml import is_list, is_table
 from alloy.errors import AlloyError, RequestError
 
@@ -63,6 +64,71 @@ class EventReader:
         return events
 
 
+class ChatServer:
+    """A model behind a server, one answer at a time.
+
+    Args:
+        url: address of the server
+        model: as the server calls it; None: the first that it lists
+        key: bearer key
+        timeout_s: longest silence
+    """
+
+    def __init__(self, url: str, model: str | None = None, key: str | None = None, timeout_s: float = 600.0) -> None:
+        require("httpx", extra="serve", why="servers are talked to")
+        import httpx
+
+        self.root = api_root(url)
+        timeout = httpx.Timeout(timeout_s, connect=10.0)
+        self._client = httpx.Client(headers=headers(key), timeout=timeout, trust_env=False)
+        self.model = self._first_model() if model is None else model
+
+    def stream(self, messages: Sequence[Mapping[str, object]], body: Mapping[str, object]) -> Generator[Delta]:
+        """The answer as it comes; closing the generator stops it at the server, too."""
+        import httpx
+
+        wanted = {"stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": self.model, "messages": list(messages), **wanted, **body}
+        events = EventReader()
+        try:
+            with self._client.stream("POST", self.root + "/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    raise refusal(response.status_code, response.read())
+                for chunk in response.iter_raw():
+                    for data in events.feed(chunk):
+                        if data == DONE:
+                            return
+                        yield read_delta(data)
+        except httpx.ConnectError as error:
+            raise unreachable(self.root, error) from error
+        except httpx.HTTPError as error:
+            raise ServerError("broken stream", f"the connection to {self.root} was lost ({error})") from error
+        raise ServerError("broken stream", f"the stream ended before its {DONE}")
+
+    def _first_model(self) -> str:
+        import httpx
+
+        try:
+            response = self._client.get(self.root + "/models")
+        except httpx.HTTPError as error:
+            raise unreachable(self.root, error) from error
+        return read_first_model(self.root, response.status_code, response.content)
+
+
+def read_first_model(root: str, status: int, body: bytes) -> str:
+    """The first name in a server's list of models."""
+    if status != 200:
+        raise refusal(status, body)
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    models = answer.get("data") if is_table(answer) else None
+    if not is_list(models) or not models or not is_table(models[0]):
+        raise ServerError("no model", f"{root}/models lists no model; is it an OpenAI-compatible server?")
+    return str(models[0].get("id"))
+
+
 def api_root(url: str) -> str:
     """The address that API paths are appended to: "http://host:8000" and "http://host:8000/v1/" are the same."""
     try:
@@ -103,9 +169,9 @@ def read_delta(data: str) -> Delta:
     return Delta(str(text), str(thought), None if reason is None else str(reason), read_usage(chunk))
 
 
-def read_usage(answer: Mapping[str, object]) -> Usage | None:
+def read_usage(answer: object) -> Usage | None:
     """The token counts of an answer or chunk, where it has them."""
-    usage = answer.get("usage")
+    usage = answer.get("usage") if is_table(answer) else None
     if not is_table(usage):
         return None
 
