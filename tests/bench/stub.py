@@ -37,6 +37,7 @@ class StubServer:
     keys: set[str] = field(default_factory=set[str])
     most_at_once: int = 0
     running: int = 0
+    connections: int = 0
     url: str = ""
 
     def __enter__(self) -> Self:
@@ -67,6 +68,7 @@ class StubServer:
         self._loop.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode():
                 fields = dict(line.lower().split(": ", 1) for line in head.splitlines()[1:] if ": " in line)

@@ -162,31 +162,59 @@ class Measured:
         return count / self.duration_s if self.duration_s else None
 
 
-def new_client(target: Target) -> "httpx.AsyncClient":
-    """A client with as many connections as there are requests."""
-    require("httpx", extra="serve", why="alloy bench serve talks to the server")
-    import httpx
+class Lanes:
+    """Connections to a server, each with a client of its own: the pool of one client looks through all its connections,
+    for each of them, at every request."""
 
-    return httpx.AsyncClient(
-        headers=wire.headers(target.key),
-        timeout=httpx.Timeout(None, connect=min(_CONNECT_S, target.timeout_s)),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        trust_env=False,
-    )
+    def __init__(self, target: Target) -> None:
+        require("httpx", extra="serve", why="alloy bench serve talks to the server")
+        import httpx
+
+        self._target = target
+        # reading the certificates takes as long as hundreds of requests
+        self._certificates = httpx.create_ssl_context(trust_env=False)
+        self._all: list[httpx.AsyncClient] = []
+        self._free: list[httpx.AsyncClient] = []
+
+    @contextlib.contextmanager
+    def lane(self) -> "Iterator[httpx.AsyncClient]":
+        """A client that no other request uses meanwhile."""
+        client = self._free.pop() if self._free else self._new()
+        try:
+            yield client
+        finally:
+            self._free.append(client)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for client in self._all:
+            await client.aclose()
+
+    def _new(self) -> "httpx.AsyncClient":
+        import httpx
+
+        client = httpx.AsyncClient(
+            headers=wire.headers(self._target.key),
+            timeout=httpx.Timeout(None, connect=min(_CONNECT_S, self._target.timeout_s)),
+            verify=self._certificates,
+            trust_env=False,
+        )
+        self._all.append(client)
+        return client
 
 
-async def first_model(client: "httpx.AsyncClient", root: str) -> str:
+async def first_model(lanes: Lanes, root: str) -> str:
     """The name of the first model that the server lists."""
-    response = await _plain(client, root, "GET", "/models", None, _CONNECT_S)
+    response = await _plain(lanes, root, "GET", "/models", None, _CONNECT_S)
     return wire.read_first_model(root, response.status_code, response.content)
 
 
-async def count_words(client: "httpx.AsyncClient", target: Target, tokens: int) -> Callable[[int], int]:
+async def count_words(lanes: Lanes, target: Target, tokens: int) -> Callable[[int], int]:
     """How many words make a prompt of so many tokens, by the server's own count of two short requests."""
     counts: list[tuple[int, int]] = []
     for words in (max(1, tokens // 16), max(2, tokens // 8)):
         body = _body(target, [{"role": "user", "content": " ".join(["word"] * words)}], 1)
-        response = await _plain(client, target.root, "POST", _PATHS[target.endpoint], body, target.timeout_s)
+        response = await _plain(lanes, target.root, "POST", _PATHS[target.endpoint], body, target.timeout_s)
         if response.status_code != 200:
             raise wire.refusal(response.status_code, response.content)
         try:
@@ -204,7 +232,7 @@ async def count_words(client: "httpx.AsyncClient", target: Target, tokens: int) 
 
 
 async def measure(
-    client: "httpx.AsyncClient",
+    lanes: Lanes,
     target: Target,
     talks: Sequence[Talk],
     pace: Pace,
@@ -213,7 +241,7 @@ async def measure(
     """Send all requests of `talks` at `pace`; a signal ends it early, and what was measured until then is returned.
 
     Args:
-        client: from `new_client`
+        lanes: connections
         target: where to
         talks: conversations, which start at the pace's times; requests of one follow each other
         pace: rate, concurrency
@@ -226,7 +254,7 @@ async def measure(
 
     async def converse(talk: Talk, due: float) -> None:
         async with gate:
-            await _converse(client, target, talk, time.perf_counter() if closed else due, keep)
+            await _converse(lanes, target, talk, time.perf_counter() if closed else due, keep)
 
     def keep(answer: Answer) -> None:
         found.answers.append(answer)
@@ -267,14 +295,12 @@ async def stoppable(work: Coroutine[Any, Any, None]) -> int | None:
     return caught[0] if caught else None
 
 
-async def _converse(
-    client: "httpx.AsyncClient", target: Target, talk: Talk, due: float, keep: Callable[[Answer], None]
-) -> None:
+async def _converse(lanes: Lanes, target: Target, talk: Talk, due: float, keep: Callable[[Answer], None]) -> None:
     """The requests of one conversation, each with what was said before it; a failure ends it, for all its requests."""
     history: list[dict[str, Any]] = []
     for i, turn in enumerate(talk.turns):
         history += turn.messages
-        answer = await _ask(client, target, _body(target, history, turn.max_tokens), due)
+        answer = await _ask(lanes, target, _body(target, history, turn.max_tokens), due)
         keep(answer)
         if answer.failure:
             for _ in talk.turns[i + 1 :]:
@@ -289,15 +315,16 @@ async def _converse(
         due = answer.last
 
 
-async def _ask(client: "httpx.AsyncClient", target: Target, body: dict[str, Any], due: float) -> Answer:
+async def _ask(lanes: Lanes, target: Target, body: dict[str, Any], due: float) -> Answer:
     """One streamed request; whatever goes wrong with it is its failure."""
     import httpx
 
     answer = Answer(due, time.perf_counter())
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with asyncio.timeout(target.timeout_s):
-            await _read_stream(client, target.root + _PATHS[target.endpoint], body, answer)
+        with lanes.lane() as client:
+            async with asyncio.timeout(target.timeout_s):
+                await _read_stream(client, target.root + _PATHS[target.endpoint], body, answer)
         if answer.usage is None:
             raise ServerError("no usage", "the stream ended without usage, so its tokens are not known")
     except ServerError as error:
@@ -314,28 +341,39 @@ async def _ask(client: "httpx.AsyncClient", target: Target, body: dict[str, Any]
 
 
 async def _read_stream(client: "httpx.AsyncClient", url: str, body: dict[str, Any], answer: Answer) -> None:
-    """Fill `answer` from the events of the stream, up to [DONE]."""
-    events = EventReader()
-    async with client.stream("POST", url, json=body) as response:
-        if response.status_code != 200:
-            raise wire.refusal(response.status_code, await response.aread())
-        async for chunk in response.aiter_raw():
-            now = time.perf_counter()
-            for data in events.feed(chunk):
-                if data == DONE:
-                    return
-                delta = wire.read_delta(data)
-                answer.usage = delta.usage or answer.usage
-                if delta.text or delta.thought:
-                    if answer.first is None:
-                        answer.first = now
-                    else:
-                        answer.gaps.append(now - answer.last)
-                    answer.text += delta.text
-                    answer.thought += delta.thought
-                if delta.text or delta.thought or delta.finish_reason:
-                    answer.last = now
-    raise ServerError("broken stream", f"the stream ended before its {DONE}")
+    """Fill `answer` from the events of the stream; it is read beyond its [DONE], which keeps the connection for the next."""
+    import httpx
+
+    events, done = EventReader(), False
+    try:
+        async with client.stream("POST", url, json=body) as response:
+            if response.status_code != 200:
+                raise wire.refusal(response.status_code, await response.aread())
+            async for chunk in response.aiter_raw():
+                now = time.perf_counter()
+                for data in events.feed(chunk):
+                    done = done or data == DONE
+                    if not done:
+                        _take(answer, wire.read_delta(data), now)
+    except httpx.HTTPError:
+        if not done:
+            raise
+    if not done:
+        raise ServerError("broken stream", f"the stream ended before its {DONE}")
+
+
+def _take(answer: Answer, delta: wire.Delta, now: float) -> None:
+    """Add one chunk that came at `now`."""
+    answer.usage = delta.usage or answer.usage
+    if delta.text or delta.thought:
+        if answer.first is None:
+            answer.first = now
+        else:
+            answer.gaps.append(now - answer.last)
+        answer.text += delta.text
+        answer.thought += delta.thought
+    if delta.text or delta.thought or delta.finish_reason:
+        answer.last = now
 
 
 def _body(target: Target, messages: Sequence[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
@@ -344,13 +382,14 @@ def _body(target: Target, messages: Sequence[dict[str, Any]], max_tokens: int) -
 
 
 async def _plain(
-    client: "httpx.AsyncClient", root: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
+    lanes: Lanes, root: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float
 ) -> "httpx.Response":
     """One request without a stream, whose failure ends the command."""
     import httpx
 
     try:
-        return await client.request(method, root + path, json=body, timeout=timeout_s)
+        with lanes.lane() as client:
+            return await client.request(method, root + path, json=body, timeout=timeout_s)
     except httpx.ConnectError as error:
         raise wire.unreachable(root, error) from error
     except httpx.HTTPError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from alloy.bench.load import METRICS, Endpoint, Measured, Pace, Target, count_words, first_model, measure, new_client
+from alloy.bench.load import METRICS, Endpoint, Lanes, Measured, Pace, Target, count_words, first_model, measure
 from alloy.bench.prompts import SYNTHETIC, Dataset, Lengths, Shape, Talk, make_talks
 from alloy.cli.bench import check_target
 from alloy.core.client import api_root
@@ -129,16 +129,19 @@ async def _measure_all(
 ) -> tuple[list[Measured], Target]:
     """Every pace in turn, up to the one that a signal ended; and the target with the name of its model."""
     found: list[Measured] = []
-    async with new_client(target) as client:
+    lanes = Lanes(target)
+    try:
         if not target.model:
-            target = replace(target, model=await first_model(client, target.root))
-        words_in = await count_words(client, target, probe_tokens)
+            target = replace(target, model=await first_model(lanes, target.root))
+        words_in = await count_words(lanes, target, probe_tokens)
         for pace in paces:
             progress = _Progress()
-            found.append(await measure(client, target, talks_of(pace, words_in), pace, progress))
+            found.append(await measure(lanes, target, talks_of(pace, words_in), pace, progress))
             progress.close()
             if found[-1].stopped_by:
                 break
+    finally:
+        await lanes.close()
     return found, target
 
 
@@ -156,7 +159,7 @@ class _Progress:
             return
         self.shown = now
         failed = sum(answer.failure is not None for answer in found.answers)
-        line = f"{_rate_name(found.pace.rate)}: {done:,} of {found.planned:,} requests, {failed:,} failed, {found.duration_s:.1f} s"
+        line = f"rate {_rate_name(found.pace.rate)}: {done:,} of {found.planned:,} requests, {failed:,} failed, {found.duration_s:.1f} s"
         sys.stderr.write(f"\r\x1b[K{line}" if self.is_live else line + "\n")
         sys.stderr.flush()
 
@@ -167,7 +170,7 @@ class _Progress:
 
 
 def _rate_name(rate: float | None) -> str:
-    return "unlimited rate" if rate is None or math.isinf(rate) else f"{rate:g} requests/s"
+    return "unlimited" if rate is None or math.isinf(rate) else f"{rate:g}/s"
 
 
 def _show(reports: Sequence[dict[str, Any]], marks: Sequence[float], target: Target) -> None:
@@ -187,11 +190,11 @@ def _show(reports: Sequence[dict[str, Any]], marks: Sequence[float], target: Tar
         "total_cached_tokens": "cached", "total_output": "tokens out", "request_throughput": "requests/s", "request_goodput": "good/s",
         "output_throughput": "out tok/s", "total_token_throughput": "all tok/s",
     }  # fmt: skip
-    rates.add_column("rate")
+    rates.add_column("rate", no_wrap=True)
     for name in columns.values():
-        rates.add_column(name, justify="right")
+        rates.add_column(name, justify="right", overflow="fold")
     latencies = Table()
-    latencies.add_column("rate")
+    latencies.add_column("rate", no_wrap=True)
     latencies.add_column("ms")
     figures = ["mean", "median", "std", *(f"p{mark:g}" for mark in marks)]
     for name in figures:
@@ -206,7 +209,7 @@ def _show(reports: Sequence[dict[str, Any]], marks: Sequence[float], target: Tar
     for report in reports:
         for kind, count in report["failures"].items():
             console.print(
-                f"{_rate_name(report['request_rate'])}: {count:,} failed, {kind}: {report['messages'][kind]}",
+                f"rate {_rate_name(report['request_rate'])}: {count:,} failed, {kind}: {report['messages'][kind]}",
                 markup=False,
             )
         if report["client_busy_frac"] > _BUSY:
