@@ -40,10 +40,14 @@ def draw_sweep(reports: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     rates = [report["request_rate"] for report in reports]
     left.plot(rates, [report["output_throughput"] for report in reports], "o-", color=_COLOURS[0])
     left.set(xlabel="requests per second", ylabel="answer tokens per second", ylim=(0, None))
-    names = ["median_ttft_ms", *(name for name in reports[0] if re.fullmatch(r"p[\d.]+_ttft_ms", name))]
+    # p50 is the median
+    marks = [name for name in reports[0] if re.fullmatch(r"p(?!50_)[\d.]+_ttft_ms", name)]
+    names = ["median_ttft_ms", *marks]
     for colour, name in zip(_COLOURS[1:], names, strict=False):
         right.plot(rates, [report[name] for report in reports], "o-", color=colour, label=name.split("_")[0])
-    right.set(xlabel="requests per second", ylabel="time to first token, ms", yscale="log")
+    right.set(xlabel="requests per second", ylabel="time to first token, ms", yscale="log", xlim=left.get_xlim())
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     right.legend(fontsize=7, frameon=False)
     for axes in (left, right):
         axes.grid(which="major", linewidth=0.4)

@@ -60,7 +60,7 @@ def serve(
         list[str] | None, typer.Option(metavar="METRIC:MS ...", help="Limits of a good request: ttft:500 tpot:50.")
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    percentiles: Annotated[str, typer.Option(help="Of every latency.")] = "50,90,99",
+    percentiles: Annotated[str, typer.Option(help="Of every latency.")] = "90,99",
     save: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a sweep as SVG: throughput and TTFT over the rate.")] = None,
 ) -> None:
