@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import alloy
 from alloy.cli import app
 from alloy.cli.chat import NO_TEMPLATE, Conversation
+from alloy.cli.chat_models import LocalModel
 from alloy.cli.generate import open_answers, write_line
 from alloy.engine.core import LLM
 from alloy.engine.request import SamplingParams
@@ -211,7 +212,7 @@ def test_interrupt_keeps_answers_and_says_how_to_go_on(
 def converse(llm: LLM, typed: list[object], system: str | None = None) -> tuple[Conversation, str]:
     """Type lines into a conversation; an exception in the list is raised where a line would be read."""
     out = io.StringIO()
-    talk = Conversation(llm, SamplingParams(seed=1, max_tokens=12), Console(file=out, width=200), system)
+    talk = Conversation(LocalModel(llm, SamplingParams(seed=1, max_tokens=12)), Console(file=out, width=200), system)
     script = iter([*typed, EOFError()])
 
     def read(_: str) -> str:
@@ -241,8 +242,8 @@ def test_chat_keeps_the_conversation(llm: LLM, tmp_path: Path) -> None:
     assert json.loads(saved.read_text())["messages"] == talk.messages
     assert "error: /nope is not a command" in text
     assert "error: /save needs a file name" in text
-    assert "/reset" in text
-    talk, text = converse(llm, ["hi", "/reset", "/system", "/exit", "never read"])
+    assert "/clear" in text
+    talk, text = converse(llm, ["hi", "/clear", "/system", "/exit", "never read"])
     assert talk.messages == []
     assert "system: (none)" in text
     assert "never read" not in text
@@ -250,8 +251,8 @@ def test_chat_keeps_the_conversation(llm: LLM, tmp_path: Path) -> None:
 
 def test_chat_says_when_the_conversation_is_full(llm: LLM) -> None:
     """The line is refused; the conversation stays usable."""
-    talk, text = converse(llm, ["x" * 200, "/reset", "hi"])
-    assert "max_model_len is 160; /reset" in text
+    talk, text = converse(llm, ["x" * 200, "/clear", "hi"])
+    assert "max_model_len is 160; /clear" in text
     assert len(talk.messages) == 2
 
 

@@ -1,5 +1,7 @@
-"""The roofline of a run as SVG: what was reached against what bandwidth and the matrix units allow."""
+"""Plots as SVG: the roofline of a run (what was reached against what bandwidth and the matrix units allow), a sweep of rates."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,31 @@ def draw(run: Run, path: Path) -> None:
     if decode:
         _throughput(panels[1], run, decode)
     figure.suptitle(f"{run.machine.get('device', '')}, {run.machine.get('date', '')[:10]}", fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def draw_sweep(reports: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Write the plot of a sweep of `alloy bench serve`: tokens per second and time to first token over the request rate."""
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rates = [report["request_rate"] for report in reports]
+    left.plot(rates, [report["output_throughput"] for report in reports], "o-", color=_COLOURS[0])
+    left.set(xlabel="requests per second", ylabel="answer tokens per second", ylim=(0, None))
+    # p50 is the median
+    marks = [name for name in reports[0] if re.fullmatch(r"p(?!50_)[\d.]+_ttft_ms", name)]
+    names = ["median_ttft_ms", *marks]
+    for colour, name in zip(_COLOURS[1:], names, strict=False):
+        right.plot(rates, [report[name] for report in reports], "o-", color=colour, label=name.split("_")[0])
+    right.set(xlabel="requests per second", ylabel="time to first token, ms", yscale="log", xlim=left.get_xlim())
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    right.legend(fontsize=7, frameon=False)
+    for axes in (left, right):
+        axes.grid(which="major", linewidth=0.4)
+    figure.suptitle(title, fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": Command("alloy.cli.generate:generate", "Continue a prompt, or a file of prompts."),
     "chat": Command("alloy.cli.chat:chat", "Talk to a model in the terminal."),
     "bench": Command("alloy.cli.bench:bench", "Speed against other packages and against the machine's own limits."),
+    "bench serve": Command("alloy.cli.bench_serve:serve", "Load on an OpenAI-compatible server: rates and latencies."),
     "demo": Command("alloy.cli.demo:demo", "The whole chain on this machine, in minutes."),
     "report": Command("alloy.cli.report:report", "Rebuild or compare HTML reports of runs."),
     "recipes": Command("alloy.cli.recipes:app", "List, show and check recipes."),
@@ -49,7 +50,9 @@ class LazyGroup(TyperGroup):
             self.add_command(TyperCommand(name, help=entry.help))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """The real command, once it is known which one is meant."""
+        """The real command, once it is known which one is meant; a name of two words goes before its first word."""
+        if " ".join(args[:2]) in COMMANDS:
+            args = [" ".join(args[:2]), *args[2:]]
         name, stand_in, rest = super().resolve_command(ctx, args)
         return name, load_command(name) if name and stand_in else stand_in, rest
 

@@ -42,7 +42,8 @@ def bench(
 ) -> None:
     """Speed against other packages and against the machine's own limits.
 
-    Every time stands beside its error against a reference; what computes wrong numbers gets no time.
+    Every time stands beside its error against a reference; what computes wrong numbers gets no time. `alloy bench serve`
+    puts load on a server instead.
     """
     if list_cases:
         _list()
@@ -59,7 +60,7 @@ def bench(
         raise RecipeError(f'--plot = "{plot}": the plot is SVG; choose a name that ends in .svg')
     for target in (None if json_path in (None, "-") else Path(json_path), plot):
         if target is not None:
-            _check_target(target)
+            check_target(target)
     size: Size = "quick" if quick else "full"
     plan = Plan(_chosen(cases or []), _device(), size, _peers(peer or [], no_peers, quick), only or [])
     if autotune:
@@ -98,7 +99,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
     """Refuse a file that could not be written, before hours of measurements."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ def _autotune(plan: Plan, json_path: str | None) -> None:
     from alloy.bench.autotune import merged_table, table_path
 
     path = table_path()
-    _check_target(path)
+    check_target(path)
     found = tune_cases(plan, _progress)
     if not found:
         raise ResourceError("no kernel of these cases has candidates on this machine")

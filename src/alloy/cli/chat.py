@@ -4,21 +4,21 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from alloy.cli.chat_models import ChatModel, LocalModel, Messages, RemoteModel, Thinking
+from alloy.cli.chat_screen import Screen
 from alloy.cli.generate import (
     Device,
     Dtype,
     MaxModelLen,
     MinP,
-    Model,
     Seed,
     Speculate,
     Temperature,
@@ -26,27 +26,30 @@ from alloy.cli.generate import (
     TopP,
     Weights,
     draft_setting,
-    stats_line,
     weights_line,
 )
-from alloy.errors import AlloyError, RequestError
+from alloy.core.client import ChatServer
+from alloy.errors import AlloyError, InterruptedRun, RequestError
 
-if TYPE_CHECKING:
-    from alloy.engine.core import LLM
-    from alloy.engine.request import SamplingParams
-
-OPEN, CLOSE = "<think>", "</think>"
 HELP = """\
+/think [N]    let the model think first, for at most N tokens
+/nothink      answer at once
 /system TEXT  set the system message and start over; without TEXT, show it
-/reset        forget the conversation
+/clear        forget the conversation
 /save FILE    write the conversation as JSON
+/stats        tokens of the conversation so far
 /help         this list
 /exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
 NO_TEMPLATE = "this model has no chat template: each line is continued as plain text, and nothing is remembered"
 
 
 def chat(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|URL", help="Checkpoint folder, hub id, or address of an OpenAI-compatible server."
+        ),
+    ],
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest answer, in tokens, thought included; default: all that fit.")
@@ -63,36 +66,54 @@ def chat(
     dtype: Dtype = None,
     device: Device = "auto",
     weights: Weights = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="With a URL: the model's name there; default: the first that is listed.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="ALLOY_API_KEY", help="With a URL: bearer key.")] = None,
 ) -> None:
-    """Talk to a model; /help lists what can be typed besides messages."""
-    from alloy.engine.core import LLM
-    from alloy.engine.request import SamplingParams
+    """Talk to a model, here or behind a server; /help lists what can be typed besides messages."""
+    if model.startswith(("http://", "https://")):
+        here = {"--max-model-len": max_model_len, "--dtype": dtype, "--weights": weights}
+        here |= {
+            "--speculate": None if speculate == "auto" else speculate,
+            "--device": None if device == "auto" else device,
+        }
+        for name, value in here.items():
+            if value is not None:
+                raise RequestError(f"{name} is the server's to choose: leave it out with {model}")
+        body = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+        # OpenAI's own servers refuse these two
+        body |= {"top_k": top_k or None, "min_p": min_p or None}
+        server = ChatServer(model, served_name, api_key)
+        answers: ChatModel = RemoteModel(server, {name: value for name, value in body.items() if value is not None})
+    else:
+        if served_name is not None:
+            raise RequestError(f"--served-name names a model of a server, but {model} is no http:// address")
+        from alloy.engine.core import LLM
+        from alloy.engine.request import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        thinking_budget=thinking_budget,
-    )
-    llm = LLM(
-        model,
-        max_model_len=max_model_len,
-        dtype=dtype,
-        device=device,
-        speculate=draft_setting(speculate),
-        weights=weights,
-    )
-    if weights is not None:
-        sys.stderr.write(weights_line(llm) + "\n")
-    talk = Conversation(
-        llm, params, Console(highlight=False, soft_wrap=True), system, {} if thinking else {"enable_thinking": False}
-    )
-    if not llm.has_chat_template:
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            thinking_budget=thinking_budget,
+        )
+        drafts = draft_setting(speculate)
+        llm = LLM(model, max_model_len=max_model_len, dtype=dtype, device=device, speculate=drafts, weights=weights)
+        if weights is not None:
+            sys.stderr.write(weights_line(llm) + "\n")
+        answers = LocalModel(llm, params)
+    is_interactive = sys.stdin.isatty()
+    # a terminal is wrapped between words, a file not at all
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    thoughts = None if is_interactive else Console(stderr=True, highlight=False, soft_wrap=True)
+    talk = Conversation(answers, console, system, Thinking(thinking, thinking_budget), thoughts)
+    if not answers.has_chat_template:
         sys.stderr.write(NO_TEMPLATE + "\n")
-    if sys.stdin.isatty():
+    if is_interactive:
         # gives `input` line editing and history, where Python has it
         with contextlib.suppress(ImportError):
             importlib.import_module("readline")
@@ -101,35 +122,36 @@ def chat(
     message = sys.stdin.read().rstrip("\n")
     if not message:
         raise RequestError("standard input is empty; pipe a message in, or run `alloy chat` on a terminal")
-    talk.answer(message)
+    if talk.answer(message):
+        raise KeyboardInterrupt
 
 
 class Conversation:
     """Messages so far, and what a line that the user typed does to them.
 
     Args:
-        llm: the engine
-        params: of every answer; max_tokens shrinks when the model's length is nearly full
+        model: who answers
         console: where answers are written
         system: system message
-        template: variables of the chat template
+        thinking: whether and for how long the model may think
+        thoughts: where thought is written if the console is no terminal; None: to the console
     """
 
     def __init__(
         self,
-        llm: "LLM",
-        params: "SamplingParams",
+        model: ChatModel,
         console: Console,
         system: str | None = None,
-        template: dict[str, Any] | None = None,
+        thinking: Thinking | None = None,
+        thoughts: Console | None = None,
     ) -> None:
-        self.llm = llm
-        self.params = params
+        self.model = model
         self.console = console
-        self.template = template or {}
+        self.thoughts = thoughts
+        self.thinking = thinking or Thinking()
         self.system = system
-        self.messages: list[dict[str, Any]] = []
-        self.reset()
+        self.messages: Messages = []
+        self.clear()
 
     def run(self, read: Callable[[str], str]) -> None:
         """Read lines until /exit or end of input; a line that cannot be done is an error message, not the end."""
@@ -143,11 +165,13 @@ class Conversation:
                     self.command(line)
                 elif line:
                     self.answer(line)
-                    self._note(stats_line(self.llm.stats))
+                    self._note(self.model.stats_line())
             except EOFError:
                 return
             except KeyboardInterrupt:
                 self._note("\n/exit or Ctrl-D leaves")
+            except InterruptedRun:
+                raise
             except (AlloyError, OSError) as error:
                 self._note(f"error: {error}")
 
@@ -157,13 +181,21 @@ class Conversation:
         rest = rest.strip()
         if name == "/help":
             self._note(HELP)
-        elif name == "/reset":
-            self.reset()
+        elif name == "/think":
+            if rest and not rest.isdecimal():
+                raise RequestError(f"/think {rest}: the most tokens of thought must be a whole number from 0")
+            self.thinking = Thinking(True, int(rest) if rest else None)
+            self._note(str(self.thinking))
+        elif name == "/nothink":
+            self.thinking = Thinking(False)
+            self._note(str(self.thinking))
+        elif name == "/clear":
+            self.clear()
             self._note("the conversation is empty")
         elif name == "/system":
             if rest:
                 self.system = rest
-                self.reset()
+                self.clear()
             self._note(f"system: {self.system or '(none)'}")
         elif name == "/save":
             if not rest:
@@ -172,70 +204,45 @@ class Conversation:
 
             atomic_write(Path(rest), json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n")
             self._note(f"{len(self.messages)} messages saved in {rest}")
+        elif name == "/stats":
+            self._note(
+                f"{self.answers:,} answers, {self.prompt_tokens:,} prompt tokens, {self.answer_tokens:,} answer tokens; "
+                f"{self.thinking}"
+            )
         else:
             raise RequestError(f"{name} is not a command; /help lists them")
 
-    def reset(self) -> None:
+    def clear(self) -> None:
         """Forget everything but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.answers = self.prompt_tokens = self.answer_tokens = 0
 
-    def answer(self, text: str) -> None:
-        """Answer a message and write the answer as it comes; Ctrl-C keeps what was written so far."""
-        if not self.llm.has_chat_template:
-            self._write(self.llm.encode(text), is_thought=False)
-            return
+    def answer(self, text: str) -> bool:
+        """Answer a message and write the answer as it comes. Ctrl-C stops it, keeps what came so far, and gives True."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        ids = self.llm.encode_chat(asked, self.template)
-        thought, said = self._write(ids, is_thought=self._ends_inside_thought(ids))
-        reply: dict[str, Any] = {"role": "assistant", "content": said.strip("\n")}
-        if thought.strip():
-            reply["reasoning_content"] = thought.strip("\n")
-        self.messages = [*asked, reply]
-
-    def _write(self, ids: Sequence[int], is_thought: bool) -> tuple[str, str]:
-        """Stream an answer to the console: (thought, answer)."""
-        room = self.llm.max_model_len - len(ids)
-        if room < 1:
-            raise RequestError(
-                f"the conversation has {len(ids):,} tokens and max_model_len is {self.llm.max_model_len:,}; /reset"
-            )
-        params = replace(self.params, max_tokens=min(self.params.max_tokens or room, room))
         texts = {True: "", False: ""}
-        stream = self.llm.generate([ids], params, stream=True)
+        screen = Screen(self.console, self.thoughts)
+        stream = self.model.stream(asked, self.thinking)
+        is_stopped = False
         try:
-            for news in stream:
-                for piece in _pieces(news.completions[0].text):
-                    if piece in (OPEN, CLOSE):
-                        is_thought = piece == OPEN
-                        self.console.print()
-                        continue
-                    texts[is_thought] += piece
-                    self.console.print(Text(piece, style="dim" if is_thought else ""), end="")
+            for piece, is_thought in stream:
+                texts[is_thought] += piece
+                screen.add(piece, is_thought)
         except KeyboardInterrupt:
-            self.console.print(Text(" [stopped]", style="dim"), end="")
+            is_stopped = True
         finally:
             stream.close()
-        self.console.print()
-        return texts[True], texts[False]
-
-    def _ends_inside_thought(self, ids: Sequence[int]) -> bool:
-        markers = self.llm.codec.markers if self.llm.codec else None
-        if markers is None:
-            return False
-        last = next((i for i in reversed(ids) if i in (markers.start, markers.end)), markers.end)
-        return last == markers.start
+            screen.close(" [stopped]" if is_stopped else "")
+        self.answers += 1
+        if self.model.usage:
+            self.prompt_tokens += self.model.usage.prompt_tokens
+            self.answer_tokens += self.model.usage.completion_tokens
+        reply: dict[str, Any] = {"role": "assistant", "content": texts[False].strip("\n")}
+        if texts[True].strip():
+            reply["reasoning_content"] = texts[True].strip("\n")
+        if self.model.has_chat_template:
+            self.messages = [*asked, reply]
+        return is_stopped
 
     def _note(self, text: str) -> None:
         self.console.print(Text(text, style="dim"))
-
-
-def _pieces(text: str) -> Iterable[str]:
-    """Text cut at the markers of a thought, which stand alone."""
-    while text:
-        at = min((i for i in (text.find(OPEN), text.find(CLOSE)) if i >= 0), default=len(text))
-        if at:
-            yield text[:at]
-        marker = OPEN if text.startswith(OPEN, at) else CLOSE if text.startswith(CLOSE, at) else ""
-        if marker:
-            yield marker
-        text = text[at + len(marker) :]

@@ -19,6 +19,7 @@ _PACKAGES = (
 # what each extra is for; its packages come from the installed metadata
 _EXTRAS = {
     "track": "TensorBoard as a metric sink (log.tensorboard = true)",
+    "serve": "load on servers (alloy bench serve) and talking to them (alloy chat URL)",
     "dev": "tests and checks of this repository",
     "interpreter": "tests of the GPU kernels on machines without a GPU",
 }
