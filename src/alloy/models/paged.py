@@ -21,7 +21,7 @@ from alloy.models.cache import Cache, Snapshot, States
 from alloy.models.configs import AttentionConfig, Mixer
 from alloy.ops.attention import BLOCK, MAX_QUERIES, attention, attn_decode, gather_kv, kv_append
 from alloy.ops.decode import count_tokens
-from alloy.ops.slots import Rows, consecutive
+from alloy.ops.slots import consecutive, read_slots, write_slots
 
 # names that every command uses; "float16-sr" rounds stochastically
 STATE_DTYPES = {
@@ -285,11 +285,12 @@ class PagedView(Cache):
     Attributes:
         pool: the cache
         rows: the slot of each row, on the host
+        places: int32 (batch,), the same on the device
     """
 
     def __init__(self, pool: PagedCache, rows: Sequence[int]) -> None:
         self.pool = pool
-        self.states, self.rounding = pool.states, pool.rounding
+        self.rounding = pool.rounding
         self.is_drafting, self.drafts = False, {}
         self.mtp = None if pool.mtp is None else cast(Self, PagedView(pool.mtp, rows))
         self._place(list(rows))
@@ -297,26 +298,26 @@ class PagedView(Cache):
     @property
     def lengths(self) -> Tensor:
         """(batch,) int64 tokens held per row."""
-        return self.pool.lengths[self.slots.long()].long()
+        return self.pool.lengths[self.places.long()].long()
 
     def positions(self, seq: int) -> Tensor:
         """(batch, seq) int64: where the next `seq` tokens of each row stand."""
-        return self.lengths[:, None] + torch.arange(seq, device=self.slots.device)
+        return self.lengths[:, None] + torch.arange(seq, device=self.places.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """See `Cache.attend`: q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim) -> like q."""
         pool, seq = self.pool, q.shape[2]
         self._reserve(seq)
         kv, table, lengths = pool.kv[layer], pool.table, pool.lengths
-        kv_append(kv, k.transpose(1, 2), v.transpose(1, 2), table, lengths, self.slots)
+        kv_append(kv, k.transpose(1, 2), v.transpose(1, 2), table, lengths, self.places)
         if not self.longest:
             # nothing is held: the call is an ordinary causal one
             return attention(q, k, v, window=window)
         # on a CPU gathering is quicker, for rows that stand for something
         if seq <= MAX_QUERIES and (q.is_cuda or min(self.rows) < 0):
-            return attn_decode(q.transpose(1, 2), kv, table, lengths, self.slots, window=window).transpose(1, 2)
+            return attn_decode(q.transpose(1, 2), kv, table, lengths, self.places, window=window).transpose(1, 2)
         total = self.longest + seq
-        blocks = table[self.slots.long(), : blocks_of(total)]
+        blocks = table[self.places.long(), : blocks_of(total)]
         keys, values = (t[:, :, :total] for t in gather_kv(kv, blocks))
         if self.uniform:
             return attention(q, keys, values, lengths=self.longest, window=window)
@@ -328,13 +329,13 @@ class PagedView(Cache):
 
     def mark(self) -> Snapshot:
         """A cheap snapshot of all rows for `rollback` before anything but appending happens: keys stay in place."""
-        index = self.slots.long()
-        return Snapshot(self.lengths, self.states.ssm[index], self.states.conv[index], kv=None, mtp=None)
+        ssm, conv = (read_slots(t, self._rows_held(), self.batch).clone() for t in (self.states.ssm, self.states.conv))
+        return Snapshot(self.lengths, ssm, conv, kv=None, mtp=None)
 
     def rollback(self, mark: Snapshot) -> None:
         """Return to `mark`."""
-        index = self.slots.long()
-        self.states.ssm[index], self.states.conv[index] = mark.ssm, mark.conv
+        write_slots(self.states.ssm, self._rows_held(), mark.ssm)
+        write_slots(self.states.conv, self._rows_held(), mark.conv)
         self._count(mark.lengths - self.lengths)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -359,19 +360,21 @@ class PagedView(Cache):
 
     def _place(self, rows: list[int]) -> None:
         self.rows, self.batch = rows, len(rows)
-        self.slots: Tensor = upload(rows, self.pool.table.device, torch.int32)
+        self.places: Tensor = upload(rows, self.pool.table.device, torch.int32)
+        states = self.pool.states
+        # on a CPU, states of slots that follow each other are rows in order, which costs least
+        own = None if self.places.is_cuda else consecutive(rows)
+        self.slots = self.places if own is None else None
+        self.states = states if own is None else states.replaced(states.ssm[own], states.conv[own])
         self.refresh()
         if self.mtp is not None:
             self.mtp._place(rows)
-
-    def _rows_held(self) -> Rows:
-        return consecutive(self.rows) or self.slots.long()
 
     def _reserve(self, tokens: int) -> None:
         self.pool.reserve(self.rows, tokens)
 
     def _count(self, counts: Tensor | int) -> None:
-        self.pool.advance(self.slots, counts)
+        self.pool.advance(self.places, counts)
         self.pool.count(self.rows, counts if isinstance(counts, int) else counts.tolist())
         if isinstance(counts, Tensor):
             self.pool.trim([slot for slot in self.rows if slot >= 0])
@@ -390,7 +393,7 @@ class StaticView(PagedView):
 
     def __init__(self, pool: PagedCache, slots: Tensor) -> None:
         super().__init__(pool, [-1] * len(slots))
-        self.slots = slots
+        self.places = self.slots = slots
 
     def refresh(self) -> None:
         """Rows are taken to hold something, and not all the same."""
@@ -400,7 +403,7 @@ class StaticView(PagedView):
         pass
 
     def _count(self, counts: Tensor | int) -> None:
-        self.pool.advance(self.slots, counts)
+        self.pool.advance(self.places, counts)
 
 
 def blocks_of(tokens: int) -> int:
