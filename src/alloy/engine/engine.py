@@ -324,22 +324,16 @@ class Engine:
         )
         if not has_slot or node.snapshot is not None:
             return
-        slot = self.pool.open(1)[0]
+        slot = self.pool.open_apart()
         self.pool.copy_states(sequence.slot, slot)
         node.snapshot = Snapshot(slot, kind, sequence.behind, sequence.hidden)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Give back what a sequence has: to the prefix cache, which takes the slot itself as a snapshot, or to all."""
-        slot, cache = sequence.slot, self._cache
+        """Give back what a sequence has: to the prefix cache or, after an error, to all."""
+        if sequence.finish_reason != "error":
+            self._keep(sequence, "kept")
+        self.pool.close([sequence.slot])
         sequence.slot = -1
-        if cache is not None and sequence.computed and sequence.finish_reason != "error":
-            tokens = sequence.known[: sequence.computed]
-            node = cache.insert(tokens, slot, sequence.request.salt, sequence.hidden is not None)
-            if self._recurrent and node.snapshot is None:
-                self.pool.empty([slot])
-                node.snapshot = Snapshot(slot, "kept", sequence.behind, sequence.hidden)
-                return
-        self.pool.close([slot])
 
     def _take_out(self, sequences: list[Sequence]) -> None:
         """Let sequences neither read nor run any more."""

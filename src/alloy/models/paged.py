@@ -10,6 +10,7 @@ it while its owner appends behind; who takes over a block that is not full takes
 Paper: PagedAttention (Kwon et al., 2023). arXiv:2309.06180
 """
 
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
@@ -111,13 +112,14 @@ class PagedCache:
         self._clear(slots)
         return slots
 
+    def open_apart(self) -> int:
+        """The last free slot, for states alone: running sequences stay neighbours."""
+        return self._free_slots.pop(0)
+
     def close(self, slots: Sequence[int]) -> None:
         """Give slots and their blocks back."""
-        self._free_slots += reversed(slots)
-        self._release(slots)
-
-    def empty(self, slots: Sequence[int]) -> None:
-        """Give the slots' blocks back; the slots and their states stay taken."""
+        for slot in slots:
+            insort(self._free_slots, slot, key=lambda free: -free)
         self._release(slots)
 
     def reset(self) -> None:
