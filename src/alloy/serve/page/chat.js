@@ -3,24 +3,27 @@
 const $ = (id) => document.getElementById(id);
 const clock = () => performance.now() / 1000;
 const count = (n) => n.toLocaleString("en");
-const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
+const tokens = (n) => `${count(n)} token${n === 1 ? "" : "s"}`;
 
-function make(tag, props = {}, ...children) {
-	const node = Object.assign(document.createElement(tag), props);
+/** make("p.note", {title}, child, ...); the properties may be left out. */
+function make(tag, ...children) {
+	const [name, className] = tag.split(".");
+	const props = children[0]?.constructor === Object ? children.shift() : {};
+	const node = Object.assign(document.createElement(name), className && {className}, props);
 	node.append(...children);
 	return node;
 }
 
 function icon(name) {
-	const node = $("icons").content.querySelector(`.${name}`).cloneNode(true);
-	node.setAttribute("aria-hidden", "true");
+	const all = $("icons").content.firstChild;
+	const node = all.cloneNode();
+	node.append(all.querySelector(`.${name}`).cloneNode());
 	return node;
 }
 
 function button(name, label, act, text = "") {
-	const node = make("button", { type: "button", className: text ? "plain" : "icon", title: text ? "" : label }, icon(name), text);
-	node.setAttribute("aria-label", label);
-	node.addEventListener("click", () => act(node));
+	const node = make("button", {type: "button", className: text ? "plain" : "icon", title: label, ariaLabel: label}, icon(name), text);
+	node.onclick = () => act(node);
 	return node;
 }
 
@@ -39,7 +42,7 @@ async function copy(text) {
 		return true;
 	} catch {
 		// without https there is no clipboard object: a selection still can be copied
-		const area = make("textarea", { value: text, className: "unseen" });
+		const area = make("textarea.unseen", {value: text});
 		document.body.append(area);
 		area.select();
 		const done = document.execCommand("copy");
@@ -48,72 +51,72 @@ async function copy(text) {
 	}
 }
 
+const retry = (act) => button("again", "Try again", act, "Try again");
 const say = (text) => ($("status").textContent = text);
 
-// Markdown: blocks first, each with its source, so that a growing answer renders its last block only
+// Markdown: blocks first, each with its source, so that a growing answer draws its last block only
 
 const LONG = 20000; // a paragraph above this stays plain: formatting it would cost more than it shows
-const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*([^\s`]{0,40})/;
+const FENCE = /^( {0,3})(`{3,}(?!.*`)|~{3,})[ \t]*(\S{0,40})/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/;
 const RULE = /^ {0,3}(?:(?:- *){3,}|(?:\* *){3,}|(?:_ *){3,})$/;
 const FORMULA = /^ {0,3}(\$\$|\\\[)/;
-const DASHES = /^\s*:?-+:?\s*$/;
+const BREAK = /^ {0,3}(`{3}|~{3}|#{1,6}[ \t]|>|\$\$|\\\[)|^ *([-*+]|1[.)]) /;
 
-const blank = (line) => line.trim() === "";
 const indent = (line) => line.length - line.trimStart().length;
 const isRule = (line) => line.length < 200 && RULE.test(line);
-const interrupts = (line) => FENCE.test(line) || HEADING.test(line) || QUOTE.test(line) || /^ *([-*+]|1[.)]) /.test(line) || isRule(line) || FORMULA.test(line);
+const interrupts = (line) => BREAK.test(line) || isRule(line);
+const cells = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+const math = (text, tag) => make(`${tag}.math`, {dir: "ltr"}, make("code", text), copier("Copy formula", text));
 
-function cells(line) {
-	const row = line.trim().replace(/^\|/, "").replace(/\|$/, "");
-	return row.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
-}
-
-function isTable(lines, i) {
-	const dashes = lines[i + 1];
-	if (!lines[i].includes("|") || !dashes || !dashes.includes("-") || dashes.length > 2000) return false;
-	const marks = cells(dashes);
-	return marks.every((mark) => DASHES.test(mark)) && marks.length === cells(lines[i]).length;
-}
-
-/** Blocks of Markdown: {kind, source, ...}. */
+/** Blocks of Markdown: {source, draw}. */
 function parse(text, depth = 0) {
 	const lines = text.split("\n").map((line) => line.replace(/^[ \t]{1,80}/, (space) => space.replaceAll("\t", "    ")));
 	const blocks = [];
 	let i = 0;
-	while (i < lines.length) {
-		if (blank(lines[i])) {
-			i++;
-			continue;
-		}
+	while ((i = filled()) < lines.length) {
 		const start = i;
-		const block = next();
-		block.source = lines.slice(start, i).join("\n");
-		blocks.push(block);
+		const draw = next();
+		blocks.push({source: lines.slice(start, i).join("\n"), draw});
 	}
 	return blocks;
 
+	function filled() {
+		let at = i;
+		while (at < lines.length && !lines[at].trim()) at++;
+		return at;
+	}
+
 	function next() {
+		const line = lines[i];
 		let found;
-		if ((found = FENCE.exec(lines[i]))) return fence(found);
-		if ((found = HEADING.exec(lines[i]))) return { kind: "heading", level: found[1].length, text: lines[i++] && found[2] };
-		if (isRule(lines[i])) return { kind: "rule", at: i++ };
-		if ((found = FORMULA.exec(lines[i])) && (found = formula(found[1] === "$$" ? "$$" : "\\]"))) return found;
-		if (depth < 8 && QUOTE.test(lines[i])) return quote();
-		if (depth < 8 && ITEM.test(lines[i])) return list();
-		if (isTable(lines, i)) return table();
+		if ((found = FENCE.exec(line))) return fence(found);
+		if ((found = HEADING.exec(line))) return i++, () => make(`h${found[1].length}`, ...inline(found[2]));
+		if (isRule(line)) return i++, () => make("hr");
+		if ((found = FORMULA.exec(line)) && (found = formula(found[1] === "$$" ? "$$" : "\\]"))) return found;
+		if (depth < 8 && QUOTE.test(line)) return quote();
+		if (depth < 8 && ITEM.test(line)) return list();
+		if (isTable()) return table();
 		const from = i++;
-		while (i < lines.length && !blank(lines[i]) && !interrupts(lines[i]) && !isTable(lines, i)) i++;
-		return { kind: "paragraph", text: lines.slice(from, i).join("\n").trim() };
+		while (lines[i]?.trim() && !interrupts(lines[i]) && !isTable()) i++;
+		const paragraph = lines.slice(from, i).join("\n").trim();
+		return () => make("p", ...inline(paragraph));
+	}
+
+	function inner(rows) {
+		const parts = parse(rows.join("\n"), depth + 1);
+		return () => parts.map((part) => part.draw());
 	}
 
 	function fence([, space, mark, language]) {
 		const from = ++i;
-		while (i < lines.length && !(indent(lines[i]) < 4 && lines[i].trim().startsWith(mark) && !lines[i].trim().replaceAll(mark[0], ""))) i++;
-		const code = lines.slice(from, i++).map((line) => line.slice(Math.min(indent(line), space.length)));
-		return { kind: "code", language, text: code.join("\n") };
+		const isEnd = (line) => indent(line) < 4 && line.trim().startsWith(mark) && !line.trim().replaceAll(mark[0], "");
+		while (i < lines.length && !isEnd(lines[i])) i++;
+		const code = lines.slice(from, i++).map((line) => line.slice(Math.min(indent(line), space.length))).join("\n");
+		const bar = () => make("div.code-bar", language || "code", copier("Copy code", code));
+		return () => make("div.code", {dir: "ltr"}, bar(), make("pre", {tabIndex: 0}, make("code", code)));
 	}
 
 	function formula(close) {
@@ -121,18 +124,18 @@ function parse(text, depth = 0) {
 			const line = lines[end].trimEnd();
 			const at = line.indexOf(close, end === i ? indent(line) + 2 : 0);
 			if (at < 0) continue;
-			if (at + 2 < line.length) return null;
-			const text = lines.slice(i, end + 1).join("\n").trim();
+			if (at + 2 < line.length) return;
+			const source = lines.slice(i, end + 1).join("\n").trim();
 			i = end + 1;
-			return { kind: "formula", text };
+			return () => math(source, "div");
 		}
-		return null;
 	}
 
 	function quote() {
-		const inner = [];
-		while (i < lines.length && QUOTE.test(lines[i])) inner.push(lines[i++].replace(QUOTE, ""));
-		return { kind: "quote", blocks: parse(inner.join("\n"), depth + 1) };
+		const rows = [];
+		while (i < lines.length && QUOTE.test(lines[i])) rows.push(lines[i++].replace(QUOTE, ""));
+		const parts = inner(rows);
+		return () => make("blockquote", ...parts());
 	}
 
 	function list() {
@@ -141,70 +144,47 @@ function parse(text, depth = 0) {
 		const items = [];
 		const width = space.length + 2;
 		const isNext = (line) => {
-			const found = ITEM.exec(line);
-			return found && found[1].length < width && found[2].length > 1 === ordered && !isRule(line);
+			const found = line !== undefined && !isRule(line) && ITEM.exec(line);
+			return found && found[1].length < width && found[2].length > 1 === ordered;
 		};
-		while (i < lines.length && isNext(lines[i])) {
-			const lead = ITEM.exec(lines[i])[0].length;
-			const inner = [lines[i++].slice(lead)];
+		for (let at = i; isNext(lines[at]); at = filled()) {
+			i = at + 1;
+			const lead = ITEM.exec(lines[at])[0].length;
+			const rows = [lines[at].slice(lead)];
 			while (i < lines.length) {
-				let after = i;
-				while (after < lines.length && blank(lines[after])) after++;
+				const line = lines[i];
+				const after = filled();
 				if (after > i) {
 					if (after === lines.length || indent(lines[after]) < width) break;
-					inner.push("");
+					rows.push("");
 					i = after;
-				} else if (indent(lines[i]) >= width) {
-					inner.push(lines[i].slice(Math.min(indent(lines[i]), lead)));
+				} else if (indent(line) < width && (ITEM.test(line) || interrupts(line))) break;
+				else {
+					rows.push(line.slice(Math.min(indent(line), lead)));
 					i++;
-				} else if (ITEM.test(lines[i]) || interrupts(lines[i])) {
-					break;
-				} else {
-					inner.push(lines[i++]);
 				}
 			}
-			items.push(parse(inner.join("\n"), depth + 1));
-			let after = i;
-			while (after < lines.length && blank(lines[after])) after++;
-			if (after < lines.length && isNext(lines[after])) i = after;
+			items.push(inner(rows));
 		}
-		return { kind: "list", ordered, first: parseInt(mark, 10), items };
+		const start = ordered ? {start: parseInt(mark, 10)} : {};
+		return () => make(ordered ? "ol" : "ul", start, ...items.map((item) => make("li", ...item())));
+	}
+
+	function isTable() {
+		const dashes = lines[i + 1] ?? "";
+		if (!lines[i].includes("|") || !/^[ :|-]{3,300}$/.test(dashes)) return false;
+		const marks = cells(dashes);
+		return marks.every((mark) => /^:?-+:?$/.test(mark)) && marks.length === cells(lines[i]).length;
 	}
 
 	function table() {
 		const head = cells(lines[i]);
-		const sides = cells(lines[i + 1]).map((mark) => (!mark.endsWith(":") ? "" : mark.startsWith(":") ? "center" : "end"));
+		const sides = cells(lines[i + 1]).map((mark) => (!mark.endsWith(":") ? "" : mark[0] === ":" ? "center" : "end"));
 		const rows = [];
-		for (i += 2; i < lines.length && lines[i].includes("|"); i++) rows.push(cells(lines[i]));
-		return { kind: "table", head, sides, rows };
+		for (i += 2; lines[i]?.includes("|"); i++) rows.push(cells(lines[i]));
+		const row = (tag, texts) => make("tr", ...sides.slice(0, texts.length).map((className, k) => make(tag, {className}, ...inline(texts[k]))));
+		return () => make("div.table", {tabIndex: 0}, make("table", row("th", head), ...rows.map((texts) => row("td", texts))));
 	}
-}
-
-function math(text, display) {
-	return make(display ? "div" : "span", { className: "math", dir: "ltr" }, make("code", {}, text), copier("Copy formula", text));
-}
-
-/** The DOM of one block. */
-function draw(block) {
-	if (block.kind === "heading") return make(`h${block.level}`, {}, ...inline(block.text));
-	if (block.kind === "rule") return make("hr");
-	if (block.kind === "formula") return math(block.text, true);
-	if (block.kind === "quote") return make("blockquote", {}, ...block.blocks.map(draw));
-	if (block.kind === "list") {
-		const node = make(block.ordered ? "ol" : "ul", {}, ...block.items.map((item) => make("li", {}, ...item.map(draw))));
-		if (block.ordered && block.first !== 1) node.start = block.first;
-		return node;
-	}
-	if (block.kind === "code") {
-		const bar = make("div", { className: "code-bar" }, make("span", {}, block.language || "code"), copier("Copy code", block.text));
-		return make("div", { className: "code", dir: "ltr" }, bar, make("pre", { tabIndex: 0 }, make("code", {}, block.text)));
-	}
-	if (block.kind === "table") {
-		const row = (tag, texts) => make("tr", {}, ...block.head.map((_, i) => make(tag, { className: block.sides[i] }, ...inline(texts[i] ?? ""))));
-		const body = make("tbody", {}, ...block.rows.map((texts) => row("td", texts)));
-		return make("div", { className: "table", tabIndex: 0 }, make("table", {}, make("thead", {}, row("th", block.head)), body));
-	}
-	return make("p", {}, ...inline(block.text));
 }
 
 const INLINE = new RegExp(
@@ -213,9 +193,9 @@ const INLINE = new RegExp(
 		/\\(?<escape>[!-/:-@[-`{-~])/,
 		/(?<tick>`{1,4})(?!`)(?<code>[^]{0,1000}?[^`])\k<tick>(?!`)/,
 		/\*\*(?=\S)(?<strong>[^]{0,1000}?\S)\*\*(?!\*)/,
-		/(?<!\w)__(?=\S)(?<strong2>[^_]{0,1000}?\S)__(?!\w)/,
+		/(?<!\w)__(?=\S)(?<strong_>[^_]{0,1000}?\S)__(?!\w)/,
 		/\*(?=[^\s*])(?<em>[^*]{0,1000}[^\s*])\*(?!\*)/,
-		/(?<!\w)_(?=[^\s_])(?<em2>[^_]{0,1000}[^\s_])_(?!\w)/,
+		/(?<!\w)_(?=[^\s_])(?<em_>[^_]{0,1000}[^\s_])_(?!\w)/,
 		/~~(?=\S)(?<del>[^~]{1,1000})~~/,
 		/!?\[(?<text>[^[\]]{1,500})\]\(<?(?<href>[^\s()<>]{0,1000}(?:\([^\s()]{0,200}\)[^\s()<>]{0,1000})?)>?(?:\s{1,9}"[^"]{0,200}")?\)/,
 		/(?<bare>(?<!\w)https?:\/\/[^\s<>"'`]{1,1000})/,
@@ -234,17 +214,16 @@ function inline(text, depth = 0) {
 		const part = found.groups;
 		let end = found.index + found[0].length;
 		if (found.index > from) nodes.push(text.slice(from, found.index));
-		if (part.math) nodes.push(math(part.math, false));
-		else if (part.escape) nodes.push(part.escape);
-		else if (part.tick) nodes.push(make("code", { dir: "ltr" }, part.code.replace(/^ (.*) $/, "$1")));
-		else if (part.strong ?? part.strong2) nodes.push(make("strong", {}, ...inline(part.strong ?? part.strong2, depth + 1)));
-		else if (part.em ?? part.em2) nodes.push(make("em", {}, ...inline(part.em ?? part.em2, depth + 1)));
-		else if (part.del) nodes.push(make("del", {}, ...inline(part.del, depth + 1)));
-		else if (part.bare) {
-			const href = part.bare.replace(part.bare.includes("(") ? /[.,;:!?*_\]]+$/ : /[.,;:!?*_\])]+$/, "");
+		const [name, inner] = Object.entries(part).find(([, value]) => value !== undefined);
+		if (name === "math") nodes.push(math(inner, "span"));
+		else if (name === "escape") nodes.push(inner);
+		else if (part.tick) nodes.push(make("code", {dir: "ltr"}, part.code.replace(/^ (.*) $/, "$1")));
+		else if (name === "bare") {
+			const href = inner.replace(inner.includes("(") ? /[.,;:!?*_\]]+$/ : /[.,;:!?*_\])]+$/, "");
 			end = found.index + href.length;
 			nodes.push(link(href, [href]));
-		} else nodes.push(link(part.href, inline(part.text, depth + 1)));
+		} else if (name === "text") nodes.push(link(part.href, inline(inner, depth + 1)));
+		else nodes.push(make(name.replace("_", ""), ...inline(inner, depth + 1)));
 		from = end;
 	}
 	if (from < text.length) nodes.push(text.slice(from));
@@ -252,14 +231,14 @@ function inline(text, depth = 0) {
 }
 
 function link(href, children) {
-	if (!/^https?:\/\//i.test(href) || !URL.canParse(href)) return make("span", { className: "dead-link" }, ...children);
-	return make("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
+	if (!/^https?:\/\//i.test(href)) return make("span", ...children);
+	return make("a", {href, title: href, target: "_blank", rel: "noopener noreferrer nofollow"}, ...children);
 }
 
 // What the browser keeps: settings and one entry a chat; the key only as long as the tab
 
 const PREFIX = "alloy.chat.";
-const settings = { thinking: true, budget: 20, temperature: "", maxTokens: "", system: "", model: "", ...read(localStorage, "alloy.settings") };
+const settings = {thinking: true, budget: 20, temperature: "", maxTokens: "", system: "", model: "", ...read(localStorage, "alloy.settings")};
 
 function read(area, key) {
 	try {
@@ -286,12 +265,12 @@ function chats() {
 	return all.sort((a, b) => b.changed - a.changed);
 }
 
-const newChat = () => ({ id: `${Date.now().toString(36)}${Math.random().toString(36).slice(2, 8)}`, changed: Date.now(), system: settings.system, messages: [] });
+const newChat = () => ({id: `${Date.now()}-${Math.random()}`, changed: Date.now(), system: settings.system, messages: []});
 
 const title = (chat) => chat.messages.find((message) => message.role === "user")?.content.trim().slice(0, 80) || "New chat";
 
 // 0, 16, 24, 32, 48 ... 6144, 8192, then no limit
-const BUDGETS = [0, ...Array.from({ length: 19 }, (_, i) => (i % 2 ? 24 : 16) * 2 ** (i >> 1)), -1];
+const BUDGETS = [0, ...Array.from({length: 19}, (_, i) => (i % 2 ? 24 : 16) * 2 ** (i >> 1)), -1];
 
 // Messages on the page
 
@@ -302,33 +281,36 @@ const views = new WeakMap();
 function show() {
 	$("log").replaceChildren(...chat.messages.map(view));
 	if (!chat.messages.length) {
-		const hello = make("h1", {}, "What shall we think about?");
-		$("log").append(make("div", { className: "empty" }, hello, make("p", { id: "about" }, about)));
+		const hello = make("h1", "What shall we think about?");
+		$("log").append(make("div.empty", hello, make("p", {id: "about"}, about)));
 	}
 	$("system").value = chat.system;
 	$("download").disabled = !chat.messages.length;
 	marks();
 	controls();
-	down(true);
+	down();
 }
 
 /** Builds one message; what changes while it grows is set by `paint`. */
 function view(message) {
 	const own = message.role === "user";
-	const root = make("article", { className: `message ${message.role}` });
-	const made = { root, blocks: [], thought: "" };
-	root.append(make("h2", { className: "unseen" }, own ? "You" : "Model"));
-	made.summary = make("span", {});
+	const root = make(`article.message ${message.role}`);
+	const made = {root, blocks: [], thought: ""};
+	root.append(make("h2.unseen", own ? "You" : "Model"));
+	made.summary = make("span");
 	made.text = document.createTextNode("");
-	made.pane = make("div", { className: "thought-text", dir: "auto", tabIndex: 0 }, made.text);
-	made.details = make("details", { className: "thought", hidden: true }, make("summary", {}, made.summary), made.pane);
-	made.details.firstChild.addEventListener("click", () => (made.touched = true));
-	made.body = make("div", { className: "body", dir: "auto" });
-	made.note = make("div", { className: "note", hidden: true });
-	made.stats = make("span", { className: "stats" });
-	made.tools = make("span", { className: "tools" }, copier("Copy message", () => message.content), button("edit", "Edit message", () => edit(message)));
-	if (!own) made.tools.append(button("again", "Regenerate the answer", () => again(message)));
-	root.append(made.details, made.body, made.note, make("footer", {}, made.stats, made.tools));
+	made.pane = make("div.thought-text", {dir: "auto", tabIndex: 0}, made.text);
+	made.details = make("details.thought", {hidden: true}, make("summary", made.summary), made.pane);
+	made.details.firstChild.onclick = () => (made.touched = true);
+	made.body = make("div.body", {dir: "auto"});
+	made.note = make("div.note", {hidden: true});
+	made.stats = make("span.stats");
+	made.tools = make("span.tools", copier("Copy message", () => message.content), button("edit", "Edit message", () => edit(message)));
+	if (!own) {
+		made.tools.append(button("again", "Regenerate the answer", () => again(message)));
+		root.append(made.details);
+	}
+	root.append(made.body, made.note, make("footer", made.stats, made.tools));
 	views.set(message, made);
 	paint(message);
 	return root;
@@ -337,11 +319,10 @@ function view(message) {
 /** Brings the page up to what the message holds. */
 function paint(message) {
 	const made = views.get(message);
-	if (!made?.root.isConnected && made?.painted) return;
-	made.painted = true;
+	if (!made) return;
 	const busy = running?.message === message;
 	made.root.classList.toggle("busy", busy);
-	made.root.setAttribute("aria-busy", busy);
+	made.root.ariaBusy = busy;
 	if (message.role === "user") made.body.textContent = message.content;
 	else {
 		paintThought(message, made, busy);
@@ -349,9 +330,10 @@ function paint(message) {
 		let same = 0;
 		while (same < blocks.length && blocks[same].source === made.blocks[same]) same++;
 		while (made.body.childNodes.length > same) made.body.lastChild.remove();
-		made.body.append(...blocks.slice(same).map(draw));
+		made.body.append(...blocks.slice(same).map((block) => block.draw()));
 		made.blocks = blocks.map((block) => block.source);
 		made.stats.textContent = meter(message);
+		made.tools.hidden = busy || !(message.content || message.reasoning);
 		paintNote(message, made);
 	}
 }
@@ -363,7 +345,8 @@ function paintThought(message, made, busy) {
 	const atEnd = made.pane.scrollHeight - made.pane.scrollTop - made.pane.clientHeight < 40;
 	made.text.appendData(message.reasoning.slice(made.thought.length));
 	made.thought = message.reasoning;
-	const spent = `${(message.stats.thought ?? 0).toFixed(1)} s, ${plural(message.stats.thoughtTokens ?? 0, "token")}`;
+	const seconds = thinks ? clock() - running.first : message.stats.thought;
+	const spent = `${seconds.toFixed(1)} s, ${tokens(message.stats.thoughtTokens ?? 0)}`;
 	made.summary.textContent = thinks ? `Thinking for ${spent}` : `Thought for ${spent}`;
 	made.details.classList.toggle("live", thinks);
 	// open while it grows, folded once; after that it is the reader's
@@ -372,7 +355,7 @@ function paintThought(message, made, busy) {
 }
 
 function meter(message) {
-	const { first, rate, prompt, cached, answer, thoughtTokens } = message.stats;
+	const {first, rate, prompt, cached, answer, thoughtTokens} = message.stats;
 	const parts = [];
 	if (rate) parts.push(`${rate < 100 ? rate.toFixed(1) : count(Math.round(rate))} tokens/s`);
 	if (first !== undefined) parts.push(`first after ${first.toFixed(2)} s`);
@@ -387,24 +370,20 @@ function paintNote(message, made) {
 	made.shown = note;
 	made.note.hidden = !note;
 	made.note.className = `note ${note?.kind ?? ""}`;
-	made.note.replaceChildren();
-	if (!note) return;
-	made.seconds = make("span", {}, note.text);
-	made.note.append(made.seconds);
-	if (note.kind === "key") made.note.append(keyForm(() => again(message)));
-	if (note.kind === "error" || note.kind === "lost") made.note.append(button("again", "Try again", () => again(message), "Try again"));
+	made.note.replaceChildren(note?.text ?? "");
+	if (note?.kind === "key") made.note.append(keyForm(() => again(message)));
+	if (/error|lost/.test(note?.kind)) made.note.append(retry(() => again(message)));
 }
 
 function keyForm(then) {
-	const input = make("input", { type: "password", placeholder: "API key", autocomplete: "off", required: true });
-	input.setAttribute("aria-label", "API key");
-	const form = make("form", { className: "key" }, input, make("button", { className: "plain" }, "Use this key"));
-	form.addEventListener("submit", (event) => {
+	const input = make("input", {type: "password", placeholder: "API key", ariaLabel: "API key", autocomplete: "off", required: true});
+	const form = make("form.key", input, make("button.plain", "Use this key"));
+	form.onsubmit = (event) => {
 		event.preventDefault();
 		sessionStorage.setItem("alloy.key", input.value.trim());
 		models();
 		then();
-	});
+	};
 	return form;
 }
 
@@ -412,8 +391,7 @@ function keyForm(then) {
 function edit(message) {
 	const made = views.get(message);
 	const owner = chat;
-	const area = make("textarea", { value: message.content, dir: "auto" });
-	area.setAttribute("aria-label", "Edit message");
+	const area = make("textarea", {value: message.content, dir: "auto", ariaLabel: "Edit message"});
 	const own = message.role === "user";
 	const close = () => {
 		editor.replaceWith(made.root);
@@ -431,14 +409,15 @@ function edit(message) {
 		show();
 		answer();
 	};
-	const later = own && message !== chat.messages.at(-1) ? make("span", { className: "hint" }, "Messages after this one are replaced.") : "";
-	const row = make("div", { className: "row" }, later, make("span", { className: "gap" }), make("button", { type: "button", className: "plain", onclick: close }, "Cancel"), make("button", { className: "plain strong" }, own ? "Send" : "Save"));
-	const editor = make("form", { className: "message editor" }, area, row);
-	editor.addEventListener("submit", (event) => (event.preventDefault(), save()));
-	area.addEventListener("keydown", (event) => {
+	const later = own && message !== chat.messages.at(-1) ? make("span.hint", "Messages after this one are replaced.") : "";
+	const cancel = make("button.plain", {type: "button", onclick: close}, "Cancel");
+	const row = make("div.row", later, make("span.gap"), cancel, make("button.plain strong", own ? "Send" : "Save"));
+	const editor = make("form.message editor", area, row);
+	editor.onsubmit = (event) => (event.preventDefault(), save());
+	area.onkeydown = (event) => {
 		if (event.key === "Escape") event.stopPropagation(), close();
-		if (event.key === "Enter" && own && !event.shiftKey && !event.isComposing) event.preventDefault(), save();
-	});
+		if (own && isSend(event)) event.preventDefault(), save();
+	};
 	made.root.replaceWith(editor);
 	grow(area);
 	area.focus();
@@ -455,7 +434,7 @@ function again(message) {
 function send() {
 	const text = $("prompt").value.trim();
 	if (!text || running) return;
-	chat.messages.push({ role: "user", content: text });
+	chat.messages.push({role: "user", content: text});
 	$("prompt").value = "";
 	grow($("prompt"));
 	answer();
@@ -463,9 +442,9 @@ function send() {
 
 function request(owner, upTo) {
 	const messages = owner.messages.slice(0, upTo).filter((message) => message.content || message.reasoning);
-	const sent = messages.map(({ role, content, reasoning }) => ({ role, content, ...(reasoning && { reasoning }) }));
-	if (owner.system.trim()) sent.unshift({ role: "system", content: owner.system });
-	const body = { model: settings.model, messages: sent, stream: true, stream_options: { include_usage: true }, chat_template_kwargs: { enable_thinking: settings.thinking } };
+	const sent = messages.map(({role, content, reasoning}) => ({role, content, ...(reasoning && {reasoning})}));
+	if (owner.system.trim()) sent.unshift({role: "system", content: owner.system});
+	const body = {model: settings.model, messages: sent, stream: true, stream_options: {include_usage: true}, chat_template_kwargs: {enable_thinking: settings.thinking}};
 	if (settings.thinking) body.thinking_token_budget = BUDGETS[settings.budget];
 	if (settings.temperature !== "") body.temperature = Number(settings.temperature);
 	if (settings.maxTokens !== "") body.max_tokens = Number(settings.maxTokens);
@@ -474,64 +453,57 @@ function request(owner, upTo) {
 
 async function answer() {
 	const owner = chat;
-	const message = { role: "assistant", content: "", reasoning: "", model: settings.model, stats: {}, pending: true };
+	const message = {role: "assistant", content: "", reasoning: "", model: settings.model, stats: {}, pending: true};
 	owner.messages.push(message);
 	owner.changed = Date.now();
-	running = { chat: owner, message, controller: new AbortController(), spoken: 0, saidAt: clock() };
+	running = {chat: owner, message, controller: new AbortController(), spoken: 0, saidAt: clock()};
 	const run = running;
 	saveChat(owner);
 	show();
 	try {
 		await exchange(run, request(owner, owner.messages.length - 1));
 	} catch (error) {
-		if (run.controller.signal.aborted) message.note = { kind: "stopped", text: "Stopped." };
-		else if (error instanceof Told) message.note = { kind: error.kind, text: error.message };
-		else if (message.content || message.reasoning) message.note = { kind: "lost", text: "The connection was lost. What arrived is kept." };
-		else message.note = { kind: "lost", text: "The server cannot be reached." };
+		if (run.controller.signal.aborted) message.note = {kind: "stopped", text: "Stopped."};
+		else message.note = {kind: error.kind ?? "lost", text: error.kind ? error.message : message.content || message.reasoning ? "The connection was lost. What arrived is kept." : UNREACHED};
 	}
 	delete message.pending;
 	running = null;
 	saveChat(owner);
 	cancelAnimationFrame(run.frame);
-	paint(message);
+	follow(run);
 	marks();
 	controls();
-	if (owner === chat) down();
 	say([message.content.slice(run.spoken), message.note?.text ?? "The answer is complete."].join(" "));
 }
 
-class Told extends Error {
-	constructor(kind, text) {
-		super(text);
-		this.kind = kind;
-	}
-}
+const UNREACHED = "The server cannot be reached.";
+const told = (kind, text) => Object.assign(new Error(text), {kind});
 
 async function exchange(run, body) {
-	const { message, controller } = run;
+	const {message, controller} = run;
 	for (;;) {
 		const began = clock();
-		const response = await call("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: controller.signal });
+		const response = await call("v1/chat/completions", {method: "POST", body: JSON.stringify(body), signal: controller.signal});
 		if (response.ok) return receive(run, response, began);
 		const error = (await response.json().catch(() => null))?.error;
-		if (response.status === 401) throw new Told("key", sessionStorage.getItem("alloy.key") ? "The server refuses this key." : "The server asks for a key.");
+		if (response.status === 401) throw told("key", sessionStorage.getItem("alloy.key") ? "The server refuses this key." : "The server asks for a key.");
 		const wait = Number(response.headers.get("retry-after") ?? NaN);
 		const isBusy = response.status === 503 || response.status === 429;
-		if (!isBusy || error?.code === "engine_dead") throw new Told("error", error?.message ?? `The server answered with status ${response.status}.`);
+		if (!isBusy || error?.code === "engine_dead") throw told("error", error?.message ?? `The server answered with status ${response.status}.`);
 		await countdown(message, Math.min(Math.max(wait || 5, 1), 600), controller.signal);
 	}
 }
 
 function call(path, options = {}) {
 	const key = sessionStorage.getItem("alloy.key");
-	const headers = { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
-	return fetch(path, { ...options, headers, credentials: "same-origin", cache: "no-store" });
+	const headers = {"content-type": "application/json", ...(key && {authorization: `Bearer ${key}`})};
+	return fetch(path, {...options, headers, credentials: "same-origin", cache: "no-store"});
 }
 
 async function countdown(message, seconds, signal) {
 	const until = clock() + seconds;
 	for (let left = seconds; left > 0; left = Math.ceil(until - clock())) {
-		message.note = { kind: "busy", text: `The server is busy, retrying in ${Math.ceil(left)} s` };
+		message.note = {kind: "busy", text: `The server is busy, retrying in ${Math.ceil(left)} s`};
 		paint(message);
 		if (left === seconds) say(message.note.text);
 		await new Promise((resolve) => setTimeout(resolve, Math.min(1000, left * 1000)));
@@ -541,13 +513,15 @@ async function countdown(message, seconds, signal) {
 	paint(message);
 }
 
+const LIMIT = "The limit of tokens was reached inside the thought: raise max tokens or lower the thinking budget.";
+
 /** Data of server-sent events, one string an event. */
 async function* events(response) {
 	const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
 	let rest = "";
 	let data = [];
 	for (;;) {
-		const { value, done } = await reader.read();
+		const {value, done} = await reader.read();
 		if (done) return;
 		const lines = (rest + value).split(/\r\n|\n|\r/);
 		rest = lines.pop();
@@ -561,10 +535,9 @@ async function* events(response) {
 }
 
 async function receive(run, response, began) {
-	const { message } = run;
-	const { stats } = message;
-	let tokens = 0;
-	let first = 0;
+	const {message} = run;
+	const {stats} = message;
+	let total = 0;
 	let ended = false;
 	for await (const data of events(response)) {
 		if (data === "[DONE]") {
@@ -572,43 +545,44 @@ async function receive(run, response, began) {
 			break;
 		}
 		const chunk = JSON.parse(data);
-		if (chunk.error) throw new Told("error", chunk.error.message ?? "The server ended the answer with an error.");
+		if (chunk.error) throw told("error", chunk.error.message ?? "The server ended the answer with an error.");
 		const choice = chunk.choices?.[0];
 		const thought = choice?.delta?.reasoning ?? choice?.delta?.reasoning_content ?? "";
 		const content = choice?.delta?.content ?? "";
 		const now = clock();
 		if (thought || content) {
 			// until the usage comes a chunk counts as a token
-			tokens++;
-			first ||= now;
-			stats.first = first - began;
+			total++;
+			run.first ??= now;
+			stats.first = run.first - began;
 			if (thought) stats.thoughtTokens = (stats.thoughtTokens ?? 0) + 1;
-			if (message.reasoning || thought) stats.thought = message.content ? stats.thought : now - first;
+			if (!message.content) stats.thought = now - run.first;
 			message.reasoning += thought;
 			message.content += content;
-			stats.answer = tokens - (stats.thoughtTokens ?? 0);
+			stats.answer = total - (stats.thoughtTokens ?? 0);
 			run.last = now;
 		}
 		if (chunk.usage) {
-			tokens = chunk.usage.completion_tokens;
+			total = chunk.usage.completion_tokens;
 			stats.prompt = chunk.usage.prompt_tokens;
 			stats.cached = chunk.usage.prompt_tokens_details?.cached_tokens ?? 0;
 			stats.thoughtTokens = chunk.usage.completion_tokens_details?.reasoning_tokens ?? stats.thoughtTokens ?? 0;
-			stats.answer = tokens - stats.thoughtTokens;
+			stats.answer = total - stats.thoughtTokens;
 		}
-		if (tokens > 1 && run.last > first) stats.rate = (tokens - 1) / (run.last - first);
-		if (choice?.finish_reason) finish(message, choice.finish_reason);
-		ended ||= Boolean(choice?.finish_reason);
+		// a rate over less than this would be noise
+		if (run.last - run.first > 0.05) stats.rate = (total - 1) / (run.last - run.first);
+		ended ||= choice?.finish_reason;
+		if (choice?.finish_reason === "length") message.note = {kind: "length", text: message.content ? "The answer reached its limit of tokens." : LIMIT};
 		schedule(run);
 		speak(run);
 	}
 	if (!ended) throw new TypeError("the stream ended early");
 }
 
-function finish(message, reason) {
-	if (reason !== "length") return;
-	const text = message.content ? "The answer reached its limit of tokens." : "The limit of tokens was reached inside the thought: raise max tokens or lower the thinking budget.";
-	message.note = { kind: "length", text };
+function follow(run) {
+	const stick = run.chat === chat && isDown();
+	paint(run.message);
+	if (stick) down();
 }
 
 /** Paints at most once a frame, and seldom enough that painting takes a quarter of the time. */
@@ -618,9 +592,7 @@ function schedule(run) {
 	run.late = false;
 	run.frame = requestAnimationFrame(() => {
 		const began = performance.now();
-		const stick = isDown();
-		paint(run.message);
-		if (stick && run.chat === chat) down(true);
+		follow(run);
 		const rest = Math.min((performance.now() - began) * 3, 2000);
 		setTimeout(() => {
 			run.frame = 0;
@@ -652,15 +624,13 @@ async function models() {
 		const response = await call("v1/models");
 		if (response.status === 401) return tell("This server asks for a key.", keyForm(() => tell("")));
 		if (!response.ok) throw new Error(response.status);
-		const { data } = await response.json();
-		select.replaceChildren(...data.map(({ id }) => make("option", { value: id }, id)));
-		if (!data.some(({ id }) => id === settings.model)) settings.model = data[0]?.id ?? "";
+		const {data} = await response.json();
+		select.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
+		if (!data.some(({id}) => id === settings.model)) settings.model = data[0]?.id ?? "";
 		select.value = settings.model;
-		const limit = data.find(({ id }) => id === settings.model)?.max_model_len;
-		$("context").textContent = limit ? `Thought and answer together; with the prompt at most ${count(limit)}.` : "Thought and answer together.";
 		tell(data.length ? "" : "The server offers no model.");
 	} catch {
-		tell("The server cannot be reached.", button("again", "Try again", models, "Try again"));
+		tell(UNREACHED, retry(models));
 	}
 }
 
@@ -673,10 +643,8 @@ function tell(text, ...more) {
 
 function marks() {
 	const rows = chats().map((item) => {
-		const open = make("button", { type: "button", className: "open", dir: "auto" }, title(item));
-		if (item.id === chat.id) open.setAttribute("aria-current", "true");
-		open.addEventListener("click", () => load(item));
-		return make("li", {}, open, button("bin", `Delete chat: ${title(item)}`, () => remove(item)));
+		const open = make("button.open", {dir: "auto", ariaCurrent: item.id === chat.id, onclick: () => load(item)}, title(item));
+		return make("li", open, button("bin", `Delete chat: ${title(item)}`, () => remove(item)));
 	});
 	$("list").replaceChildren(...rows);
 }
@@ -686,7 +654,7 @@ function load(item) {
 	for (const message of chat.messages) {
 		if (!message.pending || message === running?.message) continue;
 		delete message.pending;
-		message.note = { kind: "lost", text: "The page was closed before the answer ended." };
+		message.note = {kind: "lost", text: "The page was closed before the answer ended."};
 	}
 	show();
 	if (isNarrow()) panel("chats", false);
@@ -704,20 +672,19 @@ function remove(item) {
 }
 
 function download() {
-	const { system, messages } = chat;
-	const { thinking, budget, temperature, maxTokens, model } = settings;
-	const text = JSON.stringify({ model, system, settings: { thinking, budget: BUDGETS[budget], temperature, max_tokens: maxTokens }, messages }, null, 2);
-	const href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-	make("a", { href, download: `chat-${new Date(chat.changed).toISOString().slice(0, 16).replace(":", "-")}.json` }).click();
+	const {system, messages} = chat;
+	const {thinking, budget, temperature, maxTokens, model} = settings;
+	const text = JSON.stringify({model, system, settings: {thinking, budget: BUDGETS[budget], temperature, max_tokens: maxTokens}, messages}, null, 2);
+	const href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+	make("a", {href, download: `chat-${new Date(chat.changed).toISOString().slice(0, 16).replace(":", "-")}.json`}).click();
 	setTimeout(() => URL.revokeObjectURL(href), 10000);
 }
 
+const isSend = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing;
 const isNarrow = () => innerWidth < 900;
 const isDown = () => $("scroll").scrollHeight - $("scroll").scrollTop - $("scroll").clientHeight < 80;
 
-function down(force = false) {
-	if (force || isDown()) $("scroll").scrollTop = $("scroll").scrollHeight;
-}
+const down = () => ($("scroll").scrollTop = $("scroll").scrollHeight);
 
 function grow(area) {
 	area.style.height = "auto";
@@ -727,9 +694,8 @@ function grow(area) {
 function panel(id, open) {
 	if (open && isNarrow()) for (const other of ["chats", "settings"]) $(other).hidden = true;
 	$(id).hidden = !open;
-	$("menu").setAttribute("aria-expanded", !$("chats").hidden);
-	$("gear").setAttribute("aria-expanded", !$("settings").hidden);
-	if (open) $(id).querySelector("button").focus();
+	$("menu").ariaExpanded = !$("chats").hidden;
+	$("gear").ariaExpanded = !$("settings").hidden;
 }
 
 function controls() {
@@ -737,63 +703,65 @@ function controls() {
 	$("stop").hidden = !running;
 	$("budget").disabled = !settings.thinking;
 	const budget = BUDGETS[settings.budget];
-	$("budget-text").textContent = !settings.thinking ? "off" : budget < 0 ? "unlimited" : plural(budget, "token");
-	$("budget").setAttribute("aria-valuetext", $("budget-text").textContent);
+	$("budget-text").textContent = !settings.thinking ? "off" : budget < 0 ? "unlimited" : tokens(budget);
+	$("budget").ariaValueText = $("budget-text").textContent;
 }
 
 function bind(id, key, value) {
 	const node = $(id);
 	if (node.type === "checkbox") node.checked = settings[key];
 	else node.value = settings[key];
-	node.addEventListener("input", () => {
+	node.oninput = () => {
 		if (node.validity.valid) settings[key] = value(node);
 		saveSettings();
 		controls();
-	});
+	};
 }
 
-for (const node of document.querySelectorAll("[data-icon]")) node.prepend(icon(node.dataset.icon));
+for (const node of document.querySelectorAll("[data-icon]")) {
+	node.prepend(icon(node.dataset.icon));
+	node.title ||= node.ariaLabel ?? "";
+}
 bind("thinking", "thinking", (node) => node.checked);
 bind("budget", "budget", (node) => Number(node.value));
 bind("temperature", "temperature", (node) => node.value);
 bind("max-tokens", "maxTokens", (node) => node.value);
 bind("system", "system", (node) => (chat.system = node.value));
-$("system").addEventListener("change", () => saveChat(chat));
-$("model").addEventListener("change", () => ((settings.model = $("model").value), saveSettings()));
-$("new").addEventListener("click", () => {
-	chat = newChat();
-	show();
-	if (isNarrow()) panel("chats", false);
+$("system").onchange = () => saveChat(chat);
+$("model").onchange = () => {
+	settings.model = $("model").value;
+	saveSettings();
+};
+$("new").onclick = () => {
+	load(newChat());
 	$("prompt").focus();
-});
-for (const [open, id] of [["menu", "chats"], ["gear", "settings"]]) {
-	$(open).addEventListener("click", () => panel(id, $(id).hidden));
-	$(`close-${id}`).addEventListener("click", () => (panel(id, false), $(open).focus()));
-}
-$("shade").addEventListener("click", () => (panel("chats", false), panel("settings", false)));
-$("download").addEventListener("click", download);
-$("stop").addEventListener("click", () => running?.controller.abort());
-$("composer").addEventListener("submit", (event) => (event.preventDefault(), send()));
-$("prompt").addEventListener("input", () => grow($("prompt")));
-$("prompt").addEventListener("keydown", (event) => {
-	if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-	event.preventDefault();
-	send();
-});
-document.addEventListener("keydown", (event) => {
+};
+$("menu").onclick = () => panel("chats", $("chats").hidden);
+$("gear").onclick = () => panel("settings", $("settings").hidden);
+$("shade").onclick = $("close-chats").onclick = $("close-settings").onclick = () => {
+	if (isNarrow()) panel("chats", false);
+	panel("settings", false);
+};
+$("download").onclick = download;
+$("stop").onclick = () => running?.controller.abort();
+$("composer").onsubmit = (event) => (event.preventDefault(), send());
+$("prompt").oninput = () => grow($("prompt"));
+$("prompt").onkeydown = (event) => isSend(event) && (event.preventDefault(), send());
+onkeydown = (event) => {
 	if (event.key !== "Escape" || event.isComposing) return;
 	if (running) running.controller.abort();
-	else if (!$("settings").hidden) panel("settings", false);
-	else if (isNarrow()) panel("chats", false);
-});
-addEventListener("pagehide", () => running && saveChat(running.chat));
-addEventListener("storage", (event) => {
+	else $("shade").click();
+};
+onpagehide = () => running && saveChat(running.chat);
+onstorage = (event) => {
 	if (!event.key?.startsWith(PREFIX)) return;
 	// another tab wrote this chat: show what it wrote, unless this tab is writing too
 	const changed = event.key === PREFIX + chat.id && running?.chat !== chat && read(localStorage, event.key);
 	if (changed) load(changed);
 	else marks();
-});
+};
+// a thought's seconds go on while nothing arrives
+setInterval(() => running && schedule(running), 500);
 
 panel("chats", !isNarrow());
 show();
