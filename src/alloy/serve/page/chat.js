@@ -5,7 +5,7 @@ const clock = () => performance.now() / 1000;
 const count = (n) => n.toLocaleString("en");
 const tokens = (n) => `${count(n)} token${n === 1 ? "" : "s"}`;
 
-/** make("p.note", {title}, child, ...); the properties may be left out. */
+// make("p.note", {title}, child, ...); the properties may be left out.
 function make(tag, ...children) {
 	const [name, className] = tag.split(".");
 	const props = children[0]?.constructor === Object ? children.shift() : {};
@@ -71,7 +71,7 @@ const interrupts = (line) => BREAK.test(line) || isRule(line);
 const cells = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 const math = (text, tag) => make(`${tag}.math`, {dir: "ltr"}, make("code", text), copier("Copy formula", text));
 
-/** Blocks of Markdown: {source, draw}. */
+// Blocks of Markdown: {source, draw}.
 function parse(text, depth = 0) {
 	const lines = text.split("\n").map((line) => line.replace(/^[ \t]{1,80}/, (space) => space.replaceAll("\t", "    ")));
 	const blocks = [];
@@ -205,7 +205,7 @@ const INLINE = new RegExp(
 	"g",
 );
 
-/** Nodes of a line of Markdown; links lead to http and https only. */
+// Nodes of a line of Markdown; links lead to http and https only.
 function inline(text, depth = 0) {
 	if (text.length > LONG || depth > 6) return [text];
 	const nodes = [];
@@ -251,8 +251,9 @@ function read(area, key) {
 function write(key, value) {
 	try {
 		localStorage.setItem(key, JSON.stringify(value));
+		$("warning").textContent = "";
 	} catch {
-		say("The browser's storage is full: this chat is not saved. Delete old chats or download this one.");
+		$("warning").textContent = "The browser's storage is full, this chat is not saved: delete old ones or download it.";
 	}
 }
 
@@ -291,17 +292,16 @@ function show() {
 	down();
 }
 
-/** Builds one message; what changes while it grows is set by `paint`. */
+// Builds one message; what changes while it grows is set by `paint`.
 function view(message) {
 	const own = message.role === "user";
 	const root = make(`article.message ${message.role}`);
-	const made = {root, blocks: [], thought: ""};
+	const made = {root, blocks: []};
 	root.append(make("h2.unseen", own ? "You" : "Model"));
-	made.summary = make("span");
+	made.summary = make("summary", {onclick: () => (made.touched = true)});
 	made.text = document.createTextNode("");
 	made.pane = make("div.thought-text", {dir: "auto", tabIndex: 0}, made.text);
-	made.details = make("details.thought", {hidden: true}, make("summary", made.summary), made.pane);
-	made.details.firstChild.onclick = () => (made.touched = true);
+	made.details = make("details.thought", {hidden: true}, made.summary, made.pane);
 	made.body = make("div.body", {dir: "auto"});
 	made.note = make("div.note", {hidden: true});
 	made.stats = make("span.stats");
@@ -316,12 +316,11 @@ function view(message) {
 	return root;
 }
 
-/** Brings the page up to what the message holds. */
+// Brings the page up to what the message holds.
 function paint(message) {
 	const made = views.get(message);
 	if (!made) return;
 	const busy = running?.message === message;
-	made.root.classList.toggle("busy", busy);
 	made.root.ariaBusy = busy;
 	if (message.role === "user") made.body.textContent = message.content;
 	else {
@@ -343,14 +342,12 @@ function paintThought(message, made, busy) {
 	made.details.hidden = !message.reasoning;
 	if (!message.reasoning) return;
 	const atEnd = made.pane.scrollHeight - made.pane.scrollTop - made.pane.clientHeight < 40;
-	made.text.appendData(message.reasoning.slice(made.thought.length));
-	made.thought = message.reasoning;
+	made.text.appendData(message.reasoning.slice(made.text.length));
 	const seconds = thinks ? clock() - running.first : message.stats.thought;
-	const spent = `${seconds.toFixed(1)} s, ${tokens(message.stats.thoughtTokens ?? 0)}`;
+	const spent = `${seconds.toFixed(1)} s, ${tokens(message.stats.thoughtTokens)}`;
 	made.summary.textContent = thinks ? `Thinking for ${spent}` : `Thought for ${spent}`;
-	made.details.classList.toggle("live", thinks);
 	// open while it grows, folded once; after that it is the reader's
-	if (!made.touched && made.details.open !== thinks) made.details.open = thinks;
+	if (!made.touched) made.details.open = thinks;
 	if (thinks && atEnd) made.pane.scrollTop = made.pane.scrollHeight;
 }
 
@@ -387,7 +384,7 @@ function keyForm(then) {
 	return form;
 }
 
-/** Puts an editor in the place of a message. */
+// Puts an editor in the place of a message.
 function edit(message) {
 	const made = views.get(message);
 	const owner = chat;
@@ -440,28 +437,28 @@ function send() {
 	answer();
 }
 
-function request(owner, upTo) {
-	const messages = owner.messages.slice(0, upTo).filter((message) => message.content || message.reasoning);
+function request(owner) {
+	const messages = owner.messages.filter((message) => message.content || message.reasoning);
 	const sent = messages.map(({role, content, reasoning}) => ({role, content, ...(reasoning && {reasoning})}));
 	if (owner.system.trim()) sent.unshift({role: "system", content: owner.system});
-	const body = {model: settings.model, messages: sent, stream: true, stream_options: {include_usage: true}, chat_template_kwargs: {enable_thinking: settings.thinking}};
-	if (settings.thinking) body.thinking_token_budget = BUDGETS[settings.budget];
-	if (settings.temperature !== "") body.temperature = Number(settings.temperature);
-	if (settings.maxTokens !== "") body.max_tokens = Number(settings.maxTokens);
+	const {model, thinking, budget, temperature, maxTokens} = settings;
+	const body = {model, messages: sent, stream: true, stream_options: {include_usage: true}, chat_template_kwargs: {enable_thinking: thinking}};
+	if (thinking) body.thinking_token_budget = BUDGETS[budget];
+	if (temperature !== "") body.temperature = Number(temperature);
+	if (maxTokens !== "") body.max_tokens = Number(maxTokens);
 	return body;
 }
 
 async function answer() {
 	const owner = chat;
-	const message = {role: "assistant", content: "", reasoning: "", model: settings.model, stats: {}, pending: true};
+	const message = {role: "assistant", content: "", reasoning: "", model: settings.model, stats: {thought: 0, thoughtTokens: 0}, pending: true};
 	owner.messages.push(message);
 	owner.changed = Date.now();
-	running = {chat: owner, message, controller: new AbortController(), spoken: 0, saidAt: clock()};
-	const run = running;
+	const run = (running = {chat: owner, message, controller: new AbortController(), spoken: 0, saidAt: clock()});
 	saveChat(owner);
 	show();
 	try {
-		await exchange(run, request(owner, owner.messages.length - 1));
+		await exchange(run, request(owner));
 	} catch (error) {
 		if (run.controller.signal.aborted) message.note = {kind: "stopped", text: "Stopped."};
 		else message.note = {kind: error.kind ?? "lost", text: error.kind ? error.message : message.content || message.reasoning ? "The connection was lost. What arrived is kept." : UNREACHED};
@@ -486,36 +483,35 @@ async function exchange(run, body) {
 		const response = await call("v1/chat/completions", {method: "POST", body: JSON.stringify(body), signal: controller.signal});
 		if (response.ok) return receive(run, response, began);
 		const error = (await response.json().catch(() => null))?.error;
-		if (response.status === 401) throw told("key", sessionStorage.getItem("alloy.key") ? "The server refuses this key." : "The server asks for a key.");
-		const wait = Number(response.headers.get("retry-after") ?? NaN);
-		const isBusy = response.status === 503 || response.status === 429;
-		if (!isBusy || error?.code === "engine_dead") throw told("error", error?.message ?? `The server answered with status ${response.status}.`);
-		await countdown(message, Math.min(Math.max(wait || 5, 1), 600), controller.signal);
+		if (response.status === 401) throw told("key", key() ? "The server refuses this key." : "The server asks for a key.");
+		const wait = Math.ceil(response.headers.get("retry-after")) || 5;
+		if (![429, 503].includes(response.status) || error?.code === "engine_dead") throw told("error", error?.message ?? `The server answered with status ${response.status}.`);
+		await countdown(message, Math.min(wait, 600), controller.signal);
 	}
 }
 
+const key = () => sessionStorage.getItem("alloy.key");
+
 function call(path, options = {}) {
-	const key = sessionStorage.getItem("alloy.key");
-	const headers = {"content-type": "application/json", ...(key && {authorization: `Bearer ${key}`})};
-	return fetch(path, {...options, headers, credentials: "same-origin", cache: "no-store"});
+	const headers = {"content-type": "application/json", ...(key() && {authorization: `Bearer ${key()}`})};
+	return fetch(path, {...options, headers, cache: "no-store"});
 }
 
 async function countdown(message, seconds, signal) {
-	const until = clock() + seconds;
-	for (let left = seconds; left > 0; left = Math.ceil(until - clock())) {
-		message.note = {kind: "busy", text: `The server is busy, retrying in ${Math.ceil(left)} s`};
+	for (let left = seconds; left > 0; left--) {
+		message.note = {kind: "busy", text: `The server is busy, retrying in ${left} s`};
 		paint(message);
 		if (left === seconds) say(message.note.text);
-		await new Promise((resolve) => setTimeout(resolve, Math.min(1000, left * 1000)));
+		await new Promise((resolve) => setTimeout((signal.onabort = resolve), 1000));
 		signal.throwIfAborted();
 	}
 	message.note = null;
 	paint(message);
 }
 
-const LIMIT = "The limit of tokens was reached inside the thought: raise max tokens or lower the thinking budget.";
+const LIMIT = "The limit of tokens fell inside the thought: raise max tokens or lower the budget.";
 
-/** Data of server-sent events, one string an event. */
+// Data of server-sent events, one string an event.
 async function* events(response) {
 	const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
 	let rest = "";
@@ -546,33 +542,33 @@ async function receive(run, response, began) {
 		}
 		const chunk = JSON.parse(data);
 		if (chunk.error) throw told("error", chunk.error.message ?? "The server ended the answer with an error.");
-		const choice = chunk.choices?.[0];
-		const thought = choice?.delta?.reasoning ?? choice?.delta?.reasoning_content ?? "";
-		const content = choice?.delta?.content ?? "";
+		const {delta, finish_reason: reason} = chunk.choices?.[0] ?? {};
+		const thought = delta?.reasoning ?? delta?.reasoning_content ?? "";
+		const content = delta?.content ?? "";
 		const now = clock();
 		if (thought || content) {
 			// until the usage comes a chunk counts as a token
 			total++;
 			run.first ??= now;
 			stats.first = run.first - began;
-			if (thought) stats.thoughtTokens = (stats.thoughtTokens ?? 0) + 1;
+			if (thought) stats.thoughtTokens++;
 			if (!message.content) stats.thought = now - run.first;
 			message.reasoning += thought;
 			message.content += content;
-			stats.answer = total - (stats.thoughtTokens ?? 0);
+			stats.answer = total - stats.thoughtTokens;
 			run.last = now;
 		}
 		if (chunk.usage) {
 			total = chunk.usage.completion_tokens;
 			stats.prompt = chunk.usage.prompt_tokens;
 			stats.cached = chunk.usage.prompt_tokens_details?.cached_tokens ?? 0;
-			stats.thoughtTokens = chunk.usage.completion_tokens_details?.reasoning_tokens ?? stats.thoughtTokens ?? 0;
+			stats.thoughtTokens = chunk.usage.completion_tokens_details?.reasoning_tokens ?? stats.thoughtTokens;
 			stats.answer = total - stats.thoughtTokens;
 		}
 		// a rate over less than this would be noise
 		if (run.last - run.first > 0.05) stats.rate = (total - 1) / (run.last - run.first);
-		ended ||= choice?.finish_reason;
-		if (choice?.finish_reason === "length") message.note = {kind: "length", text: message.content ? "The answer reached its limit of tokens." : LIMIT};
+		ended ||= reason;
+		if (reason === "length") message.note = {kind: "length", text: message.content ? "The answer reached its limit of tokens." : LIMIT};
 		schedule(run);
 		speak(run);
 	}
@@ -585,7 +581,7 @@ function follow(run) {
 	if (stick) down();
 }
 
-/** Paints at most once a frame, and seldom enough that painting takes a quarter of the time. */
+// Paints at most once a frame, and seldom enough that painting takes a quarter of the time.
 function schedule(run) {
 	run.late = true;
 	if (run.frame) return;
@@ -601,7 +597,7 @@ function schedule(run) {
 	});
 }
 
-/** Reads the answer out a few sentences at a time, and saves what arrived. */
+// Reads the answer out a few sentences at a time, and saves what arrived.
 function speak(run) {
 	if (clock() - run.saidAt < 4) return;
 	run.saidAt = clock();
@@ -619,22 +615,21 @@ function speak(run) {
 let about = "";
 
 async function models() {
-	const select = $("model");
 	try {
 		const response = await call("v1/models");
 		if (response.status === 401) return tell("This server asks for a key.", keyForm(() => tell("")));
 		if (!response.ok) throw new Error(response.status);
 		const {data} = await response.json();
-		select.replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
+		$("model").replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
 		if (!data.some(({id}) => id === settings.model)) settings.model = data[0]?.id ?? "";
-		select.value = settings.model;
+		$("model").value = settings.model;
 		tell(data.length ? "" : "The server offers no model.");
 	} catch {
 		tell(UNREACHED, retry(models));
 	}
 }
 
-/** Says something where a new chat has no messages yet. */
+// Says something where a new chat has no messages yet.
 function tell(text, ...more) {
 	about = text;
 	$("about")?.replaceChildren(text, ...more);
@@ -676,7 +671,7 @@ function download() {
 	const {thinking, budget, temperature, maxTokens, model} = settings;
 	const text = JSON.stringify({model, system, settings: {thinking, budget: BUDGETS[budget], temperature, max_tokens: maxTokens}, messages}, null, 2);
 	const href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-	make("a", {href, download: `chat-${new Date(chat.changed).toISOString().slice(0, 16).replace(":", "-")}.json`}).click();
+	make("a", {href, download: "alloy-chat.json"}).click();
 	setTimeout(() => URL.revokeObjectURL(href), 10000);
 }
 
@@ -746,7 +741,9 @@ $("download").onclick = download;
 $("stop").onclick = () => running?.controller.abort();
 $("composer").onsubmit = (event) => (event.preventDefault(), send());
 $("prompt").oninput = () => grow($("prompt"));
-$("prompt").onkeydown = (event) => isSend(event) && (event.preventDefault(), send());
+$("prompt").onkeydown = (event) => {
+	if (isSend(event)) event.preventDefault(), send();
+};
 onkeydown = (event) => {
 	if (event.key !== "Escape" || event.isComposing) return;
 	if (running) running.controller.abort();
@@ -755,7 +752,7 @@ onkeydown = (event) => {
 onpagehide = () => running && saveChat(running.chat);
 onstorage = (event) => {
 	if (!event.key?.startsWith(PREFIX)) return;
-	// another tab wrote this chat: show what it wrote, unless this tab is writing too
+	// another tab wrote: show it, unless this tab is writing too
 	const changed = event.key === PREFIX + chat.id && running?.chat !== chat && read(localStorage, event.key);
 	if (changed) load(changed);
 	else marks();
