@@ -71,8 +71,8 @@ const interrupts = (line) => BREAK.test(line) || isRule(line);
 const cells = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 const math = (text, tag) => make(`${tag}.math`, {dir: "ltr"}, make("code", text), copier("Copy formula", text));
 
-// Blocks of Markdown: {source, draw}.
-function parse(text, depth = 0) {
+// Blocks of Markdown: {source, draw}; after 5000 blocks and items the rest is one plain paragraph
+function parse(text, depth = 0, room = {left: 5000}) {
 	const lines = text.split("\n").map((line) => line.replace(/^[ \t]{1,80}/, (space) => space.replaceAll("\t", "    ")));
 	const blocks = [];
 	let i = 0;
@@ -92,6 +92,11 @@ function parse(text, depth = 0) {
 	function next() {
 		const line = lines[i];
 		let found;
+		if (--room.left < 0) {
+			const rest = lines.slice(i).join("\n");
+			i = lines.length;
+			return () => make("p", rest);
+		}
 		if ((found = FENCE.exec(line))) return fence(found);
 		if ((found = HEADING.exec(line))) return i++, () => make(`h${found[1].length}`, ...inline(found[2]));
 		if (isRule(line)) return i++, () => make("hr");
@@ -106,7 +111,7 @@ function parse(text, depth = 0) {
 	}
 
 	function inner(rows) {
-		const parts = parse(rows.join("\n"), depth + 1);
+		const parts = parse(rows.join("\n"), depth + 1, room);
 		return () => parts.map((part) => part.draw());
 	}
 
@@ -147,7 +152,7 @@ function parse(text, depth = 0) {
 			const found = line !== undefined && !isRule(line) && ITEM.exec(line);
 			return found && found[1].length < width && found[2].length > 1 === ordered;
 		};
-		for (let at = i; isNext(lines[at]); at = filled()) {
+		for (let at = i; isNext(lines[at]) && room.left-- > 0; at = filled()) {
 			i = at + 1;
 			const lead = ITEM.exec(lines[at])[0].length;
 			const rows = [lines[at].slice(lead)];
@@ -187,30 +192,26 @@ function parse(text, depth = 0) {
 	}
 }
 
-const INLINE = new RegExp(
-	[
-		/(?<math>\\\([^]{1,1000}?\\\)|\\\[[^]{1,1000}?\\\]|\$\$[^$]{1,1000}\$\$|\$(?=[^\s$])[^$\n]{0,1000}?[^\s$\\]\$(?!\d))/,
-		/\\(?<escape>[!-/:-@[-`{-~])/,
-		/(?<tick>`{1,4})(?!`)(?<code>[^]{0,1000}?[^`])\k<tick>(?!`)/,
-		/\*\*(?=\S)(?<strong>[^]{0,1000}?\S)\*\*(?!\*)/,
-		/(?<!\w)__(?=\S)(?<strong_>[^_]{0,1000}?\S)__(?!\w)/,
-		/\*(?=[^\s*])(?<em>[^*]{0,1000}[^\s*])\*(?!\*)/,
-		/(?<!\w)_(?=[^\s_])(?<em_>[^_]{0,1000}[^\s_])_(?!\w)/,
-		/~~(?=\S)(?<del>[^~]{1,1000})~~/,
-		/!?\[(?<text>[^[\]]{1,500})\]\(<?(?<href>[^\s()<>]{0,1000}(?:\([^\s()]{0,200}\)[^\s()<>]{0,1000})?)>?(?:\s{1,9}"[^"]{0,200}")?\)/,
-		/(?<bare>(?<!\w)https?:\/\/[^\s<>"'`]{1,1000})/,
-	]
-		.map((part) => part.source)
-		.join("|"),
-	"g",
-);
+const INLINE = [
+	/(?<math>\\\([^]{1,1000}?\\\)|\\\[[^]{1,1000}?\\\]|\$\$[^$]{1,1000}\$\$|\$(?=[^\s$])[^$\n]{0,1000}?[^\s$\\]\$(?!\d))/,
+	/\\(?<escape>[!-/:-@[-`{-~])/,
+	/(?<tick>`{1,4})(?!`)(?<code>[^]{0,1000}?[^`])\k<tick>(?!`)/,
+	/\*\*(?=\S)(?<strong>[^]{0,1000}?\S)\*\*(?!\*)/,
+	/(?<!\w)__(?=\S)(?<strong_>[^_]{0,1000}?\S)__(?!\w)/,
+	/\*(?=[^\s*])(?<em>[^*]{0,1000}[^\s*])\*(?!\*)/,
+	/(?<!\w)_(?=[^\s_])(?<em_>[^_]{0,1000}[^\s_])_(?!\w)/,
+	/~~(?=\S)(?<del>[^~]{1,1000})~~/,
+	/!?\[(?<text>[^[\]]{1,500})\]\(<?(?<href>[^\s()<>]{0,1000}(?:\([^\s()]{0,200}\)[^\s()<>]{0,1000})?)>?(?:\s{1,9}"[^"]{0,200}")?\)/,
+	/(?<bare>(?<!\w)https?:\/\/[^\s<>"'`]{1,1000})/,
+];
+const PARTS = new RegExp(INLINE.map((part) => part.source).join("|"), "g");
 
 // Nodes of a line of Markdown; links lead to http and https only.
 function inline(text, depth = 0) {
 	if (text.length > LONG || depth > 6) return [text];
 	const nodes = [];
 	let from = 0;
-	for (const found of text.matchAll(INLINE)) {
+	for (const found of text.matchAll(PARTS)) {
 		const part = found.groups;
 		let end = found.index + found[0].length;
 		if (found.index > from) nodes.push(text.slice(from, found.index));
@@ -262,8 +263,8 @@ const saveChat = (chat) => chat.messages.length && !chat.deleted && write(PREFIX
 
 function chats() {
 	const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
-	const all = keys.map((key) => read(localStorage, key)).filter((chat) => Array.isArray(chat?.messages));
-	return all.sort((a, b) => b.changed - a.changed);
+	const all = keys.map((key) => read(localStorage, key));
+	return all.filter((chat) => Array.isArray(chat?.messages)).sort((a, b) => b.changed - a.changed);
 }
 
 const newChat = () => ({id: `${Date.now()}-${Math.random()}`, changed: Date.now(), system: settings.system, messages: []});
@@ -355,9 +356,9 @@ function meter(message) {
 	const {first, rate, prompt, cached, answer, thoughtTokens} = message.stats;
 	const parts = [];
 	if (rate) parts.push(`${rate < 100 ? rate.toFixed(1) : count(Math.round(rate))} tokens/s`);
-	if (first !== undefined) parts.push(`first after ${first.toFixed(2)} s`);
-	if (prompt !== undefined) parts.push(`prompt ${count(prompt)}${cached ? ` (${count(cached)} cached)` : ""}`);
-	if (answer !== undefined) parts.push(`answer ${count(answer)}${thoughtTokens ? ` + thought ${count(thoughtTokens)}` : ""}`);
+	if (first) parts.push(`first after ${first.toFixed(2)} s`);
+	if (prompt) parts.push(`prompt ${count(prompt)}${cached ? ` (${count(cached)} cached)` : ""}`);
+	if (answer) parts.push(`answer ${count(answer)}${thoughtTokens ? ` + thought ${count(thoughtTokens)}` : ""}`);
 	return parts.join(" · ");
 }
 
@@ -486,7 +487,7 @@ async function exchange(run, body) {
 		if (response.status === 401) throw told("key", key() ? "The server refuses this key." : "The server asks for a key.");
 		const wait = Math.ceil(response.headers.get("retry-after")) || 5;
 		if (![429, 503].includes(response.status) || error?.code === "engine_dead") throw told("error", error?.message ?? `The server answered with status ${response.status}.`);
-		await countdown(message, Math.min(wait, 600), controller.signal);
+		await countdown(message, wait, controller.signal);
 	}
 }
 
@@ -494,7 +495,7 @@ const key = () => sessionStorage.getItem("alloy.key");
 
 function call(path, options = {}) {
 	const headers = {"content-type": "application/json", ...(key() && {authorization: `Bearer ${key()}`})};
-	return fetch(path, {...options, headers, cache: "no-store"});
+	return fetch(path, {...options, headers});
 }
 
 async function countdown(message, seconds, signal) {
@@ -513,13 +514,14 @@ const LIMIT = "The limit of tokens fell inside the thought: raise max tokens or 
 
 // Data of server-sent events, one string an event.
 async function* events(response) {
-	const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+	const reader = response.body.getReader();
+	const decoder = new TextDecoder();
 	let rest = "";
 	let data = [];
 	for (;;) {
 		const {value, done} = await reader.read();
 		if (done) return;
-		const lines = (rest + value).split(/\r\n|\n|\r/);
+		const lines = (rest + decoder.decode(value, {stream: true})).split(/\r\n|\n|\r/);
 		rest = lines.pop();
 		for (const line of lines) {
 			if (line.startsWith("data:")) data.push(line.slice(5).trimStart());
@@ -536,10 +538,7 @@ async function receive(run, response, began) {
 	let total = 0;
 	let ended = false;
 	for await (const data of events(response)) {
-		if (data === "[DONE]") {
-			ended = true;
-			break;
-		}
+		if (data === "[DONE]") return;
 		const chunk = JSON.parse(data);
 		if (chunk.error) throw told("error", chunk.error.message ?? "The server ended the answer with an error.");
 		const {delta, finish_reason: reason} = chunk.choices?.[0] ?? {};
@@ -618,7 +617,6 @@ async function models() {
 	try {
 		const response = await call("v1/models");
 		if (response.status === 401) return tell("This server asks for a key.", keyForm(() => tell("")));
-		if (!response.ok) throw new Error(response.status);
 		const {data} = await response.json();
 		$("model").replaceChildren(...data.map(({id}) => make("option", {value: id}, id)));
 		if (!data.some(({id}) => id === settings.model)) settings.model = data[0]?.id ?? "";
