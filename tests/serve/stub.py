@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[2] / "src" / "alloy" / "serve" / "page"
-TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -61,7 +65,15 @@ def usage(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> 
 def stream(*parts: object, finish: str = "stop", counts: dict[str, Any] | None = None) -> Reply:
     """A whole answer: role, the parts (a plain string is content), finish reason, usage, end."""
     made = [chunk(content=part) if isinstance(part, str) else part for part in parts]
-    return Reply((chunk(role="assistant", content=""), *made, chunk(finish=finish), counts or usage(7, len(made)), b"data: [DONE]\n\n"))
+    return Reply(
+        (
+            chunk(role="assistant", content=""),
+            *made,
+            chunk(finish=finish),
+            counts or usage(7, len(made)),
+            b"data: [DONE]\n\n",
+        )
+    )
 
 
 def error(status: int, code: str, message: str, **headers: str) -> Reply:
@@ -108,10 +120,12 @@ class Stub:
         """The three files and the list of models."""
         if handler.path == "/v1/models":
             entry = {"id": "tiny-hybrid", "object": "model", "created": 0, "owned_by": "alloy", "max_model_len": 4096}
-            return self.send(handler, self.models or Reply(body={"object": "list", "data": [entry]}))
+            self.send(handler, self.models or Reply(body={"object": "list", "data": [entry]}))
+            return
         file = PAGE / (handler.path.lstrip("/") or "index.html")
         if file.parent != PAGE or not file.is_file():
-            return self.send(handler, error(404, "not_found", "no such page"))
+            self.send(handler, error(404, "not_found", "no such page"))
+            return
         handler.send_response(200)
         handler.send_header("content-type", TYPES[file.suffix])
         handler.send_header("content-security-policy", POLICY)

@@ -31,7 +31,7 @@ function copier(label, text) {
 	return button("copy", label, async (node) => {
 		const done = await copy(typeof text === "function" ? text() : text);
 		node.replaceChild(icon(done ? "done" : "close"), node.firstChild);
-		say(done ? "Copied" : "Copying is not allowed here");
+		say(done ? "Copied" : "Not copied");
 		setTimeout(() => node.replaceChild(icon("copy"), node.firstChild), 1500);
 	});
 }
@@ -323,33 +323,30 @@ function paint(message) {
 	if (!made) return;
 	const busy = running?.message === message;
 	made.root.ariaBusy = busy;
-	if (message.role === "user") made.body.textContent = message.content;
-	else {
-		paintThought(message, made, busy);
-		const blocks = parse(message.content);
-		let same = 0;
-		while (same < blocks.length && blocks[same].source === made.blocks[same]) same++;
-		while (made.body.childNodes.length > same) made.body.lastChild.remove();
-		made.body.append(...blocks.slice(same).map((block) => block.draw()));
-		made.blocks = blocks.map((block) => block.source);
-		made.stats.textContent = meter(message);
-		made.tools.hidden = busy || !(message.content || message.reasoning);
-		paintNote(message, made);
-	}
+	if (message.role === "user") return made.body.append(message.content);
+	paintThought(message, made, busy);
+	const blocks = parse(message.content);
+	let same = 0;
+	while (same < blocks.length && blocks[same].source === made.blocks[same]) same++;
+	while (made.body.childNodes.length > same) made.body.lastChild.remove();
+	made.body.append(...blocks.slice(same).map((block) => block.draw()));
+	made.blocks = blocks.map((block) => block.source);
+	made.stats.textContent = meter(message);
+	made.tools.hidden = busy || !(message.content || message.reasoning);
+	paintNote(message, made);
 }
 
 function paintThought(message, made, busy) {
 	const thinks = busy && !message.content;
 	made.details.hidden = !message.reasoning;
 	if (!message.reasoning) return;
-	const atEnd = made.pane.scrollHeight - made.pane.scrollTop - made.pane.clientHeight < 40;
+	const stick = isDown(made.pane);
 	made.text.appendData(message.reasoning.slice(made.text.length));
 	const seconds = thinks ? clock() - running.first : message.stats.thought;
-	const spent = `${seconds.toFixed(1)} s, ${tokens(message.stats.thoughtTokens)}`;
-	made.summary.textContent = thinks ? `Thinking for ${spent}` : `Thought for ${spent}`;
+	made.summary.textContent = `${thinks ? "Thinking" : "Thought"} for ${seconds.toFixed(1)} s, ${tokens(message.stats.thoughtTokens)}`;
 	// open while it grows, folded once; after that it is the reader's
 	if (!made.touched) made.details.open = thinks;
-	if (thinks && atEnd) made.pane.scrollTop = made.pane.scrollHeight;
+	if (thinks && stick) down(made.pane);
 }
 
 function meter(message) {
@@ -510,8 +507,6 @@ async function countdown(message, seconds, signal) {
 	paint(message);
 }
 
-const LIMIT = "The limit of tokens fell inside the thought: raise max tokens or lower the budget.";
-
 // Data of server-sent events, one string an event.
 async function* events(response) {
 	const reader = response.body.getReader();
@@ -567,7 +562,7 @@ async function receive(run, response, began) {
 		// a rate over less than this would be noise
 		if (run.last - run.first > 0.05) stats.rate = (total - 1) / (run.last - run.first);
 		ended ||= reason;
-		if (reason === "length") message.note = {kind: "length", text: message.content ? "The answer reached its limit of tokens." : LIMIT};
+		if (reason === "length") message.note = {kind: "length", text: message.content ? "The answer reached its limit of tokens." : "The limit of tokens fell inside the thought: raise max tokens or lower the budget."};
 		schedule(run);
 		speak(run);
 	}
@@ -675,13 +670,12 @@ function download() {
 
 const isSend = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing;
 const isNarrow = () => innerWidth < 900;
-const isDown = () => $("scroll").scrollHeight - $("scroll").scrollTop - $("scroll").clientHeight < 80;
-
-const down = () => ($("scroll").scrollTop = $("scroll").scrollHeight);
+const isDown = (box = $("scroll")) => box.scrollHeight - box.scrollTop - box.clientHeight < 80;
+const down = (box = $("scroll")) => (box.scrollTop = box.scrollHeight);
 
 function grow(area) {
 	area.style.height = "auto";
-	area.style.height = `${area.scrollHeight + 2}px`;
+	area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
 }
 
 function panel(id, open) {
