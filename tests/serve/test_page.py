@@ -13,7 +13,9 @@ from tests.serve.stub import CUT, Gate, Reply, Stub, chunk, error, stream, usage
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the path")]
+if CHROMIUM is None:
+    pytest.skip("needs Chromium on the path", allow_module_level=True)
+pytestmark = pytest.mark.slow
 WATCH = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => violations.push(`${event.violatedDirective} ${event.blockedURI}`));
