@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from alloy.core.device import resolve_device
 from alloy.engine.codec import THINK, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
+from alloy.engine.grammar import CompiledGrammar, compile_grammar
 from alloy.engine.graphs import DecodeGraphs, new_pool, obstacle
 from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
@@ -264,6 +265,7 @@ class LLM:
         if params.stop and self.codec is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         self._thinking(params)
+        self._grammar(params)
 
     def stream(self, requests: Iterable[Request]) -> Generator[Output]:
         """Increments of the answers to `requests`, which are read only as room comes free.
@@ -382,6 +384,7 @@ class LLM:
                 self._eos_ids,
                 self._detokenizer(params),
                 self._thinking(params),
+                self._grammar(params),
             )
             for index in range(params.n)
         ]
@@ -391,6 +394,11 @@ class LLM:
         if codec is None:
             return None
         return Detokenizer(codec.decode, codec.skipped, params.stop, params.include_stop_str_in_output)
+
+    def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        if params.grammar is None:
+            return None
+        return compile_grammar(params.grammar, self._need_codec("a grammar"), self.model.config.vocab)
 
     def _thinking(self, params: SamplingParams) -> ThinkingBudget | None:
         if params.thinking_budget is None:
