@@ -318,7 +318,9 @@ def _parse_schema(text: str) -> Any:
                 "name the keys in required"
             )
     if not _Ends(schema).holds(schema):
-        raise RequestError("json_schema cannot be met by any answer: its required parts contain themselves without end")
+        raise RequestError(
+            "json_schema cannot be met by any answer: what it requires is false or contains itself without end"
+        )
     return cast(Any, schema)
 
 

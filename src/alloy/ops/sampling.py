@@ -23,9 +23,9 @@ def apply_bitmask(logits: Tensor, bits: Tensor) -> Tensor:
     Returns:
         (..., vocab)
     """
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    allowed = (bits.view(torch.uint8)[..., None] >> shifts & 1).flatten(-2).bool()
-    return logits.masked_fill(~allowed[..., : logits.shape[-1]], -torch.inf)
+    places = torch.ones(32, dtype=torch.int32, device=bits.device) << torch.arange(32, device=bits.device)
+    banned = (bits[..., None] & places == 0).flatten(-2)
+    return logits.masked_fill(banned[..., : logits.shape[-1]], -torch.inf)
 
 
 def apply_penalties(
