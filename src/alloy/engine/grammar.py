@@ -34,6 +34,8 @@ Words = NDArray[np.uint32]
 
 MAX_BYTES = 256 * 1024
 MAX_NESTING = 64
+# how near a number comes to a whole number that it must not reach
+GAP = 1e-9
 COMPILE_S = 10.0
 CACHED = 128
 WHITESPACE = r"\r?\n[ \t]{0,128}|[ \t]{1,128}"
@@ -317,11 +319,22 @@ def _parse_schema(text: str) -> Any:
                 f"json_schema at {_place(path)}: minProperties = {least} cannot be held, since free keys may repeat; "
                 "name the keys in required"
             )
+        if part.get("type") != "integer":
+            _close_bounds(part)
     if not _Ends(schema).holds(schema):
         raise RequestError(
             "json_schema cannot be met by any answer: what it requires is false or contains itself without end"
         )
     return cast(Any, schema)
+
+
+def _close_bounds(part: dict[str, Any]) -> None:
+    """Replace open bounds at whole numbers, which llguidance 1.9 lets through (0 for over 0 and up to 0.5)."""
+    for key, closed, step, pick in (("exclusiveMinimum", "minimum", GAP, max), ("exclusiveMaximum", "maximum", -GAP, min)):
+        bound, other = part.get(key), part.get(closed)
+        if isinstance(bound, int | float) and not isinstance(bound, bool) and bound == int(bound) and abs(bound) < 1e6:
+            del part[key]
+            part[closed] = pick(bound + step, other) if isinstance(other, int | float) else bound + step
 
 
 def _walk(schema: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
