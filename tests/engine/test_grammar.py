@@ -435,6 +435,7 @@ def deep(levels: int) -> object:
         ),
         ("json_schema", '{"items": {"pattern": "(?=a)b"}}', r"\$\.items\.pattern is not supported.*look-ahead"),
         ("json_schema", '{"items": {"type": "strnig"}}', r"\$\.items\.type is not supported: Invalid type"),
+        ("json_schema", '{"items": {"pattern": "[a[b]]"}}', r"at \$\.items\.pattern: brackets within brackets"),
         ("json_schema", '{"items": {"$ref": "http://x.y/z"}}', r"\$\.items\.\$ref is not supported"),
         (
             "json_schema",
@@ -466,6 +467,34 @@ def test_what_cannot_be_held_is_refused(tokenizer, kind, text, message) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         compile_grammar(Grammar(kind, text), Codec(tokenizer), VOCAB)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, ["0.25", "0.5"], ["0", "0.0", "0.51"]),
+        ({"type": "number", "minimum": -2.5, "exclusiveMaximum": -2}, ["-2.5", "-2.01"], ["-2", "-2.0"]),
+        ({"allOf": [{"exclusiveMinimum": 2}, {"maximum": 2.5}], "type": "number"}, ["2.1"], ["2", "2.0"]),
+        ({"type": "number", "exclusiveMaximum": 0, "maximum": 3}, ["-0.5", "-7"], ["0", "3"]),
+        ({"type": "string", "pattern": '^[^"]{2}$'}, ['"a\\\\"', '"\\n' + 'b"'], ['"a\\""', '"\\"\\""']),
+        ({"type": "string", "pattern": "^[^\\\\]$"}, ['"\\""', '"é"'], ['"\\\\"']),
+        ({"type": "string", "pattern": "^[\\x00-\\x20]$"}, ['" "', '"\\t"', '"\\u0001"'], ['"\\""', '"a"']),
+        ({"type": "string", "pattern": '^\\[[^"]\\]$'}, ['"[x]"'], ['"[\\"]"', '"x"']),
+        (
+            {"type": "object", "patternProperties": {'^[^"]$': {"type": "null"}}, "additionalProperties": False},
+            ['{"a":null}', "{}"],
+            ['{"\\"":null}', '{"ab":null}'],
+        ),
+    ],
+)
+def test_texts_that_a_schema_admits_and_others(tokenizer, schema, good, bad) -> None:
+    """Open bounds at whole numbers and classes without the quote or the backslash, judged by `jsonschema`."""
+    validator = jsonschema.Draft202012Validator(schema)
+    compiled = compile_grammar(schema_grammar(schema), Codec(tokenizer), VOCAB)
+    for text in [*good, *bad]:
+        state = compiled.start([1], frozenset([EOS]))
+        assert validator.is_valid(json.loads(text)) == (text in good), text
+        assert (all(state.advance(byte) for byte in text.encode()) and state.may_stop) == (text in good), text
 
 
 def test_schemas_that_go_round_are_fine_where_they_can_end(tokenizer) -> None:

@@ -47,6 +47,9 @@ MANY = ("prefixItems", "items", "allOf", "anyOf", "oneOf")
 NAMED = ("properties", "patternProperties", "$defs", "definitions")
 SCALARS = ("string", "number", "integer", "boolean", "null")
 
+# classes of a regular expression, and what must not be taken for one
+CLASSES = re.compile(r"\\[pP](?:\{[^}]*\}|.)|\\.|\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\\[])*\]|\[", re.DOTALL)
+
 Path = tuple[str, ...]
 
 
@@ -321,6 +324,11 @@ def _parse_schema(text: str) -> Any:
             )
         if part.get("type") != "integer":
             _close_bounds(part)
+        if isinstance(part.get("pattern"), str):
+            part["pattern"] = _without_nul(part["pattern"], _place((*path, "pattern")))
+        if isinstance(part.get("patternProperties"), dict):
+            place = _place((*path, "patternProperties"))
+            part["patternProperties"] = {_without_nul(k, place): v for k, v in part["patternProperties"].items()}
     if not _Ends(schema).holds(schema):
         raise RequestError(
             "json_schema cannot be met by any answer: what it requires is false or contains itself without end"
@@ -330,11 +338,28 @@ def _parse_schema(text: str) -> Any:
 
 def _close_bounds(part: dict[str, Any]) -> None:
     """Replace open bounds at whole numbers, which llguidance 1.9 lets through (0 for over 0 and up to 0.5)."""
-    for key, closed, step, pick in (("exclusiveMinimum", "minimum", GAP, max), ("exclusiveMaximum", "maximum", -GAP, min)):
+    for key, closed, step, pick in (
+        ("exclusiveMinimum", "minimum", GAP, max),
+        ("exclusiveMaximum", "maximum", -GAP, min),
+    ):
         bound, other = part.get(key), part.get(closed)
         if isinstance(bound, int | float) and not isinstance(bound, bool) and bound == int(bound) and abs(bound) < 1e6:
             del part[key]
             part[closed] = pick(bound + step, other) if isinstance(other, int | float) else bound + step
+
+
+def _without_nul(pattern: str, place: str) -> str:
+    """Take U+0000 out of every class: of a class with all control characters llguidance 1.9 also lets \\" and \\\\ through."""
+
+    def change(found: re.Match[str]) -> str:
+        token = found[0]
+        if token == "[":
+            raise RequestError(
+                f"json_schema at {place}: brackets within brackets are not supported; write \\[ for the sign"
+            )
+        return f"[{token}--\\x00]" if len(token) > 1 and (token[0] == "[" or token[1] in "pP") else token
+
+    return CLASSES.sub(change, pattern)
 
 
 def _walk(schema: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -367,6 +392,7 @@ def _place(path: Path) -> str:
 def _refusal(kind: Kind, schema: Any, message: str) -> RequestError:
     """What to say of llguidance's message; of a schema, with the path of the keyword it is about."""
     line = _line(message)
+    reason = line.rsplit("error: ", 1)[-1]
     keys = re.match(r"Unimplemented keys: (\[.*\])", line)
     names: set[str] = set(json.loads(keys[1])) if keys else set()
     for path, part in _walk(schema) if schema is not None else ():
@@ -383,8 +409,8 @@ def _refusal(kind: Kind, schema: Any, message: str) -> RequestError:
             is_blamed = is_format or (key == "pattern" and "regex" in line) or (key == "type" and "type: " in line)
             is_reference = key == "$ref" and isinstance(value, str)
             if isinstance(value, str) and value in line and (is_blamed or is_reference):
-                return RequestError(f"{kind} at {_place((*path, key))} is not supported: {line}")
-    return RequestError(f"{kind} is not supported: {line}")
+                return RequestError(f"{kind} at {_place((*path, key))} is not supported: {reason}")
+    return RequestError(f"{kind} is not supported: {reason}")
 
 
 class _Ends:
