@@ -131,15 +131,14 @@ class Sampler:
         """Only tokens that the rows' grammars allow."""
         if not self._grammars:
             return logits
-        rows = [row for row, _ in self._grammars]
-        guesses: list[list[int]] = [[]] * len(rows) if drafts is None else on_host(drafts[rows])
-        shape = (len(rows), logits.shape[1], self._grammars[0][1].words)
-        bits = torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        for words, (_, grammar), guess in zip(bits.numpy().view("uint32"), self._grammars, guesses, strict=True):
-            grammar.masks(words, guess)
-        changed = logits.clone()
-        changed[rows] = apply_bitmask(logits[rows], bits.to(self._device, non_blocking=True))
-        return changed
+        shape = (*logits.shape[:2], self._grammars[0][1].words)
+        # all bits set: rows without a grammar may take any token
+        bits = torch.full(shape, -1, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        words = bits.numpy().view("uint32")
+        guesses: list[list[int]] = [[]] * len(words) if drafts is None else on_host(drafts)
+        for row, grammar in self._grammars:
+            grammar.masks(words[row], guesses[row])
+        return apply_bitmask(logits, bits.to(self._device, non_blocking=True))
 
     def _ban(self, logits: Tensor) -> Tensor:
         """No stop token before min_tokens."""
