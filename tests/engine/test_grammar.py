@@ -327,7 +327,7 @@ def test_a_mask_beats_every_other_rule(model, tokenizer) -> None:
 
 
 def test_banned_ends_close_a_text_that_is_whole(build_model, tokenizer) -> None:
-    """A tokenizer that lacks the next byte: the text that met the grammar ends there, and one that did not is an error."""
+    """Where no allowed token is left, a text that meets the grammar ends there, and one that does not is an error."""
     model = build_model("hybrid")
     compiled = compile_grammar(Grammar("regex", "a(?:bc)?"), Codec(tokenizer), VOCAB)
     state = compiled.start([1], frozenset([EOS]))
@@ -339,6 +339,14 @@ def test_banned_ends_close_a_text_that_is_whole(build_model, tokenizer) -> None:
     banned = SamplingParams(temperature=0, min_tokens=5, max_tokens=9, grammar=Grammar("choice", '["a"]'))
     answer = LLM(model, tokenizer).generate([1], banned)[0].completions[0]
     assert (answer.text, answer.finish_reason) == ("a", "stop")
+    # the end of sequence as a part of the text can never be had
+    stuck = replace(banned, grammar=Grammar("lark", f'start: "a" <[{EOS}]>'))
+    answer = LLM(model, tokenizer).generate([1], stuck)[0].completions[0]
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("a", [ord("a")], "error")
+    short = LLM(model, tokenizer).generate(
+        [1], replace(banned, grammar=Grammar("regex", "ab?"), ignore_eos=True, logit_bias={98: 9})
+    )
+    assert short[0].text == "ab"
 
 
 def test_logprobs_are_of_the_unmasked_distribution(model, tokenizer) -> None:
@@ -415,6 +423,9 @@ def deep(levels: int) -> object:
         ("json_schema", " " * 262145, "json_schema has 262,145 bytes; at most 262,144"),
         ("json_schema", json.dumps(deep(65)), "json_schema nests 65 levels deep; at most 64"),
         ("json_schema", "[" * 100_000, "json_schema nests 100000 levels deep"),
+        ("json_schema", '{"minimum": 1e999}', "json_schema has the number 1e999, which is not finite"),
+        ("json_schema", '{"const": "\\ud800"}', "json_schema is not supported: "),
+        ("regex", "\ud800", "surrogates not allowed"),
         ("json_schema", "{", "json_schema is not JSON: Expecting property name"),
         ("json_schema", "3", "json_schema must be an object, or true or false"),
         (

@@ -4,11 +4,17 @@ Parsing is llguidance's. A grammar is compiled once per text; every sequence the
 tokens only and looks ahead over the drafts of a verify step. Only whole tokens of the grammar and, where the text may end,
 the sequence's stop tokens are allowed, so whatever the model's weights are, an answer that ended meets the grammar.
 
+On one CPU core, median of the sampler's step for one row: 0.07 to 0.2 ms more at a vocabulary of 2,000 tokens, 0.6 to
+0.7 ms at 130,000, of which finding the mask is about 0.01 and 0.03 to 0.1 ms on average. Compiling a small schema takes 2 to
+7 ms, after 1.4 to 3 s once for a tokenizer of 130,000.
+
 Differs from JSON Schema: properties come in the order of the schema; between tokens there is one line break with its
-indentation or a run of spaces at most, because a model may otherwise write blanks without end.
+indentation or a run of spaces at most, because a model may otherwise write blanks without end. Of llguidance 1.9, two errors
+that let invalid answers through are gone around: `_close_bounds` and `_without_nul`.
 """
 
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -244,6 +250,9 @@ class _Compiler:
             return self._build(grammar)
         except RequestError as error:
             return error
+        except ValueError as error:
+            # such as text that is not Unicode
+            return RequestError(f"{grammar.kind} is not supported: {_line(str(error))}")
 
     def _build(self, grammar: Grammar) -> CompiledGrammar:
         make = self._library.LLMatcher
@@ -309,7 +318,7 @@ def _parse_schema(text: str) -> Any:
     if deepest > MAX_NESTING:
         raise RequestError(f"json_schema nests {deepest} levels deep; at most {MAX_NESTING} are allowed")
     try:
-        schema: Any = json.loads(text)
+        schema: Any = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except json.JSONDecodeError as error:
         raise RequestError(f"json_schema is not JSON: {error}") from error
     if not isinstance(schema, dict | bool):
@@ -334,6 +343,13 @@ def _parse_schema(text: str) -> Any:
             "json_schema cannot be met by any answer: what it requires is false or contains itself without end"
         )
     return cast(Any, schema)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise RequestError(f"json_schema has the number {number}, which is not finite")
+    return value
 
 
 def _close_bounds(part: dict[str, Any]) -> None:
@@ -444,8 +460,8 @@ class _Ends:
             options = _items(part, key)
             if options and not any(self.holds(p) for p in options):
                 return False
-        kinds = part.get("type", SCALARS)
-        kinds = [kinds] if isinstance(kinds, str) else cast(list[Any], kinds)
+        kinds = part.get("type", "null")
+        kinds = cast(list[Any], kinds) if isinstance(kinds, list) else [kinds]
         return (
             any(kind in SCALARS for kind in kinds)
             or ("object" in kinds and self._object(part))
