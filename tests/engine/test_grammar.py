@@ -488,6 +488,19 @@ def test_what_cannot_be_held_is_refused(tokenizer, kind, text, message) -> None:
         ({"allOf": [{"exclusiveMinimum": 2}, {"maximum": 2.5}], "type": "number"}, ["2.1"], ["2", "2.0"]),
         ({"type": "number", "exclusiveMaximum": 0, "maximum": 3}, ["-0.5", "-7"], ["0", "3"]),
         ({"type": "string", "pattern": '^[^"]{2}$'}, ['"a\\\\"', '"\\n' + 'b"'], ['"a\\""', '"\\"\\""']),
+        (
+            {
+                "$ref": "#/components/schemas/x",
+                "components": {"schemas": {"x": {"pattern": '^[^"]$', "type": "string"}}},
+            },
+            ['"a"'],
+            ['"\\""'],
+        ),
+        (
+            {"type": "object", "properties": {"pattern": {"const": {"pattern": "[a"}}}, "required": ["pattern"]},
+            ['{"pattern":{"pattern":"[a"}}'],
+            ["{}"],
+        ),
         ({"type": "string", "pattern": "^[^\\\\]$"}, ['"\\""', '"é"'], ['"\\\\"']),
         ({"type": "string", "pattern": "^[\\x00-\\x20]$"}, ['" "', '"\\t"', '"\\u0001"'], ['"\\""', '"a"']),
         ({"type": "string", "pattern": '^\\[[^"]\\]$'}, ['"[x]"'], ['"[\\"]"', '"x"']),

@@ -51,6 +51,8 @@ END = "<|end of grammar|>"
 ONE = ("items", "additionalItems", "additionalProperties")
 MANY = ("prefixItems", "items", "allOf", "anyOf", "oneOf")
 NAMED = ("properties", "patternProperties", "$defs", "definitions")
+# keywords whose value is data
+DATA = ("const", "enum", "default", "examples")
 SCALARS = ("string", "number", "integer", "boolean", "null")
 
 # classes of a regular expression, and what must not be taken for one
@@ -323,7 +325,7 @@ def _parse_schema(text: str) -> Any:
         raise RequestError(f"json_schema is not JSON: {error}") from error
     if not isinstance(schema, dict | bool):
         raise RequestError("json_schema must be an object, or true or false")
-    for path, part in _walk(schema):
+    for path, part in _objects(schema):
         least = part.get("minProperties", 0)
         required = part.get("required", [])
         if isinstance(least, int) and isinstance(required, list) and least > max(1, len(cast(list[Any], required))):
@@ -376,6 +378,19 @@ def _without_nul(pattern: str, place: str) -> str:
         return f"[{token}--\\x00]" if len(token) > 1 and (token[0] == "[" or token[1] in "pP") else token
 
     return CLASSES.sub(change, pattern)
+
+
+def _objects(schema: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every object of a schema that a reference may name, with its path; values that are data are left out."""
+    later: list[tuple[Path, Any]] = [((), schema)]
+    while later:
+        path, part = later.pop()
+        if isinstance(part, dict):
+            found = cast(dict[str, Any], part)
+            yield path, found
+            later += [((*path, key), value) for key, value in found.items() if key not in DATA]
+        elif isinstance(part, list):
+            later += [((*path, str(i)), value) for i, value in enumerate(cast(list[Any], part))]
 
 
 def _walk(schema: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -435,7 +450,7 @@ class _Ends:
     def __init__(self, schema: Any) -> None:
         self._root = schema
         self._finite: set[str] = set()
-        names = {part["$ref"] for _, part in _walk(schema) if isinstance(part.get("$ref"), str)}
+        names = {part["$ref"] for _, part in _objects(schema) if isinstance(part.get("$ref"), str)}
         deadline = monotonic() + COMPILE_S
         grew = True
         while grew and monotonic() < deadline:
