@@ -304,6 +304,31 @@ def test_the_grammar_begins_after_the_thought(model, tokenizer) -> None:
     assert cut.completions[0].finish_reason == "length"
 
 
+def test_masks_by_hand(tokenizer) -> None:
+    """Inside a thought all but the ends; after it what the expression allows, and the ends where the text may end; never a
+    stop token, a marker, or the id that stands for the end, though the expression allows their text."""
+    compiled = compile_grammar(Grammar("regex", "a.*"), Codec(tokenizer), VOCAB + 9)
+    stop = ord("b")
+    state = compiled.start([THINK, 5], frozenset([EOS, stop]))
+
+    def allowed() -> set[int]:
+        row = np.zeros((1, compiled.words), np.uint32)
+        state.masks(row)
+        return set(np.flatnonzero(np.unpackbits(row[0].view(np.uint8), bitorder="little"))) & set(range(VOCAB + 9))
+
+    assert allowed() == set(range(VOCAB + 9)) - {EOS, stop}
+    assert state.advance(CLOSE)
+    assert allowed() == {ord("a")}
+    assert state.advance(ord("a"))
+    assert {EOS, stop, ord("c")} <= allowed()
+    assert not allowed() & {THINK, CLOSE, *range(VOCAB, VOCAB + 9)}
+    state = compiled.start([5], frozenset([EOS]), [ord("a")])
+    plain = allowed()
+    state = compile_grammar(Grammar("regex", "[ab]{3}"), Codec(tokenizer), VOCAB).start([5], frozenset([EOS, stop]))
+    assert stop in plain
+    assert allowed() == {ord("a")}
+
+
 def test_a_mask_beats_every_other_rule(model, tokenizer) -> None:
     """A forbidden token with a bias of 100 does not come; where min_tokens bans the end, the longest answer is the end; a
     stop token ends only what is whole; without any end the last text ends by itself."""

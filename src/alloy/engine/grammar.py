@@ -121,7 +121,6 @@ class GrammarState:
     def __init__(self, grammar: CompiledGrammar, matcher: Any, prompt: Items[int], ends: frozenset[int]) -> None:
         self.words = grammar.words
         self._matcher = matcher
-        self._ends = ends
         self._close = -1 if grammar.markers is None else grammar.markers.end
         self._inside = False
         control = {grammar.end, *ends}
@@ -167,9 +166,7 @@ class GrammarState:
             if j == len(drafts):
                 break
             token = drafts[j]
-            if token in self._ends:
-                is_open = False
-            elif inside:
+            if inside:
                 inside, is_open = token != self._close, True
             else:
                 is_open = self._matcher.try_consume_tokens([token]) == 1
