@@ -12,16 +12,29 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from alloy.core.recipe import Recipe, run
     from alloy.engine.core import LLM
+    from alloy.engine.grammar import Grammar
     from alloy.engine.request import SamplingParams
     from alloy.errors import AlloyError
     from alloy.models.registry import MODELS, load, save
 
     register_model = MODELS.add
 
-__all__ = ["LLM", "AlloyError", "Recipe", "SamplingParams", "__version__", "load", "register_model", "run", "save"]
+__all__ = [
+    "LLM",
+    "AlloyError",
+    "Grammar",
+    "Recipe",
+    "SamplingParams",
+    "__version__",
+    "load",
+    "register_model",
+    "run",
+    "save",
+]
 
 _PUBLIC = {
     "AlloyError": "alloy.errors:AlloyError",
+    "Grammar": "alloy.engine.grammar:Grammar",
     "LLM": "alloy.engine.core:LLM",
     "Recipe": "alloy.core.recipe:Recipe",
     "SamplingParams": "alloy.engine.request:SamplingParams",

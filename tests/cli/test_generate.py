@@ -109,6 +109,11 @@ def test_a_file_is_answered_and_resumed(folder: Path, tmp_path: Path) -> None:
         ('{"prompt": "a", "max_tokens": 5}', r'max_tokens belongs into "params"'),
         ('{"prompt": "a", "params": {"tempo": 5}}', r"params.tempo is unknown"),
         ('{"prompt": "a", "params": {"top_p": 5}}', r"in.jsonl:2: params.top_p = 5 is outside"),
+        ('{"prompt": "a", "params": {"grammar": {"text": "a"}}}', r'params.grammar must be {"kind": ..., "text": ...}'),
+        (
+            '{"prompt": "a", "params": {"grammar": {"kind": "xml"}}}',
+            r'in.jsonl:2: params.grammar kind = "xml" is unknown',
+        ),
         ('{"token_ids": [1, 999]}', r"in.jsonl:2: prompt has the token id 999"),
         ('{"prompt": ""}', r"in.jsonl:2: prompt is empty"),
     ],
@@ -122,6 +127,32 @@ def test_a_bad_line_is_named_before_anything_is_answered(folder: Path, tmp_path:
     with pytest.raises(DataError, match=message):
         raise result.exception
     assert not target.exists() or target.read_bytes() == b""
+
+
+def test_answers_meet_a_schema_or_an_expression(folder: Path, tmp_path: Path) -> None:
+    """By flag for every prompt, and by params of a line, where the schema may stand as it is."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "maxProperties": 1}
+    file, source, target = tmp_path / "schema.json", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text(json.dumps(schema))
+    result = run("generate", folder, "--prompt", "ab", "--json-schema", file, "--max-tokens", 2)
+    assert result.stdout.startswith("{")
+    own = {"grammar": {"kind": "choice", "text": ["yes", "no"]}}
+    closed = {"grammar": {"kind": "json_schema", "text": {"enum": [{"a": 1}]}}, "logit_bias": {"9": -100, "10": -100}}
+    asked = [{"prompt": "a"}, {"prompt": "a", "params": own}, {"prompt": "a", "params": {"grammar": None}}]
+    asked.append({"prompt": "a", "params": {**closed, "temperature": 0, "max_tokens": 90}})
+    source.write_text("\n".join(json.dumps(a) for a in asked))
+    result = run("generate", folder, "--input", source, "--output", target, "--regex", "[ab]{3}", "--max-tokens", 9)
+    assert result.exit_code == 0, result.output
+    texts = {a["id"]: a["text"] for a in lines(target)}
+    assert re.fullmatch("[ab]{3}", texts[1])
+    assert texts[2] in ("yes", "no")
+    assert len(texts[3]) > 3
+    assert json.loads(texts[4]) == {"a": 1}
+    both = run("generate", folder, "--prompt", "a", "--regex", "a", "--json-schema", file)
+    assert "exclude each other" in str(both.exception)
+    missing = run("generate", folder, "--prompt", "a", "--json-schema", tmp_path / "none.json")
+    assert "none.json cannot be read" in str(missing.exception)
 
 
 def test_bad_command_lines(folder: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from alloy.errors import RequestError
         ({"logprobs_of": "all"}, "logprobs_of = .'all',. is unknown"),
         ({"prompt_logprobs": -1}, "prompt_logprobs = -1"),
         ({"thinking_budget": -1}, "thinking_budget = -1 must be at least 0; None means no limit"),
-        ({"grammar": "x"}, "grammar is set, but this version"),
+        ({"grammar": "x"}, "grammar = 'x' is not a Grammar"),
     ],
 )
 def test_bad_values_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from alloy.errors import DataError, InterruptedRun, RequestError, ResourceError
 
 if TYPE_CHECKING:
     from alloy.engine.core import LLM
+    from alloy.engine.grammar import Grammar
     from alloy.engine.request import Completion, Output, Request, SamplingParams
     from alloy.engine.runner import EngineStats
 
@@ -61,6 +62,8 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of sequence.")] = False,
     logprobs: Annotated[int | None, typer.Option(help="Alternatives per token, in the output file.")] = None,
     thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of thought.")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="File of a JSON Schema that answers must meet.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Expression that whole answers must match.")] = None,
     speculate: Speculate = "auto",
     max_seqs: Annotated[int, typer.Option(help="Answers computed at once.")] = 16,
     max_model_len: MaxModelLen = None,
@@ -91,6 +94,7 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
         thinking_budget=thinking_budget,
+        grammar=_grammar(json_schema, regex),
     )
     # a bad file is reported before the model is loaded
     tasks = read_tasks(source, params) if source is not None else []
@@ -235,6 +239,19 @@ def write_line(descriptor: int, data: Mapping[str, Any]) -> None:
         raise ResourceError("the disk is full; make room and run again: answers so far are kept")
 
 
+def _grammar(json_schema: Path | None, regex: str | None) -> "Grammar | None":
+    from alloy.engine.grammar import Grammar
+
+    if json_schema is None:
+        return None if regex is None else Grammar("regex", regex)
+    if regex is not None:
+        raise RequestError("--json-schema and --regex exclude each other; give one of them")
+    try:
+        return Grammar("json_schema", json_schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--json-schema {json_schema} cannot be read as text: {error}") from error
+
+
 def _answer_file(llm: "LLM", tasks: Sequence[Task], source: Path, target: Path) -> None:
     from alloy.core.logging import ProgressLine
     from alloy.engine.core import gather
@@ -346,10 +363,25 @@ def _line_params(where: str, number: int, data: Mapping[str, Any], defaults: "Sa
     if isinstance(own.get("logit_bias"), dict):
         # JSON has no whole numbers as keys
         own = {**own, "logit_bias": {int(k) if k.isdecimal() else k: v for k, v in own["logit_bias"].items()}}
+    if isinstance(own.get("grammar"), dict):
+        own = {**own, "grammar": _line_grammar(where, own["grammar"])}
     if defaults.seed is not None and "seed" not in own:
         own = {**own, "seed": _nth_seed(defaults.seed, number)}
     try:
         return SamplingParams(**{**{f.name: getattr(defaults, f.name) for f in fields(SamplingParams)}, **own})
+    except RequestError as error:
+        raise DataError(f"{where}: params.{error}") from error
+
+
+def _line_grammar(where: str, data: Mapping[str, Any]) -> "Grammar":
+    """{"kind": ..., "text": ...}; the text may be a schema or a list as it is, not as a string."""
+    from alloy.engine.grammar import Grammar
+
+    if not {"kind"} <= set(data) <= {"kind", "text"}:
+        raise DataError(f'{where}: params.grammar must be {{"kind": ..., "text": ...}}')
+    text = data.get("text", "")
+    try:
+        return Grammar(data["kind"], text if isinstance(text, str) else json.dumps(text))
     except RequestError as error:
         raise DataError(f"{where}: params.{error}") from error
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from alloy.engine.reasoning import ThinkingMarkers
@@ -38,6 +39,8 @@ class Codec:
         ends: set[int] = {special[content] for content in TURN_ENDS if content in special}
         eos: int | None = self._tokenizer.eos_token_id
         self.ends = frozenset(ends if eos is None else ends | {eos})
+        # compilers of grammars by width of the logits, see grammar.py
+        self.grammars: dict[int, object] = {}
         self.markers = ThinkingMarkers(known[THINK[0]], known[THINK[1]]) if all(m in known for m in THINK) else None
 
     @property
@@ -48,6 +51,14 @@ class Codec:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out; incomplete UTF-8 as U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def serialize(self, extra: str) -> tuple[str, int]:
+        """The tokenizer as the JSON of the tokenizers library with `extra` as one more special token, and its id."""
+        copy: Any = Tokenizer.from_str(self._backend.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        copy.add_special_tokens([AddedToken(extra, special=True)])
+        return copy.to_str(), copy.token_to_id(extra)
 
     def encode(self, text: str, name: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; `name` is what an error calls it."""

@@ -21,6 +21,7 @@ from alloy.core.device import resolve_device
 from alloy.engine.codec import THINK, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
 from alloy.engine.engine import Engine
+from alloy.engine.grammar import CompiledGrammar, compile_grammar
 from alloy.engine.graphs import DecodeGraphs, buckets_for, obstacle
 from alloy.engine.pool import PoolPlan, new_pool, plan_pool
 from alloy.engine.reasoning import ThinkingBudget
@@ -273,6 +274,7 @@ class LLM:
         if params.stop and self.codec is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         self._thinking(params)
+        self._grammar(params)
 
     def engine(self) -> Engine:
         """The engine of this model, the same one until the weights lie elsewhere. What is known of prefixes goes when the
@@ -404,6 +406,7 @@ class LLM:
                 self._eos_ids,
                 self._detokenizer(params),
                 self._thinking(params),
+                self._grammar(params),
             )
             for index in range(params.n)
         ]
@@ -413,6 +416,11 @@ class LLM:
         if codec is None:
             return None
         return Detokenizer(codec.decode, codec.skipped, params.stop, params.include_stop_str_in_output)
+
+    def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        if params.grammar is None:
+            return None
+        return compile_grammar(params.grammar, self._need_codec("a grammar"), self.model.config.vocab)
 
     def _thinking(self, params: SamplingParams) -> ThinkingBudget | None:
         if params.thinking_budget is None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from alloy.engine.grammar import Grammar
 from alloy.errors import RequestError
 
 FinishReason = Literal["stop", "length", "error"]
@@ -25,7 +26,7 @@ SEED_RANGE = range(-(2**63), 2**64)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    Order per token: forced tokens and bans, logit_bias, penalties, temperature, top_k, top_p, min_p, draw.
+    Order per token: grammar, forced tokens and bans, logit_bias, penalties, temperature, top_k, top_p, min_p, draw.
     """
 
     # None: until the model stops or max_model_len is full
@@ -66,7 +67,8 @@ class SamplingParams:
     thinking_grace: int = 0
     # written before the end marker when the budget closes the thought
     thinking_close_text: str = ""
-    grammar: str | None = None
+    # what the answer must be, once the thought has ended
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -76,8 +78,8 @@ class SamplingParams:
         object.__setattr__(self, "logprobs_of", of)
         self._check_numbers()
         self._check_lists()
-        if self.grammar is not None:
-            raise RequestError("grammar is set, but this version of the engine has no grammar masks yet; leave it out")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError(f"grammar = {self.grammar!r} is not a Grammar of a kind and a text")
 
     @property
     def greedy(self) -> bool:
@@ -92,7 +94,8 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether the next token is the argmax of the model's own logits."""
-        return self.greedy and not self.penalised and not self.logit_bias and not self.min_tokens
+        changed = self.penalised or self.logit_bias or self.min_tokens or self.grammar is not None
+        return self.greedy and not changed
 
     def _check_numbers(self) -> None:
         optional = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "thinking_budget")

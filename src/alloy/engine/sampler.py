@@ -1,6 +1,6 @@
 """Batched choice of the next tokens, every row with its own parameters.
 
-Order per row: bans (min_tokens), logit_bias, penalties, temperature, top_k, top_p, min_p, draw. Temperature 0 takes the
+Order per row: grammar, bans (min_tokens), logit_bias, penalties, temperature, top_k, top_p, min_p, draw. Temperature 0 takes the
 largest logit after the penalties. A row's random number depends on its seed, sample and position alone. Verified drafts
 are rows with several positions: position j is chosen as if the drafts before it had been generated.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from alloy.engine.request import TokenLogprobs
 from alloy.engine.sequence import Sequence
 from alloy.ops.sampling import (
+    apply_bitmask,
     apply_penalties,
     apply_temperature,
     filter_min_p,
@@ -40,6 +41,7 @@ class Sampler:
         # whether the largest logit is the answer in every row
         self.plain = all(p.plain for p in params)
         self.wants_logprobs = any(p.logprobs is not None for p in params)
+        self._grammars = [(row, s.grammar) for row, s in enumerate(self._sequences) if s.grammar is not None]
         self._banned = [(row, sorted(s.stop_ids)) for row, s in enumerate(self._sequences) if s.params.min_tokens]
         self._biased = [
             (row, list(p.logit_bias), list(p.logit_bias.values())) for row, p in enumerate(params) if p.logit_bias
@@ -79,7 +81,7 @@ class Sampler:
         if self.plain:
             return on_host(_checked(logits, greedy(logits)))
         _, positions, vocab = logits.shape
-        changed = self._penalise(self._bias(self._ban(logits)), drafts)
+        changed = self._penalise(self._bias(self._ban(self._mask(logits, drafts))), drafts)
         tokens = greedy(changed)
         if self._drawn:
             drawn = changed[self._drawn].flatten(0, 1)
@@ -124,6 +126,19 @@ class Sampler:
             return self._filtered[self._drawn.index(row), : len(tokens)]
         certain = torch.full_like(logits, -torch.inf)
         return certain.scatter(1, torch.tensor(tokens, device=logits.device)[:, None], 0.0)
+
+    def _mask(self, logits: Tensor, drafts: Tensor | None) -> Tensor:
+        """Only tokens that the rows' grammars allow."""
+        if not self._grammars:
+            return logits
+        shape = (*logits.shape[:2], self._grammars[0][1].words)
+        # all bits set: rows without a grammar may take any token
+        bits = torch.full(shape, -1, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        words = bits.numpy().view("uint32")
+        guesses: list[list[int]] = [[]] * len(words) if drafts is None else on_host(drafts)
+        for row, grammar in self._grammars:
+            grammar.masks(words[row], guesses[row])
+        return apply_bitmask(logits, bits.to(self._device, non_blocking=True))
 
     def _ban(self, logits: Tensor) -> Tensor:
         """No stop token before min_tokens."""

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from alloy.engine.detokenizer import Detokenizer
+from alloy.engine.grammar import CompiledGrammar
 from alloy.engine.random import uniforms
 from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, FinishReason, Request, Timings, TokenLogprobs
@@ -26,6 +27,7 @@ class Sequence:
         eos_ids: the model's own ends of sequence.
         detokenizer: None without a tokenizer; the text stays empty then.
         thinking: counter of the thought, when a budget is set.
+        grammar: what the answer must be.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Sequence:
         eos_ids: frozenset[int],
         detokenizer: Detokenizer | None = None,
         thinking: ThinkingBudget | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
         self.request = request
         self.params = request.params
@@ -62,6 +65,7 @@ class Sequence:
         self.max_tokens = max_tokens
         self.eos_ids = frozenset[int]() if request.params.ignore_eos else eos_ids
         self.stop_ids = self.eos_ids | frozenset(request.params.stop_token_ids)
+        self.grammar = None if grammar is None else grammar.start(self.prompt, self.stop_ids)
         self.forced: deque[int] = deque()
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -107,7 +111,7 @@ class Sequence:
             sampled: what the sampler chose; -1 says that the logits were not finite.
 
         Returns:
-            the token that was appended
+            the token that was appended, or `sampled` where none could be
         """
         if self.forced:
             token = self.forced.popleft()
@@ -118,15 +122,18 @@ class Sequence:
             token = sampled
             if self._thinking is not None:
                 self.forced.extend(self._thinking.observe(token))
+        is_end = token in self.stop_ids and len(self.tokens) >= self.params.min_tokens
+        if self.grammar is not None and not is_end and not self.grammar.advance(token):
+            # every token that the grammar allows was banned or had no finite logit
+            self._finish("stop" if self.grammar.may_stop else "error")
+            return sampled
         self.tokens.append(token)
         self.known.append(token)
         if self.timings.first_token_s is None:
             self.timings.first_token_s = perf_counter() - self.request.arrival
-        if token in self.stop_ids and len(self.tokens) > self.params.min_tokens:
-            if self._detokenizer is not None:
-                if self.params.include_stop_str_in_output:
-                    self._text += self._detokenizer.push(token, may_stop=False)
-                self._text += self._detokenizer.finish()
+        if is_end:
+            if self._detokenizer is not None and self.params.include_stop_str_in_output:
+                self._text += self._detokenizer.push(token, may_stop=False)
             self._finish("stop", None if token in self.eos_ids else token)
             return token
         if self._detokenizer is not None:
@@ -134,9 +141,9 @@ class Sequence:
             if self._detokenizer.stopped_by is not None:
                 self._finish("stop", self._detokenizer.stopped_by)
                 return token
-        if len(self.tokens) >= self.max_tokens:
-            if self._detokenizer is not None:
-                self._text += self._detokenizer.finish()
+        if self.grammar is not None and self.grammar.done:
+            self._finish("stop")
+        elif len(self.tokens) >= self.max_tokens:
             self._finish("length")
         return token
 
@@ -159,5 +166,7 @@ class Sequence:
         )
 
     def _finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        if self._detokenizer is not None and reason != "error":
+            self._text += self._detokenizer.finish()
         self.finish_reason, self.stop_reason = reason, stop_reason
         self.timings.finished_s = perf_counter() - self.request.arrival

@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, temperature, truncation, draws, and acceptance of drafted tokens.
+"""From logits to tokens: masks, penalties, temperature, truncation, draws, and acceptance of drafted tokens.
 
 Order of use: logit bias, penalties, temperature, top_k, top_p, min_p, draw. Settings are per row: a number, or a tensor
 (batch,). All functions are pure.
@@ -11,6 +11,21 @@ import torch
 from torch import Tensor
 
 Setting = float | int | Tensor
+
+
+def apply_bitmask(logits: Tensor, bits: Tensor) -> Tensor:
+    """Keep the tokens whose bit is set; others -inf.
+
+    Args:
+        logits: (..., vocab)
+        bits: int32 (..., words), token i at bit i % 32 of word i // 32; words * 32 >= vocab
+
+    Returns:
+        (..., vocab)
+    """
+    places = torch.ones(32, dtype=torch.int32, device=bits.device) << torch.arange(32, device=bits.device)
+    banned = (bits[..., None] & places == 0).flatten(-2)
+    return logits.masked_fill(banned[..., : logits.shape[-1]], -torch.inf)
 
 
 def apply_penalties(
