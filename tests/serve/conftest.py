@@ -49,7 +49,7 @@ class ScriptedEngine:
     Args:
         script: the text of an answer; a special "..." prefix makes it endless
         max_seqs: requests that run at once
-        pause: waited for before each step
+        pause: nothing is said until it is set
     """
 
     def __init__(
@@ -96,8 +96,6 @@ class ScriptedEngine:
         self.closed = True
 
     def step(self) -> list[Output]:
-        if self.pause is not None:
-            self.pause.wait(0.2)
         if self.step_s:
             time.sleep(self.step_s)
         if self.fail is not None:
@@ -107,6 +105,9 @@ class ScriptedEngine:
             self.waiting.remove(request)
             self.running[request.id] = Running(request, [self.tokens(request) for _ in range(request.params.n)])
             self.stats.prompt_tokens += len(request.token_ids)
+        if self.pause is not None and not self.pause.is_set():
+            time.sleep(0.002)
+            return []
         return [output for run in list(self.running.values()) for output in self.advance(run)]
 
     def tokens(self, request: Request) -> deque[tuple[str, list[int]]]:

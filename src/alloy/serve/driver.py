@@ -310,7 +310,7 @@ class Driver:
         self.gauges = gauges
         for request_id, error in refused:
             if (ticket := self._owners.get(request_id)) is not None:
-                self.cancel(ticket, bad("messages" if request_id.startswith("chat") else "prompt", str(error)))
+                self.cancel(ticket, bad(request_id.partition("-")[0], str(error)))
         gaps: list[float] = []
         for output in outputs:
             ticket = self._owners.get(output.id)

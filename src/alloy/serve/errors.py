@@ -109,6 +109,8 @@ def from_validation(error: ValidationError, data: object) -> ApiError:
     placed = [(_path(detail, data), detail) for detail in error.errors(include_url=False)]
     path, _ = max(placed, key=lambda p: len(p[0]))
     said = [d for p, d in placed if p == path]
+    # the member of a union whose type fits says more than those whose type does not
+    said = [d for d in said if d["type"] not in _SAID] or said
     texts = list(dict.fromkeys(_SAID.get(d["type"], _lowered(d["msg"])) for d in said))
     param = ".".join(map(str, path)) or None
     return bad(param, f"{param or 'the body'} {_joined(texts)}")
