@@ -53,7 +53,11 @@ class ScriptedEngine:
     """
 
     def __init__(
-        self, script: Callable[[Request], str], max_seqs: int = 8, pause: threading.Event | None = None, step_s: float = 0
+        self,
+        script: Callable[[Request], str],
+        max_seqs: int = 8,
+        pause: threading.Event | None = None,
+        step_s: float = 0,
     ) -> None:
         self.script = script
         self.max_seqs = max_seqs
@@ -88,8 +92,8 @@ class ScriptedEngine:
     def gauges(self) -> Any:
         used = len(self.running)
         return SimpleNamespace(
-            running=used, waiting=len(self.waiting), blocks_total=100, blocks_free=100 - used, blocks_cached=0,
-            slots_total=self.max_seqs, slots_free=self.max_seqs - used, slots_cached=0,
+            running=used, waiting=len(self.waiting), blocks=100, blocks_free=100 - used, blocks_cached=0,
+            slots=self.max_seqs, slots_free=self.max_seqs - used, slots_cached=0,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -149,7 +153,10 @@ class ScriptedEngine:
             self.running.pop(request.id, None)
         output = Output(request.id, 0, request.token_ids, [completion], finished=finished, cached_tokens=3)
         if request.params.prompt_logprobs is not None:
-            output.prompt_logprobs = [None, *(TokenLogprobs(t, -1.0, None, ((t, -1.0),)) for t in request.token_ids[1:])]
+            output.prompt_logprobs = [
+                None,
+                *(TokenLogprobs(t, -1.0, None, ((t, -1.0),)) for t in request.token_ids[1:]),
+            ]
         return output
 
 
@@ -188,8 +195,8 @@ class StreamEngine:
 
     def gauges(self) -> Any:
         return SimpleNamespace(
-            running=int(self.stream is not None), waiting=len(self.inbox), blocks_total=0, blocks_free=0,
-            blocks_cached=0, slots_total=0, slots_free=0, slots_cached=0,
+            running=int(self.stream is not None), waiting=len(self.inbox), blocks=0, blocks_free=0,
+            blocks_cached=0, slots=0, slots_free=0, slots_cached=0,
         )  # fmt: skip
 
     def close(self) -> None:

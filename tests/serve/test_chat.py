@@ -25,9 +25,7 @@ def events(response: httpx.Response) -> list[Any]:
 
 
 def joined(chunks: list[Any], field: str, index: int = 0) -> str:
-    return "".join(
-        c["delta"].get(field) or "" for chunk in chunks for c in chunk["choices"] if c["index"] == index
-    )
+    return "".join(c["delta"].get(field) or "" for chunk in chunks for c in chunk["choices"] if c["index"] == index)
 
 
 def test_a_plain_answer_has_every_required_key(say) -> None:
@@ -169,7 +167,9 @@ def test_parameters_reach_the_engine(say) -> None:
     assert tail.startswith("<|im_start|>")
 
 
-@pytest.mark.parametrize("budget", [("thinking_budget", 3), ("reasoning_budget", 3), ("nvext", {"max_thinking_tokens": 3})])
+@pytest.mark.parametrize(
+    "budget", [("thinking_budget", 3), ("reasoning_budget", 3), ("nvext", {"max_thinking_tokens": 3})]
+)
 def test_the_names_of_the_budget_mean_the_same(say, budget) -> None:
     with say("</think>x", max_thinking_budget=100) as site:
         ask(site, **{budget[0]: budget[1]})

@@ -51,10 +51,9 @@ def test_openai_responses_whole_streamed_stored_and_continued(say) -> None:
         assert [o.type for o in first.output] == ["reasoning", "message"]
         assert first.status == "completed"
         assert first.usage.output_tokens_details.reasoning_tokens == 2
-        kinds = []
+        kinds: list[str] = []
         with client.responses.stream(model="tiny", input="more", previous_response_id=first.id) as stream:
-            for event in stream:
-                kinds.append(event.type)
+            kinds += [event.type for event in stream]
             final = stream.get_final_response()
         assert final.output_text == "Hi."
         assert kinds[0] == "response.created"
@@ -123,7 +122,10 @@ def test_schemathesis_finds_no_server_error(say) -> None:
                     given(strategy)(trial)()
                 except Exception as error:
                     # a route without parameters has no invalid request
-                    if "negative" not in str(error).lower() and type(error).__name__ not in ("Unsatisfiable", "SkipTest"):
+                    if "negative" not in str(error).lower() and type(error).__name__ not in (
+                        "Unsatisfiable",
+                        "SkipTest",
+                    ):
                         raise
         assert site.thread.is_alive()
         assert not site.failure

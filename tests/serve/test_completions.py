@@ -108,12 +108,31 @@ def test_models_health_and_version(real) -> None:
     assert "version" in real.get("/version").json()
 
 
-METRICS = """num_requests_running num_requests_waiting kv_cache_usage_perc state_slot_usage_perc prefix_cache_queries_total
-prefix_cache_hits_total state_snapshots prompt_tokens_total generation_tokens_total reasoning_tokens_total
-request_success_total num_preemptions_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
-time_to_first_token_seconds_count inter_token_latency_seconds_count e2e_request_latency_seconds_count
-request_queue_time_seconds_count request_prefill_time_seconds_count request_decode_time_seconds_count
-request_prompt_tokens_sum request_generation_tokens_sum iteration_tokens_total_count""".split()
+METRICS = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "state_slot_usage_perc",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "state_snapshots",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "reasoning_tokens_total",
+    "request_success_total",
+    "num_preemptions_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "time_to_first_token_seconds_count",
+    "inter_token_latency_seconds_count",
+    "e2e_request_latency_seconds_count",
+    "request_queue_time_seconds_count",
+    "request_prefill_time_seconds_count",
+    "request_decode_time_seconds_count",
+    "request_prompt_tokens_sum",
+    "request_generation_tokens_sum",
+    "iteration_tokens_total_count",
+]
 
 
 @pytest.mark.parametrize("prefix", ["alloy", "vllm"])
@@ -142,7 +161,10 @@ def test_metrics_ask_for_a_key_when_told_to(tiny_llm: LLM) -> None:
 def test_cross_origin_requests_only_where_allowed(say) -> None:
     ask_first = {"origin": "https://a.example", "access-control-request-method": "POST"}
     with say("x", cors=["https://a.example"]) as site, site.client() as client:
-        assert client.options("/v1/completions", headers=ask_first).headers["access-control-allow-origin"] == "https://a.example"
+        assert (
+            client.options("/v1/completions", headers=ask_first).headers["access-control-allow-origin"]
+            == "https://a.example"
+        )
     with say("x") as site, site.client() as client:
         response = client.get("/health", headers={"origin": "https://a.example"})
         assert "access-control-allow-origin" not in response.headers

@@ -116,8 +116,16 @@ def test_a_prompt_that_does_not_fit_names_all_three_numbers(say) -> None:
 def test_keys_are_needed_for_v1_alone(say, tiny_llm) -> None:
     from tests.serve.conftest import ScriptedEngine, serving
 
-    with serving(tiny_llm, ScriptedEngine(lambda r: "</think>x"), keys=("sesame", "second")) as site, site.client() as c:
-        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "sesame"}, {"authorization": "Basic sesame"}):
+    with (
+        serving(tiny_llm, ScriptedEngine(lambda r: "</think>x"), keys=("sesame", "second")) as site,
+        site.client() as c,
+    ):
+        for header in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "sesame"},
+            {"authorization": "Basic sesame"},
+        ):
             response = c.get("/v1/models", headers=header)
             check(response, 401, "invalid_api_key", None, "Bearer")
             assert response.headers["www-authenticate"] == "Bearer"
@@ -144,8 +152,18 @@ def test_bodies_too_large_or_of_another_kind(say) -> None:
     with say("</think>x", max_body_mb=0.01) as site, site.client() as client:
         check(ask(site, user="x" * 20_000), 413, "request_too_large", None, "10,485")
         chunks = (b"x" * 1000 for _ in range(50))
-        check(client.post(CHAT, content=chunks, headers={"content-type": "application/json"}), 413, "request_too_large", None)
-        check(client.post(CHAT, content=b"{}", headers={"content-type": "text/plain"}), 415, "unsupported_media_type", None)
+        check(
+            client.post(CHAT, content=chunks, headers={"content-type": "application/json"}),
+            413,
+            "request_too_large",
+            None,
+        )
+        check(
+            client.post(CHAT, content=b"{}", headers={"content-type": "text/plain"}),
+            415,
+            "unsupported_media_type",
+            None,
+        )
         check(client.post(CHAT, content=b"{}"), 415, "unsupported_media_type", None, "application/json")
 
 
@@ -168,7 +186,10 @@ def test_a_full_queue_is_503_with_retry_after(say) -> None:
         assert [a.status_code for a in answers] == [200] * 3
         assert ask(site).status_code == 200
         with site.client() as client:
-            assert 'alloy:request_rejected_total{code="server_overloaded",model_name="tiny"} 1.0' in client.get("/metrics").text
+            assert (
+                'alloy:request_rejected_total{code="server_overloaded",model_name="tiny"} 1.0'
+                in client.get("/metrics").text
+            )
 
 
 def test_too_many_waiting_tokens_are_503(say) -> None:

@@ -154,9 +154,9 @@ class Request:
     params: SamplingParams
     # lower first; equal ones in order of arrival
     priority: int = 0
-    # prompts with different salts share no cached prefix
+    # prefixes are shared among requests of one salt
     salt: str = ""
-    # prompt positions where a state snapshot pays, such as the end of the last user turn
+    # prompt positions where a later request may begin, such as the end of the last user turn
     keep_at: Sequence[int] = ()
     # time.perf_counter() when the engine took it
     arrival: float = 0.0
@@ -212,7 +212,7 @@ class Output:
     # the first position has None: nothing predicts it
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finished: bool = False
-    # prompt tokens that a cached prefix saved
+    # tokens of the prompt that were not computed again
     cached_tokens: int = 0
 
     @property

@@ -82,7 +82,7 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
     grammar = model.shape(body.response_format, body.structured_outputs)
     parser: dict[str, Any] | None = None
     if tools:
-        schemas = {t["name"]: t.get("parameters") or {} for t in tools}
+        schemas: dict[str, Json] = {t["name"]: t.get("parameters") or {} for t in tools}
         parallel = body.parallel_tool_calls is not False
         parser = {"format": model.tool_format, "schemas": schemas, "parallel": parallel}
         if choice == "required" or isinstance(choice, NamedTool):
@@ -160,9 +160,10 @@ async def _chunks(model: ServedModel, body: ChatRequest, head: Head, run: Run) -
             extra["token_ids"] = list(step.completion.token_ids)
         deltas = _deltas(body, step)
         if extra and not deltas:
-            deltas = [{}]
-        for i, delta in enumerate(deltas):
-            yield chunk([part(choice, delta, **(extra if i == 0 else {}))])
+            deltas.append({})
+        for delta in deltas:
+            yield chunk([part(choice, delta, **extra)])
+            extra = {}
         if step.completion.finish_reason is not None:
             yield chunk([part(choice, {}, finish_reason=choice.finish_reason, stop_reason=choice.stop_reason)])
     if has_usage:

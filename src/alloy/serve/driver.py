@@ -28,14 +28,14 @@ RETRY_S = 5
 
 
 class Gauges(Protocol):
-    """What the engine holds now."""
+    """What the engine holds now; blocks and slots are free, cached, or in use."""
 
     running: int
     waiting: int
-    blocks_total: int
+    blocks: int
     blocks_free: int
     blocks_cached: int
-    slots_total: int
+    slots: int
     slots_free: int
     slots_cached: int
 

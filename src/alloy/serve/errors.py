@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from alloy.core.toml import is_list, is_table
 from alloy.errors import RequestError
 
 INVALID = "invalid_request_error"
@@ -122,10 +123,10 @@ def _path(detail: ErrorDetails, data: object) -> tuple[str | int, ...]:
     here: Any = data
     for i, step in enumerate(detail["loc"]):
         is_missing = detail["type"] == "missing" and i == len(detail["loc"]) - 1
-        if isinstance(here, dict) and isinstance(step, str) and (step in here or is_missing):
+        if is_table(here) and isinstance(step, str) and (step in here or is_missing):
             path.append(step)
             here = None if is_missing else here[step]
-        elif isinstance(here, list) and isinstance(step, int):
+        elif is_list(here) and isinstance(step, int):
             path.append(step)
             here = here[step]
     return tuple(path)

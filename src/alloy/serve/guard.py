@@ -140,7 +140,7 @@ class Guard:
             await self._admit(scope, headers)
             await self._app(scope, receive, send_with_id)
         except ApiError as error:
-            state["refused"] = error.code
+            state["refused"] = error.code or error.kind
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send_with_id)
         except Exception:
             # the client has its answer

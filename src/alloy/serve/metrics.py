@@ -62,7 +62,7 @@ class Metrics(Collector):
         self._gauges, self._stats = gauges, stats
         for gap in gaps:
             self._histograms["inter_token_latency_seconds"].observe(gap)
-        seen = (stats.prompt_tokens, stats.generated_tokens)
+        seen = (stats.prompt_tokens - stats.cached_tokens, stats.generated_tokens)
         new = sum(seen) - sum(self._steps_seen)
         self._steps_seen = seen
         if new > 0:
@@ -104,13 +104,13 @@ class Metrics(Collector):
         now = perf_counter()
         self._status = (now, stats.prompt_tokens, stats.generated_tokens)
         seconds = max(now - then, 1e-9)
-        hits = stats.cached_tokens / max(1, stats.prompt_tokens + stats.cached_tokens)
+        hits = stats.cached_tokens / max(1, stats.prompt_tokens)
         drafted, accepted = sum(stats.drafted_at), sum(stats.accepted_at)
         accept = f", drafts kept {accepted / drafted:.0%}" if drafted else ""
         return (
             f"running {gauges.running}, waiting {gauges.waiting}, prompt {(stats.prompt_tokens - prompt) / seconds:,.0f} tok/s, "
             f"answers {(stats.generated_tokens - generated) / seconds:,.0f} tok/s, "
-            f"KV {_used(gauges.blocks_total, gauges.blocks_free):.0%}, slots {_used(gauges.slots_total, gauges.slots_free):.0%}, "
+            f"KV {_used(gauges.blocks, gauges.blocks_free):.0%}, slots {_used(gauges.slots, gauges.slots_free):.0%}, "
             f"prefix hits {hits:.0%}{accept}"
         )
 
@@ -122,21 +122,22 @@ class Metrics(Collector):
         values = {
             "num_requests_running": (gauges.running, "Sequences that run."),
             "num_requests_waiting": (gauges.waiting, "Sequences that wait."),
-            "kv_cache_usage_perc": (_used(gauges.blocks_total, gauges.blocks_free), "Share of KV blocks in use."),
-            "state_slot_usage_perc": (_used(gauges.slots_total, gauges.slots_free), "Share of state slots in use."),
+            "kv_cache_usage_perc": (_used(gauges.blocks, gauges.blocks_free), "Share of KV blocks in use."),
+            "state_slot_usage_perc": (_used(gauges.slots, gauges.slots_free), "Share of state slots in use."),
             "state_snapshots": (gauges.slots_cached, "States kept for prefixes."),
         }
         for pool in ("blocks", "slots"):
-            for part in ("total", "free", "cached"):
+            values[f"{pool}_total"] = (getattr(gauges, pool), f"All {pool}.")
+            for part in ("free", "cached"):
                 values[f"{pool}_{part}"] = (getattr(gauges, f"{pool}_{part}"), f"{pool} {part}".capitalize() + ".")
         for name, (value, text) in values.items():
             family = GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=["model_name"])
             family.add_metric([self._model], value)
             yield family
         counts = {
-            "prefix_cache_queries": (stats.prompt_tokens + stats.cached_tokens, "Prompt tokens looked up."),
+            "prefix_cache_queries": (stats.prompt_tokens, "Prompt tokens looked up."),
             "prefix_cache_hits": (stats.cached_tokens, "Prompt tokens found."),
-            "prompt_tokens": (stats.prompt_tokens, "Prompt tokens computed."),
+            "prompt_tokens": (stats.prompt_tokens, "Prompt tokens of requests that began."),
             "generation_tokens": (stats.generated_tokens, "Tokens generated."),
             "num_preemptions": (stats.preemptions, "Sequences put back."),
             "spec_decode_num_draft_tokens": (sum(stats.drafted_at), "Tokens drafted."),

@@ -200,12 +200,15 @@ class ServedModel:
 
     def grammar(self, kind: str, text: str, param: str) -> Any:
         """A compiled grammar of the engine's; 400 with the place of what cannot be compiled."""
-        engine = importlib.import_module("alloy.engine.grammar")
-        grammar = engine.Grammar(kind, text)
+        try:
+            engine = importlib.import_module("alloy.engine.grammar")
+        except ModuleNotFoundError as error:
+            raise bad(param, f"{param} needs grammars, which this installation does not have") from error
         codec = self.llm.codec
         if codec is None:
             raise bad(param, f"{param} needs a tokenizer, and this model has none")
         try:
+            grammar = engine.Grammar(kind, text)
             engine.compile_grammar(grammar, codec, self.llm.model.config.vocab)
         except RequestError as error:
             raise bad(param, str(error)) from error

@@ -6,10 +6,11 @@ What the models cannot say (relations between fields, limits of the served model
 import json
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from alloy.core.toml import is_list, is_table
 from alloy.serve.errors import ApiError, bad, from_validation
 
 MAX_SCHEMA_BYTES = 256 * 1024
@@ -288,9 +289,9 @@ REFUSED = {
 def parse_body(model: type[AnyBody], raw: bytes) -> AnyBody:
     """A request from its bytes; every complaint is a 400 that names the field."""
     data = parse_json(raw)
-    if not isinstance(data, dict):
+    if not is_table(data):
         raise bad(None, "the body must be a JSON object")
-    return validated(model, cast(Json, data))
+    return validated(model, data)
 
 
 def validated(model: type[AnyBody], data: Json) -> AnyBody:
@@ -374,15 +375,15 @@ def _strings(data: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
     """Every string of a document and where it stands; a key stands where its table does."""
     if isinstance(data, str):
         yield path, data
-    elif isinstance(data, dict):
-        for name, value in cast(dict[str, object], data).items():
+    elif is_table(data):
+        for name, value in data.items():
             yield path, name
             yield from _strings(value, (*path, name))
-    elif isinstance(data, list):
-        for i, value in enumerate(cast(list[object], data)):
+    elif is_list(data):
+        for i, value in enumerate(data):
             yield from _strings(value, (*path, str(i)))
 
 
 def _depth(data: object) -> int:
-    inner = cast(dict[str, object], data).values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return 1 + max((_depth(value) for value in cast("list[object]", list(inner))), default=0)
+    inner = data.values() if is_table(data) else data if is_list(data) else ()
+    return 1 + max(map(_depth, inner), default=0)

@@ -11,6 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from alloy.core.logging import get_logger
+from alloy.core.toml import is_list, is_table
 from alloy.serve.answer import Choice, new_id
 from alloy.serve.chat import Prepared, prepare
 from alloy.serve.errors import ApiError, bad, internal
@@ -294,8 +295,9 @@ def _items(items: list[Json], where: str) -> list[Json]:
     for i, item in enumerate(items):
         kind = item.get("type", "message")
         if kind == "reasoning":
-            parts = [*(item.get("content") or []), *(item.get("summary") or [])]
-            thought = "".join(str(p.get("text", "")) for p in parts if isinstance(p, dict))
+            found: list[Any] = [item.get("content"), item.get("summary")]
+            parts = [part for listed in found if is_list(listed) for part in listed]
+            thought = "".join(str(part.get("text", "")) for part in parts if is_table(part))
         elif kind == "message":
             message: Json = {"role": item.get("role"), "content": item.get("content")}
             if item.get("role") == "assistant" and thought:

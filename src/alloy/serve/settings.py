@@ -19,51 +19,51 @@ SAMPLING = (
 
 
 class EngineSettings(Config):
-    """What the engine is built with; None: the engine's own default."""
+    """What `alloy.LLM` is built with; None: its own default."""
 
-    max_model_len: int | None = Field(None, ge=1)
-    max_seqs: int | None = Field(None, ge=1)
-    max_step_tokens: int | None = Field(None, ge=1)
-    block_size: int | None = Field(None, ge=1)
-    # a share of the device's free memory up to 1, or bytes
-    memory: float | None = Field(None, gt=0)
-    # expected prompt + answer, by which memory is split between blocks and slots
-    plan_len: int | None = Field(None, ge=1)
+    max_model_len: int | None = Field(default=None, ge=1)
+    # None: 64 on a GPU, 16 on a CPU
+    max_seqs: int | None = Field(default=None, ge=1)
+    max_step_tokens: int | None = Field(default=None, ge=1)
+    # GiB for keys, values and states
+    memory: float | None = Field(default=None, gt=0)
     dtype: str | None = None
     device: str | None = None
     weights: str | None = None
     state_dtype: Literal["float32", "bfloat16", "float16", "float16-sr"] | None = None
-    kv_dtype: str | None = None
     prefix_cache: bool | None = None
-    checkpoint_every: int | None = Field(None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
     speculate: int | Literal["auto"] | None = None
     cuda_graphs: bool | None = None
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """What was set, by name."""
-        return self.model_dump(exclude_none=True)
+        """Arguments of `alloy.LLM` that were set."""
+        values = self.model_dump(exclude_none=True)
+        if "cuda_graphs" in values:
+            values["graphs"] = values.pop("cuda_graphs")
+        return values
 
 
 class ServerSettings(Config):
     """Limits and habits of the server."""
 
     # waiting requests before 503; 0: no limit
-    max_queue: int = Field(256, ge=0)
+    max_queue: int = Field(default=256, ge=0)
     # waiting prompt tokens before 503; 0: no limit
-    max_queue_tokens: int = Field(524_288, ge=0)
+    max_queue_tokens: int = Field(default=524_288, ge=0)
     # wall clock of one request
-    request_timeout_s: float = Field(600, gt=0)
+    request_timeout_s: float = Field(default=600, gt=0)
     # an SSE comment when nothing was sent for so long
-    keepalive_s: float = Field(15, gt=0)
+    keepalive_s: float = Field(default=15, gt=0)
     # time to finish after SIGTERM; 0: abort at once
-    shutdown_s: float = Field(30, ge=0)
-    max_body_mb: float = Field(16, gt=0)
+    shutdown_s: float = Field(default=30, ge=0)
+    max_body_mb: float = Field(default=16, gt=0)
     # a reader this many tokens behind for this long is cut off
-    slow_reader_tokens: int = Field(1024, ge=1)
-    slow_reader_s: float = Field(60, gt=0)
+    slow_reader_tokens: int = Field(default=1024, ge=1)
+    slow_reader_s: float = Field(default=60, gt=0)
     # requests a minute for each key; 0: no limit
-    rate_limit: int = Field(0, ge=0)
+    rate_limit: int = Field(default=0, ge=0)
     # one key a line; read again on SIGHUP
     api_key_file: str | None = None
     # listen beyond this machine without a key
@@ -79,10 +79,10 @@ class ServerSettings(Config):
     tool_format: str | None = None
     # sampling values of requests that set none, over those of generation_config.json
     default: dict[str, float] = Field(default_factory=dict)
-    thinking_budget: int | None = Field(None, ge=0)
-    max_thinking_budget: int | None = Field(None, ge=0)
+    thinking_budget: int | None = Field(default=None, ge=0)
+    max_thinking_budget: int | None = Field(default=None, ge=0)
     # stored answers of the responses API
-    max_responses: int = Field(1000, ge=1)
+    max_responses: int = Field(default=1000, ge=1)
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -100,8 +100,8 @@ class ServerSettings(Config):
 class Settings(Config):
     """Everything that key=value arguments can set."""
 
-    engine: EngineSettings = EngineSettings()
-    serve: ServerSettings = ServerSettings()
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    serve: ServerSettings = Field(default_factory=ServerSettings)
 
 
 def read_settings(overrides: Sequence[str]) -> Settings:
