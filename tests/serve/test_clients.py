@@ -5,7 +5,7 @@ import pytest
 openai = pytest.importorskip("openai")
 schemathesis = pytest.importorskip("schemathesis")
 
-from hypothesis import HealthCheck, Phase, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
 from tests.serve.test_chat import CALL, HELLO, TOOLS  # noqa: E402
 
@@ -103,10 +103,9 @@ def test_schemathesis_finds_no_server_error(say) -> None:
     with say("hm</think>ok", request_timeout_s=5, rate_limit=0) as site:
         schema = schemathesis.openapi.from_url(f"{site.url}/openapi.json")
         schema.validate()
-        routes = list(schema.get_all_operations())
-        assert len(routes) >= 16
-        for found in routes:
-            operation = found.ok()
+        operations = [found.ok() for found in schema.get_all_operations()]
+        assert {o.path for o in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"}
+        for operation in operations:
 
             @settings(max_examples=25, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
                       suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -114,18 +113,8 @@ def test_schemathesis_finds_no_server_error(say) -> None:
                 response = case.call(timeout=20)
                 assert response.status_code < 500, (case.body, response.text)
 
-            for mode in ("positive", "negative"):
-                strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode))
-                from hypothesis import given
-
-                try:
-                    given(strategy)(trial)()
-                except Exception as error:
-                    # a route without parameters has no invalid request
-                    if "negative" not in str(error).lower() and type(error).__name__ not in (
-                        "Unsatisfiable",
-                        "SkipTest",
-                    ):
-                        raise
+            modes = ["positive", "negative"] if list(operation.body) else ["positive"]
+            for mode in modes:
+                given(operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))(trial)()
         assert site.thread.is_alive()
         assert not site.failure
