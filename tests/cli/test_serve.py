@@ -197,7 +197,7 @@ def test_shutdown_at_once_ends_streams_with_an_error(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(folder: Path) -> None:
-    with running(folder, "serve.shutdown_s=600", "serve.request_timeout_s=600") as (process, url, lines):
+    with running(folder, "serve.shutdown_s=600", "serve.request_timeout_s=600") as (process, url, _):
         connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
         body = b'{"prompt": "a", "n": 64, "max_tokens": 150, "ignore_eos": true}'
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
