@@ -25,6 +25,8 @@ from tests.engine.conftest import build, byte_tokenizer
 
 httpx = pytest.importorskip("httpx")
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(alloy.__file__).parents[1])}
+
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
@@ -95,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The command in a process of its own: (process, url, lines of its log so far)."""
     command = [sys.executable, "-m", "alloy", "serve", str(folder), "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stderr is not None
     lines: list[str] = []
     found = threading.Event()
@@ -220,7 +222,7 @@ def test_a_second_interrupt_stops_at_once(folder: Path) -> None:
 def test_what_does_not_fit_is_code_3(folder: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "alloy", "serve", str(folder), "--port", "0", "engine.memory=0.00001"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, env=ENVIRONMENT,
     )  # fmt: skip
     assert result.returncode == 3, result.stderr
     assert result.stderr.startswith("error: ")
