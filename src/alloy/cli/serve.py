@@ -54,8 +54,8 @@ def serve(
         raise RecipeError("--api-key is empty; give a key, or leave it out")
     file = Path(limits.api_key_file) if limits.api_key_file is not None else None
     keys = Keys([key for key in given if key], file)
-    logging.setup()
     with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
+        logging.setup()
         llm: Any = _load(model, chosen.engine.chosen)
         served = ServedModel(llm, served_name or [_name(model)], limits)
         engine: Any = llm.engine()
