@@ -1,6 +1,7 @@
 """A server over loopback with an engine that says what it is told to, and one with a real tiny model."""
 
 import asyncio
+import functools
 import socket
 import threading
 import time
@@ -29,9 +30,13 @@ TOOL_TEMPLATE = (
 )
 
 
+TOKENIZER = byte_tokenizer()
+
+
+@functools.cache
 def encode(text: str) -> list[int]:
     """Ids of the byte tokenizer."""
-    return byte_tokenizer().encode(text, add_special_tokens=False)
+    return TOKENIZER.encode(text, add_special_tokens=False)
 
 
 @dataclass
