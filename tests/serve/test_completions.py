@@ -165,6 +165,10 @@ def test_cross_origin_requests_only_where_allowed(say) -> None:
             client.options("/v1/completions", headers=ask_first).headers["access-control-allow-origin"]
             == "https://a.example"
         )
+        # a page can read why it was refused
+        refused = client.post("/v1/completions", content=b"{", headers={"origin": "https://a.example"})
+        assert refused.status_code == 415
+        assert refused.headers["access-control-allow-origin"] == "https://a.example"
     with say("x") as site, site.client() as client:
         response = client.get("/health", headers={"origin": "https://a.example"})
         assert "access-control-allow-origin" not in response.headers

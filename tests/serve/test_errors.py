@@ -1,13 +1,16 @@
 """Every row of the table of errors (serving.md 7.5), and what must be refused: status, body, and that nothing breaks."""
 
 import json
+import socket
 import threading
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.serve.conftest import encode
+from alloy.engine.core import LLM
+from tests.engine.conftest import build, byte_tokenizer
+from tests.serve.conftest import ScriptedEngine, serving
 from tests.serve.test_chat import HELLO, ask, events
 
 CHAT = "/v1/chat/completions"
@@ -114,8 +117,6 @@ def test_a_prompt_that_does_not_fit_names_all_three_numbers(say) -> None:
 
 
 def test_keys_are_needed_for_v1_alone(say, tiny_llm) -> None:
-    from tests.serve.conftest import ScriptedEngine, serving
-
     with (
         serving(tiny_llm, ScriptedEngine(lambda r: "</think>x"), keys=("sesame", "second")) as site,
         site.client() as c,
@@ -278,10 +279,6 @@ def test_what_the_engine_refuses_late_is_400(say) -> None:
 
 
 def test_a_model_without_a_template_points_to_completions() -> None:
-    from alloy.engine.core import LLM
-    from tests.engine.conftest import build, byte_tokenizer
-    from tests.serve.conftest import ScriptedEngine, serving
-
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with serving(LLM(build("attention"), tokenizer), ScriptedEngine(lambda r: "x")) as site:
@@ -290,9 +287,32 @@ def test_a_model_without_a_template_points_to_completions() -> None:
             assert client.post("/v1/completions", json={"prompt": "a"}).json()["choices"][0]["text"] == "x"
 
 
+def test_a_body_that_never_ends_is_408(say) -> None:
+    """And a client that leaves in the middle of one is no error of the server's."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with say("x", request_timeout_s=0.2) as site:
+        for is_patient in (True, False):
+            connection = socket.create_connection(("127.0.0.1", int(site.url.rpartition(":")[2])))
+            connection.sendall(head)
+            if is_patient:
+                assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+            connection.close()
+        with site.client() as client:
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_the_page_is_served_under_a_strict_policy_or_not_at_all(say) -> None:
+    with say("x", page=False) as site, site.client() as client:
+        check(client.get("/"), 404, "not_found", None)
+    with say("x") as site, site.client() as client:
+        response = client.get("/")
+        if response.status_code == 200:
+            assert "default-src 'none'" in response.headers["content-security-policy"]
+        check(client.get("/page/index.html"), 404, "not_found", None)
+
+
 def test_request_ids_are_echoed_when_they_are_fit(say) -> None:
     with say("</think>x") as site, site.client() as client:
         for given, is_kept in (("abc-1", True), ("x" * 129, False), ("", False)):
             answer = client.get("/health", headers={"x-request-id": given}).headers["x-request-id"]
             assert (answer == given) is is_kept
-    assert encode("a") == [encode("a")[0]]

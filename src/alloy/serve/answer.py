@@ -62,6 +62,7 @@ class Choice:
         self.accepted = 0
         self._reasoning_tokens = 0
         self._model = layout.model
+        self._has_thoughts = layout.has_thoughts
         self._parser = ToolParser(**layout.tools) if layout.tools is not None else None
         markers = layout.model.markers if layout.has_thoughts else None
         ends = self._parser.opens if self._parser is not None else ()
@@ -120,6 +121,8 @@ class Choice:
             return
         markers = self._model.llm.codec.markers if self._model.llm.codec else None
         ids = completion.token_ids
+        if not self._has_thoughts:
+            return
         if not was_inside and not self._split.is_inside and not (markers and markers.start in ids):
             return
         start = ids.index(markers.start) + 1 if markers and markers.start in ids else 0
@@ -131,9 +134,8 @@ class Choice:
 class Head:
     """What every body of one answer repeats."""
 
-    kind: str
     model: str
-    id: str = ""
+    id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
     def body(self, object: str, choices: list[Json]) -> Json:

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from alloy import __version__
@@ -20,7 +20,7 @@ from alloy.errors import RequestError
 from alloy.serve.chat import answer_chat
 from alloy.serve.completions import answer_completion
 from alloy.serve.driver import Driver, Engine
-from alloy.serve.errors import ApiError, bad, internal
+from alloy.serve.errors import ApiError, bad, internal, timed_out
 from alloy.serve.guard import Guard, Keys, RateLimit
 from alloy.serve.metrics import CONTENT_TYPE, Metrics
 from alloy.serve.model import ServedModel
@@ -79,15 +79,11 @@ class Server:
         self._add_routes(routes)
         self._add_api(routes)
         self._document(routes)
-        for kind in (ApiError, HTTPException, ClientGone, Exception):
+        for kind in (ApiError, HTTPException, ClientGone, ClientDisconnect, Exception):
             routes.add_exception_handler(kind, _answer)
-        if settings.cors:
-            routes.add_middleware(
-                CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"],
-                expose_headers=["x-request-id", "x-alloy-warning", "retry-after"],
-            )  # fmt: skip
         self.routes = routes
-        self.app = Guard(routes, self.keys, RateLimit(settings.rate_limit), settings.metrics_auth, metrics.refused)
+        rate = RateLimit(settings.rate_limit)
+        self.app = Guard(routes, self.keys, rate, settings.metrics_auth, metrics.refused, settings.cors)
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
@@ -110,7 +106,12 @@ class Server:
 
     async def _read(self, kind: type[AnyBody], request: Request) -> tuple[AnyBody, list[str]]:
         """The body as a request, and the list that collects warnings."""
-        raw = await read_body(request, int(self.service.settings.max_body_mb * 2**20))
+        limits = self.service.settings
+        try:
+            async with asyncio.timeout(limits.request_timeout_s):
+                raw = await read_body(request, int(limits.max_body_mb * 2**20))
+        except TimeoutError as error:
+            raise timed_out(limits.request_timeout_s) from error
         body = parse_body(kind, raw)
         warnings = cast(list[str], request.state.warnings)
         names = [ascii(name)[1:-1][:64] for name in unknown_fields(body)]
@@ -120,7 +121,7 @@ class Server:
             if name not in self._warned and len(self._warned) < 1000:
                 self._warned.add(name)
                 log.warning("requests have the unknown field %s, which is left alone", name)
-        if self.service.settings.log_prompts:
+        if limits.log_prompts:
             log.info("request %s: %s", request.state.request_id, raw.decode("utf-8", "replace"))
         return body, warnings
 
@@ -299,7 +300,7 @@ def _detokenize(model: ServedModel, body: DetokenizeRequest) -> str:
 
 async def _answer(request: Request, error: Exception) -> Response:
     """Every error in the one body shape; what it was is left for the access log and the metrics."""
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientGone | ClientDisconnect):
         return Response(status_code=499)
     if isinstance(error, HTTPException):
         error = _http_error(request, error)

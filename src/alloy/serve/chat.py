@@ -33,7 +33,7 @@ async def answer_chat(service: Service, http: HttpRequest, body: ChatRequest, wa
     prepared = await asyncio.to_thread(prepare, service.model, body)
     warnings += prepared.warnings
     run = service.run([prepared.request], prepared.layout)
-    head = Head("chat.completion", name, f"chatcmpl-{body.request_id}" if body.request_id else new_id("chatcmpl-"))
+    head = Head(name, f"chatcmpl-{body.request_id[:128]}" if body.request_id else new_id("chatcmpl-"))
     try:
         if body.stream:
             await unless_gone(http, run.ticket.opened(service.settings.keepalive_s))

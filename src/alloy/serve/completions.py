@@ -23,7 +23,7 @@ async def answer_completion(
 ) -> Response:
     """Answer one completion request."""
     model = service.model
-    head = Head("text_completion", model.check_name(body.model), new_id("cmpl-"))
+    head = Head(model.check_name(body.model), new_id("cmpl-"))
     requests = await asyncio.to_thread(prepare, model, body)
     run = service.run(requests, Layout(model, has_thoughts=False))
     try:

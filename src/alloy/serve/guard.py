@@ -4,11 +4,12 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -101,12 +102,25 @@ class Guard:
         rate: requests a minute
         guards_metrics: /metrics needs a key too
         refused: told the code of every refusal
+        cors: origins whose pages may ask
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, rate: RateLimit, guards_metrics: bool, refused: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        rate: RateLimit,
+        guards_metrics: bool,
+        refused: Callable[[str], None],
+        cors: Sequence[str] = (),
     ) -> None:
         self._app = app
+        self._inner: ASGIApp = self._gate
+        if cors:
+            self._inner = CORSMiddleware(
+                self._gate, allow_origins=cors, allow_methods=["*"], allow_headers=["*"],
+                expose_headers=["x-request-id", "x-alloy-warning", "retry-after"],
+            )  # fmt: skip
         self._keys = keys
         self._rate = rate
         self._on_refusal = refused
@@ -137,11 +151,7 @@ class Guard:
 
         state: dict[str, Any] = scope["state"]
         try:
-            await self._admit(scope, headers)
-            await self._app(scope, receive, send_with_id)
-        except ApiError as error:
-            state["refused"] = error.code or error.kind
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send_with_id)
+            await self._inner(scope, receive, send_with_id)
         except Exception:
             # the client has its answer
             log.exception("request %s failed", request_id)
@@ -151,7 +161,16 @@ class Guard:
             took_ms = 1000 * (time.perf_counter() - start)
             log.info("%s %s %d %.1f ms id=%s", scope["method"], ascii(scope["path"])[1:-1], status, took_ms, request_id)
 
-    async def _admit(self, scope: Scope, headers: Headers) -> None:
+    async def _gate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._admit(scope, Headers(scope=scope))
+        except ApiError as error:
+            scope["state"]["refused"] = error.code or error.kind
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
         if scope["method"] == "OPTIONS" or not str(scope["path"]).startswith(self._protected):
             return
         key = self._keys.check(headers.get("authorization")) if len(self._keys) else b""

@@ -70,11 +70,12 @@ class ServedModel:
         self.variables = _variables(template)
         self.tool_format = settings.tool_format or format_of(template)
         self.markers = self._markers(generation.get("reasoning"), template)
-        if settings.thinking_budget is not None and (codec is None or codec.markers is None):
-            raise RecipeError(
-                f"serve.thinking_budget = {settings.thinking_budget}, but the tokenizer has no single tokens "
-                f"{THINK[0]} and {THINK[1]}; leave it out"
-            )
+        for limit in ("thinking_budget", "max_thinking_budget"):
+            if getattr(settings, limit) is not None and (codec is None or codec.markers is None):
+                raise RecipeError(
+                    f"serve.{limit} = {getattr(settings, limit)}, but the tokenizer has no single tokens "
+                    f"{THINK[0]} and {THINK[1]}; leave it out"
+                )
         try:
             SamplingParams(**self.defaults)
         except RequestError as error:
