@@ -1,4 +1,4 @@
-"""Clients that go away, slow readers, keep-alives, draining: what the engine holds always comes back."""
+"""Clients that go away, slow readers, keep-alive comments, draining: what the engine holds always comes back."""
 
 import asyncio
 import json
