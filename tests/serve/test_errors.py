@@ -229,6 +229,14 @@ def test_a_request_that_takes_too_long_is_408_or_an_event(say) -> None:
         site.wait(lambda: not site.engine.running)
 
 
+def test_the_clock_of_a_request_runs_while_its_reader_is_behind(say) -> None:
+    """64 samples a step, as fast as the engine goes."""
+    with say("</think>∞", request_timeout_s=0.3) as site, site.client() as client:
+        body = {"prompt": "a", "n": 64, "max_tokens": 900, "logprobs": 2, "ignore_eos": True}
+        check(client.post("/v1/completions", json=body), 408, "timeout", None, "0.3 s")
+        site.wait(lambda: not site.engine.running)
+
+
 def test_a_dead_engine_is_500_then_503(say, tiny_llm) -> None:
     with say("</think>∞", engine={"step_s": 0.01}) as site, site.client() as client:
         # a process would end now; this one stays to be asked

@@ -104,6 +104,9 @@ class Ticket:
 
     async def __anext__(self) -> Output:
         """The next increment; ApiError when the request cannot be finished."""
+        # an engine that is always ahead of its reader leaves nothing to wait for
+        if not self.is_done and perf_counter() > self.deadline:
+            self._driver.cancel(self, timed_out(self._timeout_s))
         while not self._ready:
             if self._error is not None:
                 raise self._error
