@@ -76,6 +76,7 @@ def _load(model: str, settings: Mapping[str, Any]) -> "LLM":
 
 def start_rows(llm: "LLM", gauges: Any) -> dict[str, str]:
     """What the start-up table says: sizes in memory, and how many sequences of some lengths fit."""
+    from alloy.core.logging import short_count
     from alloy.models import sizes
     from alloy.models.quant import weight_bytes
     from alloy.ops.backend import choices
@@ -89,7 +90,7 @@ def start_rows(llm: "LLM", gauges: Any) -> dict[str, str]:
     fits = {n: _fit(n, gauges, block > 0, llm.max_seqs) for n in (*lengths, llm.max_model_len)}
     backends = sorted({c[device.type] for c in choices((device.type,))})
     return {
-        "parameters": f"{sizes.parameters(config) / 1e6:,.1f} M",
+        "parameters": short_count(sizes.parameters(config)),
         "device": f"{device}, {dtype}" + (f", weights {model.weights}" if model.weights else ""),
         "weights": _size(weight_bytes(model)),
         "keys and values": f"{_size(block * gauges.blocks)}, {gauges.blocks:,} blocks of {BLOCK} tokens",
