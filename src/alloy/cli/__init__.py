@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": Command("alloy.cli.eval:evaluate", "Measure a model: bits per byte of a text."),
     "generate": Command("alloy.cli.generate:generate", "Continue a prompt, or a file of prompts."),
     "chat": Command("alloy.cli.chat:chat", "Talk to a model in the terminal."),
+    "serve": Command("alloy.cli.serve:serve", "Serve a model over HTTP, as OpenAI's API has it."),
     "bench": Command("alloy.cli.bench:bench", "Speed against other packages and against the machine's own limits."),
     "bench serve": Command("alloy.cli.bench_serve:serve", "Load on an OpenAI-compatible server: rates and latencies."),
     "demo": Command("alloy.cli.demo:demo", "The whole chain on this machine, in minutes."),

@@ -18,6 +18,7 @@ _PACKAGES = (
 )  # fmt: skip
 # what each extra is for; its packages come from the installed metadata
 _EXTRAS = {
+    "serve": "the HTTP server (alloy serve)",
     "track": "TensorBoard as a metric sink (log.tensorboard = true)",
     "serve": "load on servers (alloy bench serve) and talking to them (alloy chat URL)",
     "dev": "tests and checks of this repository",

@@ -52,6 +52,14 @@ def compose(name: str | Path, overrides: Sequence[str] = ()) -> Composed:
     return merged
 
 
+def compose_overrides(overrides: Sequence[str]) -> Composed:
+    """Overrides alone, for a command whose settings come from no file."""
+    merged = Composed(Path())
+    for text in overrides:
+        _override(merged, text)
+    return merged
+
+
 def find_recipe(name: str, base: Path | None, origin: str = "") -> Path:
     """The file behind a recipe name: relative to `base` (default: the working directory), or shipped."""
     near = Path(name) if base is None else base / name

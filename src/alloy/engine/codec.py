@@ -1,6 +1,6 @@
 """Between text and token ids: what the engine needs of a transformers tokenizer, typed.
 
-Special tokens have no text, except the markers of a thought: without them thought and answer would run together.
+Special tokens have no text, except the markers of thoughts and tool calls: without them the parts would run together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,8 @@ from alloy.errors import RequestError
 Message = Mapping[str, Any]
 
 THINK = ("<think>", "</think>")
+# special tokens with text, because what stands between them has a meaning
+KEPT = (*THINK, "<tool_call>", "</tool_call>", "<TOOLCALL>", "</TOOLCALL>")
 # special tokens that end a turn in the chat layouts that models are released with
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
@@ -35,7 +37,7 @@ class Codec:
         self._backend: Any = self._tokenizer.backend_tokenizer
         special = {token.content: i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         known: dict[str, int] = self._tokenizer.get_vocab()
-        self.skipped = frozenset[int](i for content, i in special.items() if content not in THINK)
+        self.skipped = frozenset[int](i for content, i in special.items() if content not in KEPT)
         ends: set[int] = {special[content] for content in TURN_ENDS if content in special}
         eos: int | None = self._tokenizer.eos_token_id
         self.ends = frozenset(ends if eos is None else ends | {eos})
@@ -71,14 +73,23 @@ class Codec:
             ) from error
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    @property
+    def chat_template(self) -> str:
+        """Source of the tokenizer's chat template; empty without one, or when it has several."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else ""
+
     def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[int]:
         """Ids of a conversation, up to where the answer begins."""
+        return self.encode(self.render_chat(messages, variables), "a message", add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """Text of a conversation, up to where the answer begins unless `variables` say otherwise."""
         if not self.has_chat_template:
             raise RequestError("the model's tokenizer has no chat template; use generate with a text prompt")
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **variables
+            return self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages], **{"add_generation_prompt": True, **variables, "tokenize": False}
             )
         except TemplateError as error:
             raise RequestError(f"the chat template refuses these messages: {error}") from error
-        return self.encode(text, "a message", add_special_tokens=False)

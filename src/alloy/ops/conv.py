@@ -205,6 +205,7 @@ def _causal_conv1d_step(
     """One product a tap, then the taps move up; quick where the channels of a tap lie next to each other."""
     rows, used = used_rows(slots, state, x.shape[0])
     if used is not None:
+        assert isinstance(rows, Tensor), "rows are left out"
         y = _causal_conv1d_step(state, x[used], weight, bias, activation, rows)
         return y.new_zeros(x.shape).index_copy_(0, used, y)
     window = read_slots(state, rows, x.shape[0])

@@ -339,6 +339,7 @@ def _ssd_step_multi(
     """One chunk of the scan with the state carried in and no state carried out."""
     rows, used = used_rows(slots, state, x.shape[0])
     if used is not None:
+        assert isinstance(rows, Tensor), "rows are left out"
         y = _ssd_step_multi(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows)
         return y.new_zeros(x.shape).index_copy_(0, used, y)
     before = read_slots(state, rows, x.shape[0])
@@ -487,6 +488,7 @@ def _ssd_step(
     """Reference: the recurrence as it is written."""
     rows, used = used_rows(slots, state, x.shape[0])
     if used is not None:
+        assert isinstance(rows, Tensor), "rows are left out"
         y = _ssd_step(state, x[used], dt[used], A, B[used], C[used], D, dt_bias, dt_softplus, dt_limit, rows, sr_seed)
         return y.new_zeros(x.shape).index_copy_(0, used, y)
     before = read_slots(state, rows, x.shape[0])

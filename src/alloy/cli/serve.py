@@ -1,0 +1,114 @@
+"""`alloy serve`: a model behind OpenAI's API, with a page to talk to it."""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alloy.errors import RecipeError
+
+if TYPE_CHECKING:
+    from alloy.engine.core import LLM
+
+MAX_SEQS, MAX_SEQS_CPU = 64, 16
+LENGTHS = (2048, 8192)
+BLOCK = 64
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as engine.max_seqs=8.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="Key that clients must send; may be repeated. Also ALLOY_API_KEY.")
+    ] = None,
+    served_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model in requests; may be repeated. Default: its folder's.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="The same as engine.max_model_len.")] = None,
+) -> None:
+    """Serve a model over HTTP until SIGTERM or Ctrl-C, which let running answers finish."""
+    from alloy.core.device import require
+
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        require(package, extra="serve", why="alloy serve works")
+    from alloy.core import logging
+    from alloy.serve.guard import Keys
+    from alloy.serve.listen import Listener, open_socket
+    from alloy.serve.model import ServedModel
+    from alloy.serve.settings import read_settings
+
+    # settings and the socket come first: a mistake there is known before the model is read
+    if max_model_len is not None:
+        settings = [*(settings or []), f"engine.max_model_len={max_model_len}"]
+    chosen = read_settings(settings or [])
+    limits = chosen.serve
+    given = [*(api_key or []), os.environ.get("ALLOY_API_KEY", "")]
+    if api_key and not all(api_key):
+        raise RecipeError("--api-key is empty; give a key, or leave it out")
+    file = Path(limits.api_key_file) if limits.api_key_file is not None else None
+    keys = Keys([key for key in given if key], file)
+    with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
+        logging.setup()
+        llm: Any = _load(model, chosen.engine.chosen)
+        served = ServedModel(llm, served_name or [_name(model)], limits)
+        engine: Any = llm.engine()
+        address, number = bound.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        rows = start_rows(llm, engine.gauges())
+        logging.start_panel("serving", {"model": ", ".join(served.names), **rows, "url": f"http://{shown}:{number}"})
+        asyncio.run(Listener(served, engine, keys).listen(bound))
+
+
+def _load(model: str, settings: Mapping[str, Any]) -> "LLM":
+    from alloy.core.device import resolve_device
+    from alloy.engine.core import LLM
+
+    device = resolve_device(settings.get("device", "auto"))
+    return LLM(model, **{"max_seqs": MAX_SEQS_CPU if device.type == "cpu" else MAX_SEQS, **settings})
+
+
+def start_rows(llm: "LLM", gauges: Any) -> dict[str, str]:
+    """What the start-up table says: sizes in memory, and how many sequences of some lengths fit."""
+    from alloy.core.logging import short_count
+    from alloy.models import sizes
+    from alloy.models.quant import weight_bytes
+    from alloy.ops.backend import choices
+
+    model, config = llm.model, llm.model.config
+    device = model.embed.weight.device
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    block = sizes.kv_bytes(config, 1, BLOCK, dtype, model.has_mtp)
+    state = sizes.state_bytes(config, 1, llm.state_dtype.removesuffix("-sr"), model.has_mtp)
+    lengths = [n for n in LENGTHS if n < llm.max_model_len]
+    fits = {n: _fit(n, gauges, block > 0, llm.max_seqs) for n in (*lengths, llm.max_model_len)}
+    backends = sorted({c[device.type] for c in choices((device.type,))})
+    return {
+        "parameters": short_count(sizes.parameters(config)),
+        "device": f"{device}, {dtype}" + (f", weights {model.weights}" if model.weights else ""),
+        "weights": _size(weight_bytes(model)),
+        "keys and values": f"{_size(block * gauges.blocks)}, {gauges.blocks:,} blocks of {BLOCK} tokens",
+        "states": f"{_size(state * gauges.slots)}, {gauges.slots:,} slots" if state else "none: no recurrent layers",
+        "fit at once": ", ".join(f"{count:,} of {n:,} tokens" for n, count in fits.items()),
+        "backends": ", ".join(backends),
+    }
+
+
+def _fit(tokens: int, gauges: Any, has_blocks: bool, max_seqs: int) -> int:
+    by_blocks = gauges.blocks // -(-tokens // BLOCK) if has_blocks else max_seqs
+    return min(max_seqs, by_blocks)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _name(model: str) -> str:
+    path = Path(model)
+    return path.resolve().name if path.exists() else model

@@ -1,0 +1,320 @@
+"""The routes (serving.md 7.1): bodies in, answers out. What they do lives beside this file, one module each."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from importlib.resources import files
+from typing import Any, cast
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from alloy import __version__
+from alloy.core.logging import get_logger
+from alloy.errors import RequestError
+from alloy.serve.chat import answer_chat
+from alloy.serve.completions import answer_completion
+from alloy.serve.driver import Driver, Engine
+from alloy.serve.errors import ApiError, bad, internal, timed_out
+from alloy.serve.guard import Guard, Keys, RateLimit
+from alloy.serve.metrics import CONTENT_TYPE, Metrics
+from alloy.serve.model import ServedModel
+from alloy.serve.protocol import (
+    AnyBody,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Json,
+    ResponseRequest,
+    TokenizeRequest,
+    parse_body,
+    unknown_fields,
+)
+from alloy.serve.responses import Responses
+from alloy.serve.service import Service
+from alloy.serve.sse import ClientGone
+
+log = get_logger(__name__)
+
+STATUS_S = 10.0
+BODIES: tuple[type[Body], ...] = (ChatRequest, CompletionRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest)
+# what other servers do and this model cannot
+NOT_HERE = (
+    "/v1/embeddings", "/v1/score", "/v1/moderations", "/v1/audio/transcriptions", "/v1/audio/translations",
+    "/v1/audio/speech", "/v1/images/generations", "/v1/images/edits", "/v1/images/variations",
+)  # fmt: skip
+PAGE = {"index.html": "text/html", "chat.js": "text/javascript", "style.css": "text/css"}
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+class Server:
+    """The application with its engine.
+
+    Args:
+        model: what is served, with its settings
+        engine: closed when the application ends
+        keys: API keys
+        on_death: called once the engine has failed
+    """
+
+    def __init__(
+        self, model: ServedModel, engine: Engine, keys: Keys | None = None, on_death: Callable[[], None] | None = None
+    ) -> None:
+        settings = model.settings
+        self.keys = keys or Keys(())
+        metrics = Metrics(settings.metrics_prefix, model.name)
+        self.driver = Driver(engine, settings, metrics.stepped, on_death)
+        self.service = Service(model, self.driver, metrics, settings)
+        self.responses = Responses(self.service)
+        self._warned: set[str] = set()
+        routes = FastAPI(
+            title="alloy", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None
+        )
+        self._add_routes(routes)
+        self._add_api(routes)
+        self._document(routes)
+        for kind in (ApiError, HTTPException, ClientGone, ClientDisconnect, Exception):
+            routes.add_exception_handler(kind, _answer)
+        self.routes = routes
+        rate = RateLimit(settings.rate_limit)
+        self.app = Guard(routes, self.keys, rate, settings.metrics_auth, metrics.refused, settings.cors)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
+        self.driver.start()
+        status = asyncio.create_task(self._report())
+        try:
+            yield
+        finally:
+            status.cancel()
+            with suppress(asyncio.CancelledError):
+                await status
+            await self.responses.close()
+            await self.driver.close()
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_S)
+            if (line := self.service.metrics.status_line()) is not None:
+                log.info("%s", line)
+
+    async def _read(self, kind: type[AnyBody], request: Request) -> tuple[AnyBody, list[str]]:
+        """The body as a request, and the list that collects warnings."""
+        limits = self.service.settings
+        try:
+            async with asyncio.timeout(limits.request_timeout_s):
+                raw = await read_body(request, int(limits.max_body_mb * 2**20))
+        except TimeoutError as error:
+            raise timed_out(limits.request_timeout_s) from error
+        body = parse_body(kind, raw)
+        warnings = cast(list[str], request.state.warnings)
+        names = [ascii(name)[1:-1][:64] for name in unknown_fields(body)]
+        if names:
+            warnings.append(f"unknown fields left alone: {', '.join(names[:16])}")
+        for name in names:
+            if name not in self._warned and len(self._warned) < 1000:
+                self._warned.add(name)
+                log.warning("requests have the unknown field %s, which is left alone", name)
+        if limits.log_prompts:
+            log.info("request %s: %s", request.state.request_id, raw.decode("utf-8", "replace"))
+        return body, warnings
+
+    def _add_routes(self, app: FastAPI) -> None:
+        driver, model = self.driver, self.service.model
+
+        @app.get("/health")
+        @app.get("/livez")
+        async def health() -> Response:
+            return JSONResponse({"status": "dead" if driver.is_dead else "ok"}, 503 if driver.is_dead else 200)
+
+        @app.get("/ready")
+        async def ready() -> Response:
+            state = "dead" if driver.is_dead else "draining" if driver.is_draining else "ready"
+            return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+        @app.get("/version")
+        async def version() -> Json:
+            return {"version": __version__}
+
+        @app.get("/metrics")
+        async def metrics() -> Response:
+            return Response(self.service.metrics.text(), media_type=CONTENT_TYPE)
+
+        @app.get("/openapi.json")
+        async def document() -> Json:
+            return app.openapi()
+
+        @app.get("/v1/models")
+        async def models() -> Json:
+            return {"object": "list", "data": [_entry(model, name) for name in model.names]}
+
+        @app.get("/v1/models/{model_id:path}")
+        async def one_model(model_id: str) -> Json:
+            return _entry(model, model.check_name(model_id))
+
+        @app.get("/", include_in_schema=False)
+        @app.get("/{name}", include_in_schema=False)
+        async def page(name: str = "index.html") -> Response:
+            found = files("alloy.serve").joinpath("page", name)
+            if not self.service.settings.page or name not in PAGE or not found.is_file():
+                raise HTTPException(404)
+            headers = {
+                "Content-Security-Policy": POLICY,
+                "X-Content-Type-Options": "nosniff",
+                "Cache-Control": "no-cache",
+            }
+            return Response(found.read_bytes(), media_type=PAGE[name], headers=headers)
+
+    def _add_api(self, app: FastAPI) -> None:
+        model = self.service.model
+
+        @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
+        async def chat(request: Request) -> Response:
+            return await answer_chat(self.service, request, *await self._read(ChatRequest, request))
+
+        @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
+        async def completions(request: Request) -> Response:
+            return await answer_completion(self.service, request, *await self._read(CompletionRequest, request))
+
+        @app.post("/v1/responses", openapi_extra=_takes(ResponseRequest))
+        async def responses(request: Request) -> Response:
+            return await self.responses.create(request, *await self._read(ResponseRequest, request))
+
+        @app.get("/v1/responses/{response_id}")
+        async def stored(response_id: str) -> Json:
+            return self.responses.get(response_id)
+
+        @app.delete("/v1/responses/{response_id}")
+        async def delete(response_id: str) -> Json:
+            return self.responses.delete(response_id)
+
+        @app.post("/v1/responses/{response_id}/cancel")
+        async def cancel(response_id: str) -> Json:
+            return await self.responses.cancel(response_id)
+
+        @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+        async def tokenize(request: Request) -> Json:
+            body, warnings = await self._read(TokenizeRequest, request)
+            ids = await asyncio.to_thread(_tokenize, model, body, warnings)
+            return {"tokens": ids, "count": len(ids), "max_model_len": model.llm.max_model_len}
+
+        @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+        async def detokenize(request: Request) -> Json:
+            body, _ = await self._read(DetokenizeRequest, request)
+            return {"prompt": await asyncio.to_thread(_detokenize, model, body)}
+
+        for path in NOT_HERE:
+
+            @app.api_route(path, methods=["POST"], include_in_schema=False)
+            async def not_here() -> Response:
+                raise ApiError(404, f"the model {model.name} writes text; it cannot do this", "not_supported")
+
+    def _document(self, app: FastAPI) -> None:
+        """OpenAPI of the routes, with the bodies that they parse by hand."""
+        document: Json = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, schemas = models_json_schema(
+            [(kind, "validation") for kind in BODIES], ref_template="#/components/schemas/{model}"
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
+        app.openapi_schema = document
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body of a JSON request, refused as soon as it is known to be too large."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, "the body must be JSON; send Content-Type: application/json", "unsupported_media_type")
+    large = ApiError(413, f"the body has more than {limit:,} bytes; send less at once", "request_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise large
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise large
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _takes(kind: type[Body]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    content = {"application/json": {"schema": schema}}
+    error = {"description": "An error", "content": {"application/json": {"schema": {"type": "object"}}}}
+    return {
+        "requestBody": {"required": True, "content": content},
+        "responses": {str(status): error for status in (400, 401, 404, 408, 413, 415, 429, 500, 503)},
+    }
+
+
+def _entry(model: ServedModel, name: str) -> Json:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "alloy",
+        "root": model.name,
+        "max_model_len": model.llm.max_model_len,
+    }
+
+
+def _tokenize(model: ServedModel, body: TokenizeRequest, warnings: list[str]) -> list[int]:
+    model.check_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad("prompt", "send either prompt or messages")
+    if body.messages is not None:
+        asked: dict[str, Any] = dict(body.chat_template_kwargs or {})
+        for field in ("add_generation_prompt", "continue_final_message"):
+            if (value := getattr(body, field)) is not None:
+                asked[field] = value
+        tools = [{"type": "function", "function": t.function.model_dump(exclude_none=True)} for t in body.tools or []]
+        prompt = model.chat_prompt(body.messages, tools, asked)
+        warnings += prompt.warnings
+        return prompt.ids
+    codec = model.llm.codec
+    if codec is None:
+        raise bad("prompt", "this model has no tokenizer")
+    try:
+        return codec.encode(body.prompt or "", "prompt", body.add_special_tokens is not False)
+    except RequestError as error:
+        raise bad("prompt", str(error)) from error
+
+
+def _detokenize(model: ServedModel, body: DetokenizeRequest) -> str:
+    model.check_name(body.model)
+    vocab = model.llm.model.config.vocab
+    for i, token in enumerate(body.tokens):
+        if token >= vocab:
+            raise bad(f"tokens.{i}", f"tokens.{i} = {token} is outside the vocabulary of {vocab}")
+    if model.llm.codec is None:
+        raise bad("tokens", "this model has no tokenizer")
+    return model.llm.codec.decode(body.tokens)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    """Every error in the one body shape; what it was is left for the access log and the metrics."""
+    if isinstance(error, ClientGone | ClientDisconnect):
+        return Response(status_code=499)
+    if isinstance(error, HTTPException):
+        error = _http_error(request, error)
+    known = error if isinstance(error, ApiError) else internal()
+    request.state.refused = known.code or known.kind
+    return JSONResponse(known.body, known.status, known.headers)
+
+
+def _http_error(request: Request, error: HTTPException) -> ApiError:
+    """Unknown paths and methods."""
+    path = json.dumps(request.url.path[:256])
+    said = {
+        404: (f"there is nothing at {path}; /openapi.json lists what there is", "not_found"),
+        405: (f"{path} does not take {request.method}", "method_not_allowed"),
+    }
+    message, code = said.get(error.status_code, (str(error.detail), "http_error"))
+    return ApiError(error.status_code, message, code, headers=error.headers)

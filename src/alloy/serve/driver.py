@@ -1,0 +1,356 @@
+"""One thread owns the engine; everything else talks to it through this.
+
+Asyncio side: `submit` admits requests or refuses them, a `Ticket` yields their outputs, `cancel` ends them. Engine side: one
+loop that takes what came in, steps, and hands all outputs of a step over in one call. Counters of what waits come with
+them, so that admission reads consistent numbers without locks.
+"""
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import perf_counter
+from typing import Any, Protocol
+
+from alloy.core.logging import get_logger
+from alloy.engine.request import Output, Request
+from alloy.errors import RequestError
+from alloy.serve.errors import SERVER, ApiError, bad, engine_dead, overloaded, timed_out
+from alloy.serve.settings import ServerSettings
+
+log = get_logger(__name__)
+
+# an idle engine thread looks up this often, in case it is told to stop
+IDLE_S = 1.0
+RETRY_S = 5
+
+
+class Gauges(Protocol):
+    """What the engine holds now; blocks and slots are free, cached, or in use."""
+
+    running: int
+    waiting: int
+    blocks: int
+    blocks_free: int
+    blocks_cached: int
+    slots: int
+    slots_free: int
+    slots_cached: int
+
+
+class Engine(Protocol):
+    """What the server needs of `alloy.engine.engine.Engine`; one thread calls it."""
+
+    stats: Any
+
+    def add(self, request: Request) -> None:
+        """Take a request; RequestError for one that cannot be run."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Nothing more comes for it; unknown ids are ignored."""
+        ...
+
+    def step(self) -> list[Output]:
+        """One round: increments."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether something waits or runs."""
+        ...
+
+    def gauges(self) -> Gauges:
+        """What is held now."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class Ticket:
+    """Requests that were admitted together, and their outputs as they come."""
+
+    def __init__(self, driver: "Driver", requests: Sequence[Request], timeout_s: float) -> None:
+        self.requests = {request.id: request for request in requests}
+        self.prompt_tokens = sum(len(request.token_ids) for request in requests)
+        self.arrival = perf_counter()
+        self.deadline = self.arrival + timeout_s
+        # when the engine was first heard from, and last
+        self.first_output: float | None = None
+        self.last_output: float | None = None
+        self._driver = driver
+        self._timeout_s = timeout_s
+        self._open = set(self.requests)
+        self._ready: deque[Output] = deque()
+        self._error: ApiError | None = None
+        self._wake = asyncio.Event()
+        # (request, sample) -> when it was heard last
+        self._heard: dict[tuple[str, int], float] = {}
+        self.unread_tokens = 0
+        # since when the reader is too far behind
+        self.behind_since: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the engine has nothing more to say."""
+        return not self._open or self._error is not None
+
+    def __aiter__(self) -> "Ticket":
+        return self
+
+    async def __anext__(self) -> Output:
+        """The next increment; ApiError when the request cannot be finished."""
+        # an engine that is always ahead of its reader leaves nothing to wait for
+        if not self.is_done and perf_counter() > self.deadline:
+            self._driver.cancel(self, timed_out(self._timeout_s))
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                raise StopAsyncIteration
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self.deadline - perf_counter()):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._driver.cancel(self, timed_out(self._timeout_s))
+        output = self._ready.popleft()
+        self.unread_tokens -= _tokens(output)
+        return output
+
+    async def opened(self, seconds: float) -> None:
+        """Wait for the first output, at most so long; raises what ended the request before it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        if self._error is not None:
+            raise self._error
+
+    def put(self, output: Output) -> list[float]:
+        """Take one increment from the engine; seconds since the last one of each sample in it."""
+        now = perf_counter()
+        gaps = [now - self._heard[key] for c in output.completions if (key := (output.id, c.index)) in self._heard]
+        self._heard.update({(output.id, c.index): now for c in output.completions})
+        self.first_output = self.first_output or now
+        self.last_output = now
+        self._ready.append(output)
+        self.unread_tokens += _tokens(output)
+        if output.finished:
+            self._open.discard(output.id)
+        self._wake.set()
+        return gaps
+
+    def fail(self, error: ApiError) -> None:
+        """End with an error; what was not read is lost, except in an error of the reader's own making."""
+        if self._error is None:
+            self._error = error
+            self._ready.clear()
+        self._wake.set()
+
+    @property
+    def open_ids(self) -> list[str]:
+        """Requests without an end."""
+        return list(self._open)
+
+
+class Driver:
+    """The engine thread and who waits for what.
+
+    Args:
+        engine: stepped by this driver's thread alone, and closed by it
+        settings: queue limits and timeouts
+        on_step: told on the event loop after each round: gauges, stats, and the seconds between tokens
+        on_death: called on the event loop once the engine has failed
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServerSettings,
+        on_step: Callable[[Gauges, Any, Sequence[float]], None] | None = None,
+        on_death: Callable[[], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._on_step = on_step
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._owners: dict[str, Ticket] = {}
+        self._tickets: set[Ticket] = set()
+        self._sent = 0
+        # requests that the engine has seen: as its thread counts, and as the event loop knows
+        self._counted = 0
+        self._taken = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.gauges = engine.gauges()
+        self.is_dead = False
+        self.is_draining = False
+
+    def start(self) -> None:
+        """Begin stepping; outputs arrive on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Tickets that are not done."""
+        return len(self._tickets)
+
+    @property
+    def queued(self) -> int:
+        """Requests that have not begun: on their way to the engine, or waiting in it."""
+        return self._sent - self._taken + self.gauges.waiting
+
+    def submit(self, requests: Sequence[Request]) -> Ticket:
+        """Admit all of `requests`, or refuse them with a 503 (400 if they could never be admitted)."""
+        if self.is_dead:
+            raise engine_dead(503)
+        if self.is_draining:
+            raise overloaded("the server is shutting down; ask another one, or try again", RETRY_S)
+        limits = self._settings
+        if limits.max_queue and len(requests) > limits.max_queue:
+            raise bad("prompt", f"prompt has {len(requests)} prompts; this server queues at most {limits.max_queue}")
+        # a request that waits for nothing is never refused
+        if limits.max_queue and self.queued + len(requests) > limits.max_queue and self.queued:
+            raise overloaded(f"{self.queued} requests are waiting; try again in {RETRY_S} s", RETRY_S)
+        ticket = Ticket(self, requests, limits.request_timeout_s)
+        waiting = sum(t.prompt_tokens for t in self._tickets if t.first_output is None) if self.queued else 0
+        if limits.max_queue_tokens and waiting and waiting + ticket.prompt_tokens > limits.max_queue_tokens:
+            raise overloaded(f"{waiting:,} prompt tokens are waiting; try again in {RETRY_S} s", RETRY_S)
+        self._tickets.add(ticket)
+        self._idle.clear()
+        self._owners.update(dict.fromkeys(ticket.requests, ticket))
+        self._sent += len(requests)
+        for request in requests:
+            self._inbox.put(("add", request))
+        return ticket
+
+    def cancel(self, ticket: Ticket, error: ApiError | None = None) -> None:
+        """End a ticket; nothing happens to one that is done. `error` is what its reader is told."""
+        for request_id in ticket.open_ids:
+            if self._owners.pop(request_id, None) is not None:
+                self._inbox.put(("cancel", request_id))
+        if error is not None:
+            ticket.fail(error)
+        self._forget(ticket)
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new, let what runs finish, and after `seconds` end the rest with an error."""
+        self.is_draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            for ticket in list(self._tickets):
+                message = "the server is shutting down and could not finish this answer; ask again"
+                self.cancel(ticket, ApiError(503, message, "server_shutdown", kind=SERVER))
+
+    async def close(self) -> None:
+        """Stop the engine thread."""
+        self._inbox.put(("stop", None))
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        """The engine thread."""
+        engine = self._engine
+        try:
+            while True:
+                refused = self._take(block=not engine.busy)
+                if refused is None:
+                    return
+                outputs = engine.step() if engine.busy else []
+                self._post(self._stepped, outputs, refused, self._counted, engine.gauges(), engine.stats)
+        except Exception:
+            log.exception("the engine failed")
+            self._post(self._died)
+        finally:
+            engine.close()
+
+    def _take(self, block: bool) -> list[tuple[str, RequestError]] | None:
+        """Everything in the inbox goes to the engine: the requests that it refused, or None to stop."""
+        refused: list[tuple[str, RequestError]] = []
+        while True:
+            try:
+                kind, value = self._inbox.get(block, IDLE_S if block else None)
+            except queue.Empty:
+                return refused
+            block = False
+            if kind == "stop":
+                return None
+            if kind == "cancel":
+                self._engine.cancel(value)
+                continue
+            self._counted += 1
+            try:
+                self._engine.add(value)
+            except RequestError as error:
+                refused.append((value.id, error))
+
+    def _post(self, call: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None, "the thread starts after the loop is known"
+        # the loop may be gone when the process ends
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _stepped(
+        self,
+        outputs: list[Output],
+        refused: list[tuple[str, RequestError]],
+        taken: int,
+        gauges: Gauges,
+        stats: Any,
+    ) -> None:
+        """Hand a round's outputs to their tickets; on the event loop."""
+        self._taken = taken
+        self.gauges = gauges
+        for request_id, error in refused:
+            if (ticket := self._owners.get(request_id)) is not None:
+                self.cancel(ticket, bad(request_id.partition("-")[0], str(error)))
+        gaps: list[float] = []
+        for output in outputs:
+            ticket = self._owners.get(output.id)
+            if ticket is None:
+                continue
+            gaps += ticket.put(output)
+            if output.finished:
+                del self._owners[output.id]
+                if ticket.is_done:
+                    self._forget(ticket)
+                    continue
+            self._watch_reader(ticket)
+        if self._on_step is not None:
+            self._on_step(gauges, stats, gaps)
+
+    def _watch_reader(self, ticket: Ticket) -> None:
+        if ticket.unread_tokens <= self._settings.slow_reader_tokens:
+            ticket.behind_since = None
+            return
+        now = perf_counter()
+        ticket.behind_since = ticket.behind_since or now
+        if now - ticket.behind_since > self._settings.slow_reader_s:
+            message = f"the client read nothing for {self._settings.slow_reader_s:g} s; read the stream as it comes"
+            self.cancel(ticket, ApiError(408, message, "slow_reader", kind="timeout"))
+
+    def _died(self) -> None:
+        self.is_dead = True
+        for ticket in list(self._tickets):
+            self.cancel(ticket, engine_dead(500))
+        if self._on_death is not None:
+            self._on_death()
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._tickets.discard(ticket)
+        if not self._tickets:
+            self._idle.set()
+
+
+def _tokens(output: Output) -> int:
+    return sum(len(completion.token_ids) for completion in output.completions)

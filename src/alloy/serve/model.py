@@ -1,0 +1,338 @@
+"""The served model: its names and defaults, and requests of the API into requests of the engine.
+
+Templates, tokenisation and grammar compilation happen here, in worker threads, never in the engine's.
+"""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import Environment, TemplateError, meta, nodes
+
+from alloy.engine.codec import THINK
+from alloy.engine.grammar import Grammar, Kind, compile_grammar
+from alloy.engine.request import Request, SamplingParams
+from alloy.errors import RecipeError, RequestError
+from alloy.serve.errors import ApiError, bad, from_request_error, too_long
+from alloy.serve.protocol import ChatMessage, Json, ResponseFormat, Sampled, StructuredOutputs, check_schema
+from alloy.serve.reasoning import ends_inside
+from alloy.serve.settings import SAMPLING, ServerSettings
+from alloy.serve.tools import calls_schema, format_of
+
+if TYPE_CHECKING:
+    from alloy.engine.core import LLM
+
+# what a template's source may call without being told
+_BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+_TEMPLATE_FAULTS = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the model reads it.
+
+    Attributes:
+        ids: token ids
+        keep_at: where a snapshot of the state pays
+        is_inside: the answer begins inside a thought
+        warnings: what was left alone
+    """
+
+    ids: list[int]
+    keep_at: tuple[int, ...] = ()
+    is_inside: bool = False
+    warnings: list[str] = field(default_factory=list[str])
+
+
+class ServedModel:
+    """What the routes know of the model.
+
+    Args:
+        llm: the model with its tokenizer
+        names: what requests call it; the first is its own
+        settings: defaults and limits of requests
+    """
+
+    def __init__(self, llm: "LLM", names: Sequence[str], settings: ServerSettings) -> None:
+        self.llm = llm
+        self.names = list(names)
+        self.settings = settings
+        self.created = int(time.time())
+        generation = cast(dict[str, Any], llm.model.generation)
+        self.defaults = {k: v for k, v in generation.items() if k in SAMPLING and k != "max_tokens" and v is not None}
+        self.defaults.update({k: int(v) if k in ("top_k", "max_tokens") else v for k, v in settings.default.items()})
+        codec = llm.codec
+        template = codec.chat_template if codec else ""
+        self.variables = _variables(template)
+        self.tool_format = settings.tool_format or format_of(template)
+        self.markers = self._markers(generation.get("reasoning"), template)
+        for limit in ("thinking_budget", "max_thinking_budget"):
+            if getattr(settings, limit) is not None and (codec is None or codec.markers is None):
+                raise RecipeError(
+                    f"serve.{limit} = {getattr(settings, limit)}, but the tokenizer has no single tokens "
+                    f"{THINK[0]} and {THINK[1]}; leave it out"
+                )
+        try:
+            SamplingParams(**self.defaults)
+        except RequestError as error:
+            raise RecipeError(f"serve.default with the model's generation_config.json: {error}") from error
+
+    @property
+    def name(self) -> str:
+        """The model's first name."""
+        return self.names[0]
+
+    def check_name(self, name: str | None) -> str:
+        """The name that the answer carries; 404 for another model."""
+        if name is not None and name not in self.names:
+            listed = ", ".join(self.names)
+            raise ApiError(404, f'no model "{name[:256]}" here; this server has {listed}', "model_not_found", "model")
+        return name or self.name
+
+    def decode(self, token: int) -> str:
+        """Text of one token."""
+        return self.llm.codec.decode([token]) if self.llm.codec else ""
+
+    def chat_prompt(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
+    ) -> Prompt:
+        """Lay a conversation out; `asked` holds variables for the template."""
+        codec = self.llm.codec
+        if codec is None or not codec.has_chat_template:
+            raise bad("messages", "this model has no chat template; use /v1/completions")
+        listed = [_message(m, i) for i, m in enumerate(messages)]
+        special = {"add_generation_prompt", "continue_final_message", "chat_template"}
+        variables = {k: v for k, v in asked.items() if k in special or k in self.variables}
+        unknown = [k for k in asked if k not in variables]
+        if tools:
+            variables["tools"] = [dict(t) for t in tools]
+        if variables.get("continue_final_message"):
+            if listed[-1]["role"] != "assistant":
+                raise bad("continue_final_message", "continue_final_message needs an assistant message at the end")
+            variables["add_generation_prompt"] = False
+        text = self._render(listed, variables)
+        ids = codec.encode(text, "a message", add_special_tokens=False)
+        keep_at: tuple[int, ...] = ()
+        tail = text[-64:]
+        if variables.get("add_generation_prompt", True):
+            base = self._render(listed, {**variables, "add_generation_prompt": False})
+            if text.startswith(base) and len(text) > len(base):
+                tail = text[len(base) :]
+                tail_ids = codec.encode(tail, "the generation prompt", add_special_tokens=False)
+                if 0 < len(tail_ids) < len(ids) and ids[-len(tail_ids) :] == tail_ids:
+                    keep_at = (len(ids) - len(tail_ids),)
+        elif variables.get("continue_final_message"):
+            tail = str(listed[-1].get("content") or "")
+        is_inside = self.markers is not None and ends_inside(tail, self.markers)
+        return Prompt(ids, keep_at, is_inside, [f"template variable {n} is unknown to this model" for n in unknown])
+
+    def request(
+        self,
+        body: Sampled,
+        ids: Sequence[int],
+        prompt: str,
+        settings: Mapping[str, Any],
+        keep_at: Sequence[int] = (),
+    ) -> Request:
+        """The engine's request; `prompt` is what errors call the prompt, `settings` are this route's own parameters."""
+        fields = body.model_dump(exclude_none=True)
+        values = dict(self.defaults)
+        plain = (
+            "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "stop",
+            "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs",
+            "thinking_grace", "thinking_close_text",
+        )  # fmt: skip
+        values.update({name: fields[name] for name in plain if name in fields})
+        if "top_k" in fields:
+            values["top_k"] = max(0, fields["top_k"])
+        values["logit_bias"] = {_token(k): v for k, v in (body.logit_bias or {}).items()}
+        values["thinking_budget"] = self.thinking_budget(body)
+        values.update(settings)
+        room = self.llm.max_model_len - len(ids)
+        limit = values.get("max_tokens")
+        if "max_tokens" not in settings and limit is not None:
+            # a default never makes a prompt too long
+            limit = values["max_tokens"] = max(1, min(limit, room))
+        if (limit is not None and limit > room) or room < 1:
+            raise too_long(
+                prompt,
+                f"{prompt} has {len(ids):,} tokens and max_tokens is {limit or 1:,}; "
+                f"together they exceed max_model_len = {self.llm.max_model_len:,}",
+            )
+        try:
+            request = Request(
+                id=f"{prompt}-{uuid.uuid4().hex}",
+                token_ids=ids,
+                params=SamplingParams(**values),
+                priority=body.priority or 0,
+                salt=body.cache_salt or "",
+                keep_at=tuple(keep_at),
+            )
+            self.llm.check(request, prompt)
+        except RequestError as error:
+            raise from_request_error(error, fields, prompt) from error
+        return request
+
+    def thinking_budget(self, body: Sampled) -> int | None:
+        """The one thinking budget that a request asks for, within the server's bound."""
+        kwargs: Json = getattr(body, "chat_template_kwargs", None) or {}
+        given = {
+            "thinking_token_budget": body.thinking_token_budget,
+            "thinking_budget": body.thinking_budget,
+            "reasoning_budget": body.reasoning_budget,
+            "nvext.max_thinking_tokens": (body.nvext or {}).get("max_thinking_tokens"),
+            "chat_template_kwargs.thinking_budget": kwargs.get("thinking_budget"),
+        }
+        found = {name: value for name, value in given.items() if value is not None}
+        for name, value in found.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < -1:
+                raise bad(name, f"{name} must be a whole number of tokens from 0; -1 means no limit")
+        if len(set(found.values())) > 1:
+            listed = " and ".join(f"{name} = {value}" for name, value in found.items())
+            raise bad(next(iter(found)), f"{listed} are names of one limit; send one of them")
+        budget = next(iter(found.values()), self.settings.thinking_budget)
+        budget = None if budget is None or budget < 0 else budget
+        most = self.settings.max_thinking_budget
+        return budget if most is None else min(most, most if budget is None else budget)
+
+    def grammar(self, kind: Kind, text: str, param: str) -> Grammar:
+        """A compiled grammar of the engine's; 400 with the place of what cannot be compiled."""
+        codec = self.llm.codec
+        if codec is None:
+            raise bad(param, f"{param} needs a tokenizer, and this model has none")
+        try:
+            grammar = Grammar(kind, text)
+            compile_grammar(grammar, codec, self.llm.model.config.vocab)
+        except RequestError as error:
+            raise bad(param, str(error)) from error
+        return grammar
+
+    def shape(self, format: ResponseFormat | None, structured: StructuredOutputs | None) -> Any:
+        """The grammar of `response_format` or `structured_outputs`; None for free text."""
+        asked: list[tuple[Kind, str, str]] = []
+        if format is not None and format.type == "json_object":
+            asked.append(("json_object", "", "response_format"))
+        elif format is not None and format.type == "json_schema":
+            schema = format.json_schema.schema_ if format.json_schema else None
+            if schema is None:
+                raise bad("response_format.json_schema.schema", "response_format.json_schema.schema is missing")
+            asked.append(("json_schema", check_schema(schema, "response_format.json_schema.schema"), "response_format"))
+        if structured is not None:
+            at = "structured_outputs."
+            if structured.json_ is not None:
+                asked.append(("json_schema", check_schema(structured.json_, at + "json"), at + "json"))
+            if structured.regex is not None:
+                asked.append(("regex", structured.regex, at + "regex"))
+            if structured.choice is not None:
+                asked.append(("choice", json.dumps(structured.choice), at + "choice"))
+            if structured.grammar is not None:
+                asked.append(("lark", structured.grammar, at + "grammar"))
+        if len(asked) > 1:
+            raise bad(asked[1][2], f"{asked[0][2]} and {asked[1][2]} both shape the answer; send one of them")
+        return self.grammar(*asked[0]) if asked else None
+
+    def calls_grammar(self, tools: Sequence[Mapping[str, Any]], named: str | None, parallel: bool) -> Any:
+        """The grammar of calls that must be made: of one function's arguments, or of a list of calls."""
+        if named is not None:
+            chosen = next((t for t in tools if t["name"] == named), None)
+            if chosen is None:
+                raise bad("tool_choice.function.name", f'tool_choice names "{named}", which tools does not have')
+            schema = chosen.get("parameters") or {"type": "object"}
+        else:
+            schema = calls_schema(tools, parallel)
+        return self.grammar("json_schema", check_schema(schema, "tools"), "tools")
+
+    def _render(self, messages: Sequence[Json], variables: Mapping[str, Any]) -> str:
+        codec = self.llm.codec
+        assert codec is not None, "the caller has looked"
+        try:
+            return codec.render_chat(messages, variables)
+        except RequestError as error:
+            raise bad("messages", str(error)) from error
+        except _TEMPLATE_FAULTS as error:
+            what = type(error).__name__
+            raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
+
+    def _markers(self, named: Any, template: str) -> tuple[str, str] | None:
+        if isinstance(named, dict):
+            start, end = cast(dict[str, Any], named).get("start"), cast(dict[str, Any], named).get("end")
+            if isinstance(start, str) and isinstance(end, str) and start and end:
+                return start, end
+        known = self.llm.codec is not None and self.llm.codec.markers is not None
+        return THINK if known or THINK[1] in template else None
+
+
+def logprob(value: float | None) -> float | None:
+    """A log probability that JSON can hold."""
+    return value if value is None or math.isfinite(value) else -9999.0
+
+
+def _message(message: ChatMessage, i: int) -> Json:
+    """A message as templates read it: content a string, arguments of calls an object."""
+    data: Json = {"role": "system" if message.role == "developer" else message.role}
+    content = message.content
+    if isinstance(content, list):
+        for k, part in enumerate(content):
+            if part.type not in ("text", "input_text", "output_text", "refusal"):
+                raise bad(
+                    f"messages.{i}.content.{k}.type",
+                    f'messages.{i}.content.{k}.type is "{part.type[:64]}"; this model reads text alone',
+                )
+            if part.text is None and part.refusal is None:
+                raise bad(f"messages.{i}.content.{k}.text", f"messages.{i}.content.{k}.text is missing")
+        content = "".join(part.text or part.refusal or "" for part in content)
+    if content is None and message.role != "assistant":
+        raise bad(f"messages.{i}.content", f"messages.{i}.content is missing; a {message.role} message needs it")
+    data["content"] = content or ""
+    if message.name is not None:
+        data["name"] = message.name
+    if message.tool_call_id is not None:
+        data["tool_call_id"] = message.tool_call_id
+    thought = message.reasoning_content or message.reasoning
+    if thought is not None and message.role == "assistant":
+        data["reasoning_content"] = data["reasoning"] = thought
+    if message.tool_calls:
+        data["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments, i, k)},
+            }
+            for k, call in enumerate(message.tool_calls)
+        ]
+    return data
+
+
+def _arguments(text: str, i: int, k: int) -> Json:
+    param = f"messages.{i}.tool_calls.{k}.function.arguments"
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise bad(param, f"{param} must be a string with a JSON object")
+    return cast(Json, found)
+
+
+def _token(key: str) -> int:
+    if not key.isascii() or not key.isdecimal() or len(key) > 18:
+        raise bad(f"logit_bias.{key[:64]}", f'logit_bias has the key "{key[:64]}", which is not a token id')
+    return int(key)
+
+
+def _variables(template: str) -> frozenset[str]:
+    """Names that a template reads and its caller may set."""
+    try:
+        # generation blocks are an extension of transformers' own; their content counts all the same
+        plain = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        tree = environment.parse(plain)
+    except TemplateError:
+        return frozenset()
+    # a variable with a default set by the template itself is assigned there, and still may be given
+    named = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+    return frozenset((meta.find_undeclared_variables(tree) | named) - _BUILT_IN)

@@ -1,0 +1,120 @@
+"""Clients we did not write: the openai package, and schemathesis over our own OpenAPI document."""
+
+import pytest
+
+openai = pytest.importorskip("openai")
+schemathesis = pytest.importorskip("schemathesis")
+
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+
+from tests.serve.test_chat import CALL, HELLO, TOOLS  # noqa: E402
+
+
+def client_of(site) -> "openai.OpenAI":
+    return openai.OpenAI(base_url=f"{site.url}/v1", api_key="none", max_retries=0)
+
+
+def test_openai_chat_whole_and_streamed(say) -> None:
+    with say(f"hm</think>{CALL}") as site, client_of(site) as client:
+        whole = client.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS)
+        assert whole.choices[0].message.content == "Sure."
+        assert whole.choices[0].message.tool_calls[1].function.arguments == '{"a": 2}'
+        assert whole.choices[0].message.reasoning_content == "hm"
+        assert whole.choices[0].finish_reason == "tool_calls"
+        # the package's own accumulator of streams checks indices and order
+        with client.chat.completions.stream(
+            model="tiny", messages=HELLO, tools=[{**t, "function": {**t["function"], "strict": True}} for t in TOOLS]
+        ) as stream:
+            final = stream.get_final_completion()
+        message = final.choices[0].message
+        assert message.content == "Sure."
+        assert [c.function.arguments for c in message.tool_calls] == ['{"a": 1}', '{"a": 2}']
+        assert [m.id for m in client.models.list()] == ["tiny", "other-name"]
+        text = client.completions.create(model="tiny", prompt="x", max_tokens=3)
+        assert text.choices[0].text
+
+
+def test_openai_errors_have_its_classes(say) -> None:
+    with say("x") as site, client_of(site) as client:
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.chat.completions.create(model="gpt-9", messages=HELLO)
+        assert missing.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.chat.completions.create(model="tiny", messages=HELLO, temperature=5)
+        assert bad.value.param == "temperature"
+
+
+def test_openai_responses_whole_streamed_stored_and_continued(say) -> None:
+    with say("hm</think>Hi.") as site, client_of(site) as client:
+        first = client.responses.create(model="tiny", input="hello", instructions="Be brief.")
+        assert first.output_text == "Hi."
+        assert [o.type for o in first.output] == ["reasoning", "message"]
+        assert first.status == "completed"
+        assert first.usage.output_tokens_details.reasoning_tokens == 2
+        kinds: list[str] = []
+        with client.responses.stream(model="tiny", input="more", previous_response_id=first.id) as stream:
+            kinds += [event.type for event in stream]
+            final = stream.get_final_response()
+        assert final.output_text == "Hi."
+        assert kinds[0] == "response.created"
+        assert kinds[-1] == "response.completed"
+        assert "response.reasoning_text.delta" in kinds
+        assert kinds.count("response.output_text.delta") == 3
+        prompt = site.engine.added[-1].token_ids
+        assert len(prompt) > len(site.engine.added[0].token_ids)
+        assert client.responses.retrieve(first.id).output_text == "Hi."
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
+
+
+def test_openai_responses_call_functions(say) -> None:
+    tool = {"type": "function", "name": "add", "parameters": TOOLS[0]["function"]["parameters"], "strict": False}
+    with say(f"</think>{CALL}") as site, client_of(site) as client:
+        response = client.responses.create(model="tiny", input="2?", tools=[tool])
+        calls = [o for o in response.output if o.type == "function_call"]
+        assert [c.arguments for c in calls] == ['{"a": 1}', '{"a": 2}']
+        output = {"type": "function_call_output", "call_id": calls[0].call_id, "output": "3"}
+        again = client.responses.create(model="tiny", input=[*response.output, output], tools=[tool])
+        assert again.status == "completed"
+        with client.responses.stream(model="tiny", input="x", tools=[tool]) as stream:
+            done = [e for e in stream if e.type == "response.function_call_arguments.done"]
+        assert [e.arguments for e in done] == ['{"a": 1}', '{"a": 2}']
+
+
+def test_openai_responses_in_the_background(say) -> None:
+    def script(request) -> str:
+        return "</think>∞" if request.params.max_tokens == 900 else "</think>ok"
+
+    with say(script, engine={"step_s": 0.001}) as site, client_of(site) as client:
+        quick = client.responses.create(model="tiny", input="x", background=True)
+        site.wait(lambda: client.responses.retrieve(quick.id).status == "completed")
+        slow = client.responses.create(model="tiny", input="x", background=True, max_output_tokens=900)
+        assert slow.status == "in_progress"
+        assert client.responses.cancel(slow.id).status == "cancelled"
+        site.wait(lambda: not site.engine.running)
+        cut = client.responses.create(model="tiny", input="x", max_output_tokens=1)
+        assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error(say) -> None:
+    """Valid and invalid requests to every route of the document: nothing answers 5xx, and the document itself is valid."""
+    with say("hm</think>ok", request_timeout_s=5, rate_limit=0) as site:
+        schema = schemathesis.openapi.from_url(f"{site.url}/openapi.json")
+        schema.validate()
+        operations = [found.ok() for found in schema.get_all_operations()]
+        assert {o.path for o in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"}
+        for operation in operations:
+
+            @settings(max_examples=25, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                      suppress_health_check=list(HealthCheck))  # fmt: skip
+            def trial(case) -> None:
+                response = case.call(timeout=20)
+                assert response.status_code < 500, (case.body, response.text)
+
+            modes = ["positive", "negative"] if list(operation.body) else ["positive"]
+            for mode in modes:
+                given(operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))(trial)()
+        assert site.thread.is_alive()
+        assert not site.failure
