@@ -202,7 +202,7 @@ def test_any_mix_gives_the_answers_of_each_alone(model: CausalLM, speculate: int
 def test_preemption_happens_and_changes_nothing(model: CausalLM, reference) -> None:
     """Three long answers in a cache for one and a half: the youngest wait, and all are as alone."""
     llm = small(model, slots=4, blocks=4, max_seqs=3, speculate=0)
-    prompts = [word[:10 + i] for i, word in enumerate(WORDS[:3])]
+    prompts = [word[: 10 + i] for i, word in enumerate(WORDS[:3])]
     outs = llm.generate(prompts, greedy(100))
     assert llm.stats.preemptions > 0
     for prompt, out in zip(prompts, outs, strict=True):

@@ -18,9 +18,8 @@ _PACKAGES = (
 )  # fmt: skip
 # what each extra is for; its packages come from the installed metadata
 _EXTRAS = {
-    "serve": "the HTTP server (alloy serve)",
     "track": "TensorBoard as a metric sink (log.tensorboard = true)",
-    "serve": "load on servers (alloy bench serve) and talking to them (alloy chat URL)",
+    "serve": "the HTTP server (alloy serve), grammars, load on servers (alloy bench serve), talking to them (alloy chat URL)",
     "dev": "tests and checks of this repository",
     "interpreter": "tests of the GPU kernels on machines without a GPU",
 }

@@ -118,8 +118,7 @@ class Drafter:
         count = pairs.tokens.shape[1] if pairs.counts is None else int(pairs.counts[row])
         if not count:
             return (), None
-        behind: list[int] = pairs.tokens[row, : count - 1].tolist()
-        return tuple(behind), pairs.hidden[row, :count].clone()
+        return tuple(int(token) for token in pairs.tokens[row, : count - 1]), pairs.hidden[row, :count].clone()
 
     def flush(self, cache: Cache) -> None:
         """Show the MTP blocks what waits, once it is much; steps without drafts call this before `observe`."""
