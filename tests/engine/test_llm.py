@@ -9,6 +9,7 @@ from alloy import errors
 from alloy.engine.core import LLM
 from alloy.engine.request import SamplingParams
 from alloy.errors import RequestError
+from tests.engine.conftest import build
 
 GREEDY = SamplingParams(temperature=0, max_tokens=13)
 TIE = 1e-5
@@ -357,3 +358,10 @@ def test_training_goes_on_after_generation(model) -> None:
     logits = model(torch.tensor([[5, 6, 7]])).logits
     logits.logsumexp(-1).sum().backward()
     assert model.embed.weight.grad is not None
+
+
+def test_longer_than_the_rotary_embedding_is_refused() -> None:
+    """When the engine is made, not in the middle of an answer."""
+    with pytest.raises(RequestError, match="max_model_len = 161 is beyond max_positions = 160"):
+        LLM(build("attention"), max_model_len=161)
+    assert LLM(build("hybrid"), max_model_len=161).max_model_len == 161

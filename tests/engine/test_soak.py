@@ -50,16 +50,25 @@ def trial(seed: int) -> tuple[int, int]:
     model = build(name, seed)
     prompts = [[r.randrange(256) for _ in range(r.randint(1, 60))] for _ in range(PROMPTS)]
     rules = [params_of(r) for _ in prompts]
-    alone = LLM(model, max_seqs=3, speculate=0)
+    alone = LLM(model, max_seqs=3, speculate=0, prefix_cache=False)
     want = [alone.generate([p], q)[0] for p, q in zip(prompts, rules, strict=True)]
+    seqs = r.randint(1, 16)
     company = LLM(
         model,
-        max_seqs=r.randint(1, 16),
+        max_seqs=seqs,
         max_step_tokens=r.choice([5, 33, 512]),
         speculate=r.choice([0, 1, 4, "auto"]) if model.has_mtp else 0,
+        prefix_cache=r.random() < 0.8,
+        checkpoint_every=r.choice([13, 1024]),
     )
+    if r.random() < 0.5:
+        # sequences are put back, snapshots and blocks go
+        blocks, extra = r.randint(4, 12), r.randint(0, 6)
+        company._new_pool = lambda: model.new_paged_cache(seqs + extra, blocks, company.max_model_len)
     answers = ties = 0
-    for prompt, a, b in zip(prompts, want, company.generate(prompts, rules), strict=True):
+    # the second time much of it is found in the cache
+    found = company.generate(prompts, rules) + company.generate(prompts, rules)
+    for prompt, a, b in zip(prompts * 2, want * 2, found, strict=True):
         for x, y in zip(a.completions, b.completions, strict=True):
             answers += 1
             if x.token_ids == y.token_ids:
@@ -74,7 +83,7 @@ def trial(seed: int) -> tuple[int, int]:
 
 @pytest.mark.soak
 def test_answers_do_not_depend_on_company(soak_count: int, soak_seed: int) -> None:
-    """Random models, prompts, rules, batch sizes, chunks and drafts; ties are counted and printed."""
+    """Random models, prompts, rules, batch sizes, chunks, drafts, hits and preemption; ties are counted and printed."""
     counts = [trial(seed) for seed in range(soak_seed, soak_seed + soak_count)]
     answers, ties = (sum(c) for c in zip(*counts, strict=True))
     print(f"{answers} answers, {ties} differ after a tie")  # noqa: T201

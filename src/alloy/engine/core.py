@@ -31,6 +31,7 @@ from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
+from alloy.models.configs import DecoderConfig
 from alloy.models.paged import STATE_DTYPES, PagedCache
 from alloy.models.quant import check_place, parse_weights, quantize_weights
 from alloy.models.registry import load
@@ -130,6 +131,12 @@ class LLM:
         if state_dtype == "float16-sr" and why is not None:
             raise RequestError(f'state_dtype = "float16-sr" works in captured steps alone: {why}; use another')
         self.state_dtype = state_dtype
+        is_bounded = isinstance(config, DecoderConfig) and config.rope.scaling == "none"
+        if is_bounded and self.max_model_len > config.max_positions:
+            raise RequestError(
+                f"max_model_len = {max_model_len} is beyond max_positions = {config.max_positions} of this {config.kind} "
+                "model, whose rotary embedding has no scaling; lower it"
+            )
         if max_model_len is None:
             self.max_model_len = self._plan(self.max_model_len, shorten=True).max_tokens
         self._engine: Engine | None = None
