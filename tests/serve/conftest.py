@@ -287,7 +287,7 @@ def tiny_llm() -> LLM:
     """A random attention model with the byte tokenizer and a template that takes tools."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TOOL_TEMPLATE
-    return LLM(build("attention"), tokenizer, max_model_len=1000)
+    return LLM(build("hybrid"), tokenizer, max_model_len=1000)
 
 
 @pytest.fixture
