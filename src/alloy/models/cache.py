@@ -87,6 +87,7 @@ class States:
         device: torch.device | str | None,
         dtype: torch.dtype,
         state_dtype: torch.dtype,
+        filled: bool = True,
     ) -> None:
         if not state_dtype.is_floating_point:
             raise RequestError(
@@ -104,8 +105,10 @@ class States:
                 ssm += mixer.heads * mixer.head_dim * mixer.state
                 conv += mixer.channels * (mixer.conv_kernel - 1)
         self.layers = tuple(self._ssm_shapes)
-        self.ssm = torch.zeros(slots, ssm, device=device, dtype=state_dtype)
-        self.conv = torch.zeros(slots, conv, device=device, dtype=dtype)
+        # whoever clears a slot before its use needs no zeros, and no memory before that
+        make = torch.zeros if filled else torch.empty
+        self.ssm = make(slots, ssm, device=device, dtype=state_dtype)
+        self.conv = make(slots, conv, device=device, dtype=dtype)
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,8 @@ class PagedCache:
         self.arenas: list[Tensor] = []
         self.kv: dict[int, Tensor] = {}
         for (heads, width), layers in shapes.items():
-            arena = torch.zeros(len(layers), blocks + 1, 2, heads, BLOCK, width, device=device, dtype=dtype)
+            # not filled: a CPU gives memory when it is written, and nobody reads beyond what a row holds
+            arena = torch.empty(len(layers), blocks + 1, 2, heads, BLOCK, width, device=device, dtype=dtype)
             self.arenas.append(arena)
             self.kv.update(zip(layers, arena, strict=True))
         # drafts may reach beyond the last token that a sequence will keep
@@ -80,7 +81,7 @@ class PagedCache:
         )
         self.lengths = torch.zeros(slots + 1, device=device, dtype=torch.int32)
         self.held = [0] * slots
-        self.states = States(mixers, slots, device, dtype, STATE_DTYPES[state_dtype])
+        self.states = States(mixers, slots, device, dtype, STATE_DTYPES[state_dtype], filled=False)
         self.rounding = None
         if state_dtype == "float16-sr":
             # the layer in the upper word, the step in the lower: no two roundings of this cache use one seed
