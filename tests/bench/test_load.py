@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from alloy.bench.load import Answer, Measured, Pace
 from alloy.bench.prompts import Lengths, Shape, make_talks
@@ -98,7 +99,6 @@ def test_an_open_loop_does_not_wait_for_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("burstiness", [0.3, 1.0, 4.0])
 def test_arrivals_are_a_gamma_process(burstiness: float) -> None:
     """Gaps against the gamma distribution of that shape and mean (Kolmogorov-Smirnov), and against the next shape."""
-    stats = pytest.importorskip("scipy.stats")
     gaps = np.diff(Pace(rate=8.0, burstiness=burstiness, seed=3).starts(4001))
     assert gaps.mean() == pytest.approx(1 / 8, rel=0.1)
     assert gaps.var() == pytest.approx(1 / 8**2 / burstiness, rel=0.2)

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
@@ -279,6 +279,7 @@ def rendered(*texts: str) -> list[str]:
 
 
 @given(st.lists(st.sampled_from([*LINES, "> quote", "| a | b |", "|---|---|"]), max_size=14))
+@example(["1. one", "", "1. one"])
 def test_whole_blocks_look_the_same_alone(lines: list[str]) -> None:
     """What is printed for good, then the rest, is what the whole text would have been."""
     text = "\n".join(lines)

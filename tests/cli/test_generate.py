@@ -131,7 +131,6 @@ def test_a_bad_line_is_named_before_anything_is_answered(folder: Path, tmp_path:
 
 def test_answers_meet_a_schema_or_an_expression(folder: Path, tmp_path: Path) -> None:
     """By flag for every prompt, and by params of a line, where the schema may stand as it is."""
-    pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "maxProperties": 1}
     file, source, target = tmp_path / "schema.json", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     file.write_text(json.dumps(schema))

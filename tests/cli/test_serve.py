@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -22,8 +23,6 @@ from alloy.errors import RecipeError
 from alloy.serve.guard import Keys
 from alloy.serve.settings import read_settings
 from tests.engine.conftest import build, byte_tokenizer
-
-httpx = pytest.importorskip("httpx")
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(alloy.__file__).parents[1])}
 
@@ -87,7 +86,6 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved random hybrid."""
-    pytest.importorskip("alloy.engine.engine")
     path = tmp_path_factory.mktemp("model") / "tiny"
     alloy.save(build("mtp"), path, byte_tokenizer())
     return path

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,6 @@ from alloy.engine.grammar import Grammar, compile_grammar
 from alloy.engine.request import SamplingParams
 from alloy.errors import RequestError
 from alloy.ops.sampling import apply_bitmask
-
-jsonschema = pytest.importorskip("jsonschema")
-pytest.importorskip("llguidance")
 
 VOCAB, EOS, THINK, CLOSE = 261, 256, 259, 260
 QUOTE = ord('"')

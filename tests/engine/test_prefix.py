@@ -50,6 +50,8 @@ def check(engine: Engine) -> None:
         assert holders == part._holders
         assert sorted(part._free_blocks) == [b for b in range(1, part.blocks + 1) if not holders[b]]
     used = {b for s in live for b in pool._owned[s.slot]}
+    kept = {b for n in nodes for b in n.blocks}
+    assert held.blocks_cached == len(kept - used)
     assert held.blocks_free + held.blocks_cached + len(used) == pool.blocks or not pool.kv
 
 

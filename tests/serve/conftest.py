@@ -65,6 +65,7 @@ class ScriptedEngine:
         step_s: float = 0,
     ) -> None:
         self.script = script
+        self.counts: dict[tuple[str, int], int] = {}
         self.max_seqs = max_seqs
         self.pause = pause
         self.step_s = step_s
@@ -149,8 +150,6 @@ class ScriptedEngine:
             completion.timings = replace(completion.timings, started_s=0.0, first_token_s=0.1, finished_s=0.2)
             yield self.output(run, completion)
 
-    counts: dict[tuple[str, int], int] = {}  # noqa: RUF012
-
     def output(self, run: Running, completion: Completion) -> Output:
         request = run.request
         finished = len(run.done) == request.params.n
@@ -173,57 +172,6 @@ def pieces(text: str) -> list[str]:
         found.append(special)
         text = text[len(special) :]
     return found
-
-
-class StreamEngine:
-    """The engine's interface over `LLM.stream`, for a real model without the real engine."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-        self.inbox: deque[Request] = deque()
-        self.dropped: set[str] = set()
-        self.stream: Any = None
-        self.stats = SimpleNamespace(
-            prompt_tokens=0, cached_tokens=0, generated_tokens=0, preemptions=0, drafted_at=[], accepted_at=[]
-        )
-
-    def add(self, request: Request) -> None:
-        self.llm.check(request)
-        self.inbox.append(request)
-
-    def cancel(self, request_id: str) -> None:
-        self.dropped.add(request_id)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.inbox) or self.stream is not None
-
-    def gauges(self) -> Any:
-        return SimpleNamespace(
-            running=int(self.stream is not None), waiting=len(self.inbox), blocks=0, blocks_free=0,
-            blocks_cached=0, slots=0, slots_free=0, slots_cached=0,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-
-    def __iter__(self) -> "StreamEngine":
-        return self
-
-    def __next__(self) -> Request:
-        if not self.inbox:
-            raise StopIteration
-        return self.inbox.popleft()
-
-    def step(self) -> list[Output]:
-        if self.stream is None:
-            self.stream = self.llm.stream(self)
-        output = next(self.stream, None)
-        if output is None:
-            self.stream = None
-            return []
-        return [] if output.id in self.dropped else [output]
 
 
 @dataclass

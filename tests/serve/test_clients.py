@@ -1,13 +1,11 @@
 """Clients we did not write: the openai package, and schemathesis over our own OpenAPI document."""
 
+import openai
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
 
-openai = pytest.importorskip("openai")
-schemathesis = pytest.importorskip("schemathesis")
-
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
-
-from tests.serve.test_chat import CALL, HELLO, TOOLS  # noqa: E402
+from tests.serve.test_chat import CALL, HELLO, TOOLS
 
 
 def client_of(site) -> "openai.OpenAI":

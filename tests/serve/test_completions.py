@@ -4,7 +4,7 @@ import pytest
 
 from alloy.engine.core import LLM
 from alloy.engine.request import SamplingParams
-from tests.serve.conftest import StreamEngine, serving
+from tests.serve.conftest import serving
 from tests.serve.test_chat import events
 from tests.serve.test_errors import check
 
@@ -12,7 +12,7 @@ from tests.serve.test_errors import check
 @pytest.fixture(scope="module")
 def real(tiny_llm: LLM):
     """A server of a real model."""
-    with serving(tiny_llm, StreamEngine(tiny_llm)) as site, site.client() as client:
+    with serving(tiny_llm, tiny_llm.engine()) as site, site.client() as client:
         yield client
 
 
@@ -153,7 +153,7 @@ def test_metrics_have_the_names_of_dashboards(say, prefix: str) -> None:
 
 
 def test_metrics_ask_for_a_key_when_told_to(tiny_llm: LLM) -> None:
-    with serving(tiny_llm, StreamEngine(tiny_llm), keys=("k",), metrics_auth=True) as site, site.client() as client:
+    with serving(tiny_llm, tiny_llm.engine(), keys=("k",), metrics_auth=True) as site, site.client() as client:
         assert client.get("/metrics").status_code == 401
         assert client.get("/metrics", headers={"authorization": "Bearer k"}).status_code == 200
 

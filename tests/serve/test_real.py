@@ -14,8 +14,6 @@ from tests.serve.conftest import TOOL_TEMPLATE, serving
 from tests.serve.test_chat import ask, events
 from tests.serve.test_life import port_of, raw_post
 
-pytest.importorskip("alloy.engine.engine")
-
 TOOLS = [
     {
         "type": "function",
@@ -88,7 +86,6 @@ def test_vanished_clients_leave_nothing_behind(site, stream: bool) -> None:
 
 
 def test_forced_calls_hold_for_a_model_that_knows_nothing(site) -> None:
-    pytest.importorskip("llguidance")
     for choice in ("required", {"type": "function", "function": {"name": "add"}}):
         body = ask(
             site,
@@ -108,7 +105,6 @@ def test_forced_calls_hold_for_a_model_that_knows_nothing(site) -> None:
 
 
 def test_a_shape_that_cannot_be_compiled_is_400(site) -> None:
-    pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"type": "nothing"}}}
     response = ask(site, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
     assert response.status_code == 400, response.text

@@ -12,6 +12,8 @@ from rich.text import Text
 
 _EVERY_S = 0.08
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)")
+# the start of an item of a list, or of what may become one
+_ITEM = re.compile(r" {0,3}(?:(?:[-+*]|\d{1,9}[.)])(?=\s|$)|\d{1,9}$)")
 
 
 class Screen:
@@ -97,14 +99,17 @@ class _Tail:
 def whole_blocks(text: str) -> int:
     """Letters of Markdown at the start of `text` whose look no later letter can change.
 
-    They end at an empty line outside of code after which text begins at the margin.
+    They end at an empty line outside of code after which text begins at the margin; the items of a list, which may
+    have empty lines between them and are numbered together, stay together.
     """
     end = at = 0
     fence: str | None = None
-    is_after_empty = False
+    is_after_empty = in_list = False
     for line in text.splitlines(keepends=True):
-        if is_after_empty and fence is None and line.strip() and not line[0].isspace():
-            end = at
+        is_item = fence is None and _ITEM.match(line) is not None
+        if is_after_empty and fence is None and line.strip() and not line[0].isspace() and not (in_list and is_item):
+            end, in_list = at, False
+        in_list |= is_item
         mark = _FENCE.match(line)
         if mark and fence is None:
             fence = mark[1]

@@ -12,6 +12,7 @@ from alloy.errors import RecipeError
 
 if TYPE_CHECKING:
     from alloy.engine.core import LLM
+    from alloy.engine.engine import Gauges
 
 MAX_SEQS, MAX_SEQS_CPU = 64, 16
 LENGTHS = (2048, 8192)
@@ -56,9 +57,9 @@ def serve(
     keys = Keys([key for key in given if key], file)
     with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
         logging.setup()
-        llm: Any = _load(model, chosen.engine.chosen)
+        llm = _load(model, chosen.engine.chosen)
         served = ServedModel(llm, served_name or [_name(model)], limits)
-        engine: Any = llm.engine()
+        engine = llm.engine()
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         rows = start_rows(llm, engine.gauges())
@@ -74,7 +75,7 @@ def _load(model: str, settings: Mapping[str, Any]) -> "LLM":
     return LLM(model, **{"max_seqs": MAX_SEQS_CPU if device.type == "cpu" else MAX_SEQS, **settings})
 
 
-def start_rows(llm: "LLM", gauges: Any) -> dict[str, str]:
+def start_rows(llm: "LLM", gauges: "Gauges") -> dict[str, str]:
     """What the start-up table says: sizes in memory, and how many sequences of some lengths fit."""
     from alloy.core.logging import short_count
     from alloy.models import sizes
@@ -100,7 +101,7 @@ def start_rows(llm: "LLM", gauges: Any) -> dict[str, str]:
     }
 
 
-def _fit(tokens: int, gauges: Any, has_blocks: bool, max_seqs: int) -> int:
+def _fit(tokens: int, gauges: "Gauges", has_blocks: bool, max_seqs: int) -> int:
     by_blocks = gauges.blocks // -(-tokens // BLOCK) if has_blocks else max_seqs
     return min(max_seqs, by_blocks)
 

@@ -96,18 +96,18 @@ class Engine:
 
     def gauges(self) -> Gauges:
         """What is held now."""
-        pool, cache, live = self.pool, self._cache, self._live()
+        pool, live = self.pool, self._live()
+        # what is neither free nor a sequence's is held by the prefix cache alone
         used = {block for s in live for block in pool.owned(s.slot)}
-        cached = len(cache.held_blocks() - used) if cache is not None else 0
         return Gauges(
             len(live),
             len(self._waiting),
             pool.blocks,
             pool.blocks_free,
-            cached,
+            pool.blocks - pool.blocks_free - len(used) if pool.kv else 0,
             pool.slots,
             pool.slots_free,
-            cache.snapshots if cache is not None else 0,
+            pool.slots - pool.slots_free - len(live),
         )
 
     def add(self, request: Request) -> None:

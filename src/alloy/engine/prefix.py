@@ -189,15 +189,6 @@ class PrefixCache:
             self._drop(node)
         self._roots = {}
 
-    def held_blocks(self) -> set[int]:
-        """The blocks of keys that the tree holds."""
-        return {block for node in self._nodes() for block in node.blocks}
-
-    @property
-    def snapshots(self) -> int:
-        """Slots that snapshots hold."""
-        return sum(node.snapshot is not None and node.snapshot.slot >= 0 for node in self._nodes())
-
     def _mtp_first(self, start: int) -> int:
         """Index of the first block that a node holds of multi-token prediction, which was behind when the node was made."""
         return max(0, start - self.lag) // BLOCK

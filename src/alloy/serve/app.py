@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
@@ -19,7 +19,7 @@ from alloy.core.logging import get_logger
 from alloy.errors import RequestError
 from alloy.serve.chat import answer_chat
 from alloy.serve.completions import answer_completion
-from alloy.serve.driver import Driver, Engine
+from alloy.serve.driver import Driver
 from alloy.serve.errors import ApiError, bad, internal, timed_out
 from alloy.serve.guard import Guard, Keys, RateLimit
 from alloy.serve.metrics import CONTENT_TYPE, Metrics
@@ -39,6 +39,9 @@ from alloy.serve.protocol import (
 from alloy.serve.responses import Responses
 from alloy.serve.service import Service
 from alloy.serve.sse import ClientGone
+
+if TYPE_CHECKING:
+    from alloy.engine.engine import Engine
 
 log = get_logger(__name__)
 
@@ -64,7 +67,7 @@ class Server:
     """
 
     def __init__(
-        self, model: ServedModel, engine: Engine, keys: Keys | None = None, on_death: Callable[[], None] | None = None
+        self, model: ServedModel, engine: "Engine", keys: Keys | None = None, on_death: Callable[[], None] | None = None
     ) -> None:
         settings = model.settings
         self.keys = keys or Keys(())

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from alloy.core.logging import get_logger
 from alloy.engine.request import Output, Request
@@ -20,55 +20,15 @@ from alloy.errors import RequestError
 from alloy.serve.errors import SERVER, ApiError, bad, engine_dead, overloaded, timed_out
 from alloy.serve.settings import ServerSettings
 
+if TYPE_CHECKING:
+    # they import PyTorch
+    from alloy.engine.engine import Engine, Gauges
+
 log = get_logger(__name__)
 
 # an idle engine thread looks up this often, in case it is told to stop
 IDLE_S = 1.0
 RETRY_S = 5
-
-
-class Gauges(Protocol):
-    """What the engine holds now; blocks and slots are free, cached, or in use."""
-
-    running: int
-    waiting: int
-    blocks: int
-    blocks_free: int
-    blocks_cached: int
-    slots: int
-    slots_free: int
-    slots_cached: int
-
-
-class Engine(Protocol):
-    """What the server needs of `alloy.engine.engine.Engine`; one thread calls it."""
-
-    stats: Any
-
-    def add(self, request: Request) -> None:
-        """Take a request; RequestError for one that cannot be run."""
-        ...
-
-    def cancel(self, request_id: str) -> None:
-        """Nothing more comes for it; unknown ids are ignored."""
-        ...
-
-    def step(self) -> list[Output]:
-        """One round: increments."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether something waits or runs."""
-        ...
-
-    def gauges(self) -> Gauges:
-        """What is held now."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
 
 
 class Ticket:
@@ -169,9 +129,9 @@ class Driver:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: "Engine",
         settings: ServerSettings,
-        on_step: Callable[[Gauges, Any, Sequence[float]], None] | None = None,
+        on_step: Callable[["Gauges", Any, Sequence[float]], None] | None = None,
         on_death: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
@@ -305,7 +265,7 @@ class Driver:
         outputs: list[Output],
         refused: list[tuple[str, RequestError]],
         taken: int,
-        gauges: Gauges,
+        gauges: "Gauges",
         stats: Any,
     ) -> None:
         """Hand a round's outputs to their tickets; on the event loop."""

@@ -6,15 +6,18 @@ import ipaddress
 import signal
 import socket
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from alloy.core.logging import get_logger
 from alloy.errors import AlloyError, RecipeError
 from alloy.serve.app import Server
-from alloy.serve.driver import Engine
 from alloy.serve.guard import Keys
 from alloy.serve.model import ServedModel
+
+if TYPE_CHECKING:
+    from alloy.engine.engine import Engine
 
 log = get_logger(__name__)
 
@@ -49,7 +52,7 @@ def open_socket(host: str, port: int, has_keys: bool, insecure: bool) -> socket.
 class Listener(uvicorn.Server):
     """uvicorn, except that the first signal drains before it closes, and a dead engine ends the process."""
 
-    def __init__(self, model: ServedModel, engine: Engine, keys: Keys) -> None:
+    def __init__(self, model: ServedModel, engine: "Engine", keys: Keys) -> None:
         self.server = Server(model, engine, keys, self._engine_died)
         super().__init__(
             uvicorn.Config(

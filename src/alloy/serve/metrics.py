@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from alloy.serve.driver import Gauges, Ticket
+from alloy.serve.driver import Ticket
+
+if TYPE_CHECKING:
+    from alloy.engine.engine import Gauges
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _SIZES = tuple(2**i for i in range(0, 21))
@@ -57,7 +60,7 @@ class Metrics(Collector):
         }
         self._registry.register(self)
 
-    def stepped(self, gauges: Gauges, stats: Any, gaps: Sequence[float]) -> None:
+    def stepped(self, gauges: "Gauges", stats: Any, gaps: Sequence[float]) -> None:
         """Take the engine's report of one round."""
         self._gauges, self._stats = gauges, stats
         for gap in gaps:
