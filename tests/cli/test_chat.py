@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 
 from alloy.cli import app
 from alloy.cli.chat import Conversation
-from alloy.cli.chat_models import ThoughtSplitter
+from alloy.cli.chat_models import ChatModel, ThoughtSplitter
 from alloy.cli.chat_screen import Screen, whole_blocks
 from alloy.core.client import ServerError
 from alloy.errors import InterruptedRun, RequestError
@@ -298,3 +298,36 @@ def test_a_long_answer_is_written_once() -> None:
     screen.close()
     text = plain(console.file.getvalue())  # type: ignore[attr-defined]
     assert [f"number{i}." in text for i in range(200)] == [True] * 200
+
+
+class Interrupting:
+    """Ctrl-C arrives while Python cleans this up."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_in_a_destructor_stops_the_answer() -> None:
+    """Python drops a KeyboardInterrupt that is raised there."""
+
+    class Model(ChatModel):
+        usage = None
+        has_chat_template = True
+
+        def stream(self, messages: object, thinking: object) -> Generator[tuple[str, bool]]:
+            yield "one ", False
+            thing = [Interrupting()]
+            thing.clear()
+            for _ in range(100):
+                yield "more ", False
+
+        def stats_line(self) -> str:
+            return ""
+
+    console = Console(file=io.StringIO())
+    talk = Conversation(Model(), console)
+    assert talk.answer("hello")
+    assert talk.messages[-1]["content"].split() == ["one"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -3,9 +3,12 @@
 import contextlib
 import importlib
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -126,6 +129,28 @@ def chat(
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def remembered_interrupts() -> Iterator[list[int]]:
+    """The list of the SIGINTs since, each of which raises KeyboardInterrupt too.
+
+    Python drops that exception where it is raised inside of a destructor or a callback of a weak reference.
+    """
+    pressed: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    former = signal.signal(signal.SIGINT, remember)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 class Conversation:
     """Messages so far, and what a line that the user typed does to them.
 
@@ -224,15 +249,18 @@ class Conversation:
         screen = Screen(self.console, self.thoughts)
         stream = self.model.stream(asked, self.thinking)
         is_stopped = False
-        try:
-            for piece, is_thought in stream:
-                texts[is_thought] += piece
-                screen.add(piece, is_thought)
-        except KeyboardInterrupt:
-            is_stopped = True
-        finally:
-            stream.close()
-            screen.close(" [stopped]" if is_stopped else "")
+        with remembered_interrupts() as pressed:
+            try:
+                for piece, is_thought in stream:
+                    if pressed:
+                        raise KeyboardInterrupt
+                    texts[is_thought] += piece
+                    screen.add(piece, is_thought)
+            except KeyboardInterrupt:
+                is_stopped = True
+            finally:
+                stream.close()
+                screen.close(" [stopped]" if is_stopped else "")
         self.answers += 1
         if self.model.usage:
             self.prompt_tokens += self.model.usage.prompt_tokens
