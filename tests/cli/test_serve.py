@@ -21,6 +21,7 @@ import alloy
 from alloy.cli import app
 from alloy.errors import RecipeError
 from alloy.serve.guard import Keys
+from alloy.serve.listen import open_socket
 from alloy.serve.settings import read_settings
 from tests.engine.conftest import build, byte_tokenizer
 
@@ -63,6 +64,14 @@ def test_settings_are_read_with_their_types() -> None:
     settings = read_settings(["engine.speculate=auto", "engine.cuda_graphs=false", 'serve.cors=["http://a"]'])
     assert settings.engine.chosen == {"speculate": "auto", "graphs": False}
     assert settings.serve.cors == ["http://a"]
+
+
+def test_tokens_do_not_wait_for_acknowledgements() -> None:
+    """Accepted connections send at once: with Nagle's algorithm a token on a kept connection comes 40 ms late."""
+    with open_socket("127.0.0.1", 0, False, False) as bound:
+        bound.listen()
+        with socket.create_connection(bound.getsockname()[:2]), bound.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_keys_are_read_again(tmp_path: Path) -> None:

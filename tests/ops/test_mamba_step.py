@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from alloy.ops import causal_conv1d, gated_rms_norm, mamba_step, ssd_scan, use_backend
+from alloy.ops.cpu.mamba_step import CACHED
 
 HEADS, HEAD_DIM, GROUPS, STATE, KERNEL = 4, 5, 2, 7, 4
 INNER, WIDE = HEADS * HEAD_DIM, GROUPS * STATE
@@ -33,9 +34,10 @@ def sequence(projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gated_rms_norm(y.flatten(2), z, norm, 1e-5, INNER // GROUPS), conv, ssm
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_steps_equal_the_sequence(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "cached"), [("torch", 0), ("cpu", 0), ("cpu", CACHED)])
+def test_steps_equal_the_sequence(backend: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through slots in another order; a row without one gives 0, and its NaN goes nowhere."""
+    monkeypatch.setattr("alloy.ops.cpu.mamba_step.CACHED", cached)
     projected = draw(3, 9, INNER + CHANNELS + HEADS)
     slots = torch.tensor([4, -1, 0])
     conv = torch.full((5, CHANNELS, KERNEL - 1), math.nan, dtype=torch.float64)
@@ -83,24 +85,35 @@ def test_refuses(change: dict[str, object], message: str) -> None:
         mamba_step(*given.values(), *WEIGHTS, 1e-5, **options, dt_limit=LIMIT, slots=slots)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cached", [0, CACHED])
+@pytest.mark.parametrize("slots", [None, [0], [2], [1, 2, 3], [3, 0, 2]], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("limit", [(0.0, math.inf), LIMIT])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_path_of_a_single_row(rows: int, has_bias: bool, limit: tuple[float, float], dtype: torch.dtype) -> None:
+def test_rows_together_and_alone(
+    cached: int,
+    slots: list[int] | None,
+    has_bias: bool,
+    limit: tuple[float, float],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Output and both states over several tokens, in states laid out as a cache has them: as the reference in float64."""
+    monkeypatch.setattr("alloy.ops.cpu.mamba_step.CACHED", cached)
     weight, bias, A, D, dt_bias, norm = WEIGHTS
     wide = (weight, bias if has_bias else None, A, D, dt_bias, norm)
     fixed = [None if t is None else t.to(dtype) for t in wide]
-    conv = draw(rows, KERNEL - 1, CHANNELS, seed=7).to(dtype).transpose(1, 2)
-    ssm = draw(rows, HEADS, HEAD_DIM, STATE, seed=8).to(dtype)
+    conv = draw(4, 2, KERNEL - 1, CHANNELS, seed=7).to(dtype)[:, 1].transpose(1, 2)
+    ssm = draw(4, 2, HEADS, HEAD_DIM, STATE, seed=8).to(dtype)[:, 1]
     twin_conv, twin_ssm = conv.double().clone(), ssm.double().clone()
+    places = None if slots is None else torch.tensor(slots)
+    rows = 4 if slots is None else len(slots)
     bound = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     for token in range(4):
         projected = draw(rows, INNER + CHANNELS + HEADS, seed=9 + token)
-        y = mamba_step(projected.to(dtype), conv, ssm, *fixed, 1e-5, **SIZES, dt_limit=limit)
+        y = mamba_step(projected.to(dtype), conv, ssm, *fixed, 1e-5, **SIZES, dt_limit=limit, slots=places)
         with use_backend("torch"):
-            want = mamba_step(projected, twin_conv, twin_ssm, *wide, 1e-5, **SIZES, dt_limit=limit)
+            want = mamba_step(projected, twin_conv, twin_ssm, *wide, 1e-5, **SIZES, dt_limit=limit, slots=places)
         torch.testing.assert_close(y, want.to(dtype), **bound)
         torch.testing.assert_close(conv, twin_conv.to(dtype), **bound)
         torch.testing.assert_close(ssm, twin_ssm.to(dtype), **bound)

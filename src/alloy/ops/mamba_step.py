@@ -144,11 +144,11 @@ def _mamba_step_cpu(
     slots: Tensor | None,
     sr_seed: Tensor | None,
 ) -> Tensor:
-    """A single row has a path of its own; with more of them the parts are what takes time."""
-    row = (projected, conv_state, ssm_state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps, sizes, dt_limit)
-    if cpu.fits(projected, conv_state, ssm_state, conv_weight, slots):
-        return cpu.mamba_row(*row)
-    return _mamba_step(*row, slots, sr_seed)
+    """Fused where states and inputs have one dtype, else part after part."""
+    given = (projected, conv_state, ssm_state, conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps, sizes, dt_limit)
+    if cpu.fits(projected, conv_state, ssm_state, conv_weight):
+        return cpu.mamba_rows(*given, slots)
+    return _mamba_step(*given, slots, sr_seed)
 
 
 backend.add("mamba_step", "torch", _mamba_step)

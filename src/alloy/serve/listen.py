@@ -37,9 +37,11 @@ def open_socket(host: str, port: int, has_keys: bool, insecure: bool) -> socket.
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError, OverflowError) as error:
         raise RecipeError(f'host = "{host}" with port {port} is no address of this machine ({error})') from error
-    bound = socket.socket(info[0], info[1])
+    bound = socket.socket(*info[:3])
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # accepted sockets inherit it: a token must not wait for the acknowledgement of the one before
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         bound.bind(info[4])
     except (OSError, OverflowError) as error:
         bound.close()

@@ -16,8 +16,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> Tensor:
     """As `alloy.ops.rms_norm`."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps, cast_first)
-    if x.numel() == x.shape[-1] and x.dtype == weight.dtype == torch.float32:
-        return x.mul((torch.linalg.vector_norm(x).item() ** 2 / x.shape[-1] + eps) ** -0.5).mul_(weight)
+    if x.dtype == weight.dtype == torch.float32:
+        if x.numel() == x.shape[-1]:
+            return x.mul((torch.linalg.vector_norm(x).item() ** 2 / x.shape[-1] + eps) ** -0.5).mul_(weight)
+        return x.mul(_inverse_rms(x, eps)).mul_(weight)
     return _scaled(_normalized(x.to(wide(x)), eps)[0], x, weight, cast_first)
 
 
