@@ -344,7 +344,7 @@ async def _read_stream(client: "httpx.AsyncClient", url: str, body: dict[str, An
     """Fill `answer` from the events of the stream; it is read beyond its [DONE], which keeps the connection for the next."""
     import httpx
 
-    events, done = EventReader(), False
+    events, done, is_whole = EventReader(), False, False
     try:
         async with client.stream("POST", url, json=body) as response:
             if response.status_code != 200:
@@ -354,11 +354,14 @@ async def _read_stream(client: "httpx.AsyncClient", url: str, body: dict[str, An
                 for data in events.feed(chunk):
                     done = done or data == DONE
                     if not done:
-                        _take(answer, wire.read_delta(data), now)
+                        delta = wire.read_delta(data)
+                        is_whole = is_whole or delta.finish_reason is not None
+                        _take(answer, delta, now)
     except httpx.HTTPError:
         if not done:
             raise
-    if not done:
+    # transformers' server ends without the mark
+    if not (done or is_whole):
         raise ServerError("broken stream", f"the stream ended before its {DONE}")
 
 
