@@ -133,7 +133,8 @@ class StubServer:
             details = {"completion_tokens_details": {"reasoning_tokens": len(script.thoughts)}}
             details |= {"prompt_tokens_details": {"cached_tokens": 3}}
             await send({"id": "x", "choices": [], "usage": {**usage, "completion_tokens": len(news), **details}})
-        await send("[DONE]")
+        if script.fault != "no mark":
+            await send("[DONE]")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
         return True

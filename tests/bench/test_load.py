@@ -131,18 +131,19 @@ def test_figures_by_hand() -> None:
 
 
 def test_failures_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refusals, cut streams, error events, garbage, timeouts and missing usage; the others are measured."""
+    """Refusals, cut streams, error events, garbage, timeouts and missing usage; the others are measured, one
+    of them whole but without its mark at the end."""
     path = tmp_path / "run.json"
     scripts = [Script(fault=kind) for kind in ("busy", "busy", "cut", "error", "garbage")]
-    scripts += [Script(first_s=30), Script(has_usage=False), Script()]
+    scripts += [Script(first_s=30), Script(has_usage=False), Script(fault="no mark"), Script()]
     with StubServer(lambda n, body: scripts[n]) as server:
-        options = ["--num-prompts", 8, "--output-len", 3, "--max-concurrency", 1, "--timeout", 0.5, "--save", path]
+        options = ["--num-prompts", 9, "--output-len", 3, "--max-concurrency", 1, "--timeout", 0.5, "--save", path]
         assert run(server, *options) == 0
     found = figures(path)
     assert found["failures"] == {
         "HTTP 503": 2, "broken stream": 1, "error event engine_dead": 1, "not JSON": 1, "timeout": 1, "no usage": 1,
     }  # fmt: skip
-    assert (found["completed"], found["failed"], found["total_output"]) == (1, 7, 3)
+    assert (found["completed"], found["failed"], found["total_output"]) == (2, 7, 6)
     text = capsys.readouterr().out
     assert "2 failed, HTTP 503: the server answered 503: too busy" in text
     assert "1 failed, error event engine_dead: the server broke off: engine died" in text
