@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import alloy
 from alloy.cli import app
+from alloy.cli.serve import _load
 from alloy.errors import RecipeError
 from alloy.serve.guard import Keys
 from alloy.serve.listen import open_socket
@@ -233,3 +234,15 @@ def test_what_does_not_fit_is_code_3(folder: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 3, result.stderr
     assert result.stderr.startswith("error: ")
+
+
+def test_weights_of_low_precision_show_their_cost(folder: Path) -> None:
+    """The start-up table compares perplexities; the served model has the weights."""
+    llm, rows = _load(str(folder), {"weights": "int8", "max_model_len": 64})
+    assert llm.model.weights == "int8"
+    found = re.fullmatch(r"([\d.]+), ([\d.]+) in float32 \(([\d,]+) tokens of pydoc_data\.topics\)", rows["perplexity"])
+    assert found is not None
+    low, full, tokens = (float(text.replace(",", "")) for text in found.groups())
+    assert low != full
+    assert low == pytest.approx(full, rel=0.1)
+    assert tokens >= 4096

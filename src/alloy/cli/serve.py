@@ -11,11 +11,15 @@ import typer
 from alloy.errors import RecipeError
 
 if TYPE_CHECKING:
+    import torch
+
     from alloy.engine.core import LLM
     from alloy.engine.engine import Gauges
 
 MAX_SEQS, MAX_SEQS_CPU = 64, 16
 LENGTHS = (2048, 8192)
+# of text that shows what weights of low precision cost
+PPL_TOKENS = 4096
 BLOCK = 64
 
 
@@ -57,22 +61,61 @@ def serve(
     keys = Keys([key for key in given if key], file)
     with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
         logging.setup()
-        llm = _load(model, chosen.engine.chosen)
+        llm, cost = _load(model, chosen.engine.chosen)
         served = ServedModel(llm, served_name or [_name(model)], limits)
         engine = llm.engine()
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        rows = start_rows(llm, engine.gauges())
+        rows = start_rows(llm, engine.gauges()) | cost
         logging.start_panel("serving", {"model": ", ".join(served.names), **rows, "url": f"http://{shown}:{number}"})
         asyncio.run(Listener(served, engine, keys).listen(bound))
 
 
-def _load(model: str, settings: Mapping[str, Any]) -> "LLM":
+def _load(model: str, settings: Mapping[str, Any]) -> tuple["LLM", dict[str, str]]:
+    """The model, and what its weights of low precision cost."""
     from alloy.core.device import resolve_device
     from alloy.engine.core import LLM
 
+    settings = dict(settings)
     device = resolve_device(settings.get("device", "auto"))
-    return LLM(model, **{"max_seqs": MAX_SEQS_CPU if device.type == "cpu" else MAX_SEQS, **settings})
+    settings.setdefault("max_seqs", MAX_SEQS_CPU if device.type == "cpu" else MAX_SEQS)
+    weights = settings.pop("weights", None)
+    if weights is None:
+        return LLM(model, **settings), {}
+    return _load_low(model, weights, device, settings)
+
+
+def _load_low(
+    model: str, weights: str, device: "torch.device", settings: dict[str, Any]
+) -> tuple["LLM", dict[str, str]]:
+    """As `_load`, with the perplexity before and after the matrices are turned into `weights`."""
+    from transformers import PreTrainedTokenizerFast
+
+    from alloy.data.corpus import topics
+    from alloy.engine.core import LLM
+    from alloy.eval.ppl import LONGEST_WINDOW, with_weights
+    from alloy.models.quant import check_place, parse_weights, quantize_weights
+    from alloy.models.registry import load
+
+    kind = parse_weights(weights)
+    check_place(kind, device)
+    loaded, tokenizer = load(model, dtype=settings.pop("dtype", None), device=settings.pop("device", "auto"))
+    texts: list[str] = []
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        left = PPL_TOKENS
+        for topic in topics():
+            texts.append(topic.text)
+            left -= len(tokenizer.encode(topic.text))
+            if left <= 0:
+                break
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not texts:
+        quantize_weights(loaded, kind)
+        return LLM(loaded, tokenizer, **settings), {"perplexity": "not measured: no tokenizer.json, or no text"}
+    window = min(loaded.config.max_positions, LONGEST_WINDOW)
+    full, low = with_weights(loaded, tokenizer, texts, window, kind)
+    dtype = str(loaded.embed.weight.dtype).removeprefix("torch.")
+    row = f"{low.perplexity:.3f}, {full.perplexity:.3f} in {dtype} ({full.tokens:,} tokens of pydoc_data.topics)"
+    return LLM(loaded, tokenizer, **settings), {"perplexity": row}
 
 
 def start_rows(llm: "LLM", gauges: "Gauges") -> dict[str, str]:

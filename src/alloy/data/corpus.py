@@ -81,8 +81,8 @@ def is_held_out(name: str) -> bool:
 def python_corpus(source_bytes: int = 0) -> Corpus:
     """Topics and docstrings of this Python, and training source code up to about `source_bytes` (held out in proportion)."""
     notes: list[str] = []
-    topics = list(_topics())
-    if not topics:
+    reference = list(topics())
+    if not reference:
         notes.append(
             "this Python has no pydoc_data.topics (Debian: package libpython3-stdlib); going on without the topics"
         )
@@ -90,7 +90,7 @@ def python_corpus(source_bytes: int = 0) -> Corpus:
     if not modules:
         notes.append("this Python's standard library has no source files; going on without docstrings and source")
     docstrings = [document for name, code in modules if (document := _docstrings(name, code))]
-    train, held_out = _split({"topics": topics, "docstrings": docstrings})
+    train, held_out = _split({"topics": reference, "docstrings": docstrings})
     if source_bytes > 0:
         train["source"], held_out["source"] = _source(modules, source_bytes)
     if not any(train.values()):
@@ -129,13 +129,14 @@ def _split(parts: dict[str, list[Document]]) -> tuple[dict[str, list[Document]],
     return train, held_out
 
 
-def _topics() -> Iterator[Document]:
+def topics() -> Iterator[Document]:
+    """The language reference of this Python, topic by topic; nothing where it is not installed."""
     try:
-        topics = importlib.import_module("pydoc_data.topics").topics
+        texts = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         return
-    for name in sorted(topics):
-        yield Document(topics[name], name)
+    for name in sorted(texts):
+        yield Document(texts[name], name)
 
 
 def _modules() -> Iterator[tuple[str, str]]:
