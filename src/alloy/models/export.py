@@ -341,13 +341,13 @@ def _weights(stored: Mapping[str, Stored], shapes: Shapes, config: AnyConfig) ->
             f"the hub has other names, such as {next(iter(absent), '')}: alloy convert SRC DST --to vllm writes them so"
         )
         yield Finding("weights", _some(renamed), "differs", ENGINES, text)
-    unknown = [name for name in others if name not in renamed]
+    unknown = [name for name in others if bare_name(name) not in plan]
     if unknown:
         text = "no engine knows these tensors; config.json describes another model, or they are to be removed"
         yield Finding("weights", _some(unknown), "differs", ENGINES, text)
-    spelled = {entry.name for entry in entries(shapes, config) if bare_name(entry.name) in map(bare_name, renamed)}
+    bare = {bare_name(name) for name in renamed}
     stacked = any(re.search(r"experts\.\w+_proj$", name) for name in renamed)
-    lost = [n for n in absent if n not in spelled and not (stacked and re.search(r"experts\.\d+\.", n))]
+    lost = [n for n in absent if bare_name(n) not in bare and not (stacked and re.search(r"experts\.\d+\.", n))]
     if lost == ["lm_head.weight"] and config.tie_embeddings:
         text = "vLLM and TensorRT-LLM tie no head of a hybrid: alloy convert SRC DST --to vllm writes it"
         yield Finding("weights", "lm_head.weight", "missing", (VLLM, TRTLLM), text)
