@@ -9,6 +9,9 @@ import torch
 
 from alloy.core import device, hub
 from alloy.core.device import (
+    free_memory_bytes,
+    host_memory,
+    memory_bytes,
     peak_memory_bytes,
     require,
     resolve_device,
@@ -112,6 +115,89 @@ def test_peak_memory_counts_an_allocation() -> None:
     block = np.ones(max(0, before - _current()) + 2**26, dtype=np.uint8)
     assert peak_memory_bytes(torch.device("cpu")) >= before + 2**25
     assert block[-1] == 1
+
+
+MIB = 2**20
+
+
+def _files(root: Path, files: dict[str, object]) -> Path:
+    """A made-up /: 3,000 MiB available, and what else is given."""
+    for name, content in {"proc/meminfo": f"MemTotal: 9 kB\nMemAvailable: {3000 * 1024} kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{content}\n")
+    return root
+
+
+V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("files", "limit", "free"),
+    [
+        ({}, None, 3000),
+        # cgroup v2: the container's own, whose path is / there
+        ({"proc/self/cgroup": "0::/", f"{V2}/memory.max": 1000 * MIB, f"{V2}/memory.current": 700 * MIB}, 1000, 300),
+        ({"proc/self/cgroup": "0::/", f"{V2}/memory.max": "max", f"{V2}/memory.current": 700 * MIB}, None, 3000),
+        # what files left in the cache can be had again
+        (
+            {
+                "proc/self/cgroup": "0::/",
+                f"{V2}/memory.max": 1000 * MIB,
+                f"{V2}/memory.current": 700 * MIB,
+                f"{V2}/memory.stat": f"anon {400 * MIB}\ninactive_file {250 * MIB}",
+            },
+            1000,
+            550,
+        ),
+        # the machine has less left than the limit
+        ({"proc/self/cgroup": "0::/", f"{V2}/memory.max": 5000 * MIB, f"{V2}/memory.current": 700 * MIB}, 5000, 3000),
+        # a group above that limits more
+        (
+            {
+                "proc/self/cgroup": "0::/a/b",
+                f"{V2}/a/b/memory.max": "max",
+                f"{V2}/a/b/memory.current": 10 * MIB,
+                f"{V2}/a/memory.max": 500 * MIB,
+                f"{V2}/a/memory.current": 600 * MIB,
+            },
+            500,
+            0,
+        ),
+        # cgroup v1, whose path is the host's: only the mount is there
+        (
+            {
+                "proc/self/cgroup": "9:name=systemd:/x\n4:cpu,memory:/docker/1\n0::/",
+                f"{V1}/memory.limit_in_bytes": 800 * MIB,
+                f"{V1}/memory.usage_in_bytes": 300 * MIB,
+                f"{V1}/memory.stat": f"inactive_file 5\ntotal_inactive_file {100 * MIB}",
+            },
+            800,
+            600,
+        ),
+        # no limit in v1 is a number beyond any machine
+        (
+            {
+                "proc/self/cgroup": "4:memory:/",
+                f"{V1}/memory.limit_in_bytes": 9223372036854771712,
+                f"{V1}/memory.usage_in_bytes": 300 * MIB,
+            },
+            None,
+            3000,
+        ),
+    ],
+)
+def test_a_container_has_what_its_group_may_use(
+    files: dict[str, object], limit: int | None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller of machine and cgroup, in all and free."""
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 8000 * 256, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert host_memory(_files(tmp_path, files)) == ((limit or 8000) * MIB, free * MIB)
+
+
+def test_memory_of_this_machine() -> None:
+    """Free is a part of all."""
+    cpu = torch.device("cpu")
+    assert 0 < free_memory_bytes(cpu) <= memory_bytes(cpu)
 
 
 def _current() -> int:

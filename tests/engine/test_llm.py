@@ -7,8 +7,10 @@ import torch
 
 from alloy import errors
 from alloy.engine.core import LLM
+from alloy.engine.pool import plan_pool
 from alloy.engine.request import SamplingParams
 from alloy.errors import RequestError
+from alloy.models.sizes import kv_bytes
 from tests.engine.conftest import build
 
 GREEDY = SamplingParams(temperature=0, max_tokens=13)
@@ -365,3 +367,17 @@ def test_longer_than_the_rotary_embedding_is_refused() -> None:
     with pytest.raises(RequestError, match="max_model_len = 161 is beyond max_positions = 160"):
         LLM(build("attention"), max_model_len=161)
     assert LLM(build("hybrid"), max_model_len=161).max_model_len == 161
+
+
+def test_a_cache_leaves_a_fifth_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with little left gets a smaller cache than the machine around it would."""
+    monkeypatch.setattr("alloy.engine.pool.memory_bytes", lambda device: 2**40)
+    model = build("attention")
+    sizes = []
+    for free in (2**40, 2**20, 2**19):
+        monkeypatch.setattr("alloy.engine.pool.free_memory_bytes", lambda device, free=free: free)
+        blocks = plan_pool(model, 4, 160).blocks
+        sizes.append(blocks * kv_bytes(model.config, 1, 64, "float32", False))
+    assert sizes[0] > 0.8 * 2**20
+    assert 0.7 * 2**20 < sizes[1] <= 0.8 * 2**20
+    assert 0.7 * 2**19 < sizes[2] <= 0.8 * 2**19

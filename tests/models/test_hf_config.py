@@ -111,8 +111,17 @@ def test_transformers_file_is_read_as_it_means(tmp_path: Any) -> None:
 )
 def test_aliases_are_read(alias: str, field: str, value: Any) -> None:
     """Every old spelling reaches its field."""
-    config = read(without(HYBRID, HYBRID_ALIASES[alias]), **{alias: value})
+    config = read(without(ROUTED if field == "num_experts" else HYBRID, HYBRID_ALIASES[alias]), **{alias: value})
     assert getattr(config, field) == value
+
+
+def test_numbers_of_experts_of_a_model_without_any_are_left_out() -> None:
+    """llama.cpp takes a file with them for one of a model with experts; MTP may have the only ones."""
+    keys = {"num_experts_per_tok": 3, "n_routed_experts": 16, "moe_intermediate_size": 24}
+    for form in ("hybrid", "transformers5"):
+        assert not set(keys) & set(write_config(read(HYBRID, **keys), style=form))
+    config = read(HYBRID, **keys, num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E")
+    assert write_config(config).items() >= keys.items()
 
 
 def test_alias_that_disagrees_is_refused() -> None:

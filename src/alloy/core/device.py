@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +137,59 @@ def peak_memory_bytes(device: "torch.device | None" = None) -> int:
 
 
 def memory_bytes(device: "torch.device") -> int:
-    """Memory that `device` has in all: of the CUDA device, or of this machine."""
+    """Memory that `device` has in all: of the CUDA device, or of this machine or container."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_memory()[0]
+
+
+def free_memory_bytes(device: "torch.device") -> int:
+    """Memory that can still be had: of the CUDA device, what torch keeps for itself included, or of this host."""
+    if device.type == "cuda":
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return host_memory()[1]
+
+
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes in all and free of this machine, or of the container where that has less (cgroup v2 and v1)."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # in KiB; macOS has no such file
+    free = min(total, _numbers(root / "proc/meminfo").get("MemAvailable:", total // 1024) * 1024)
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        number, controllers, path = line.split(":", 2)
+        mount = root / "sys/fs/cgroup"
+        if number == "0":
+            names = ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # every group above limits too; inside a container the path may be that of the host, and only the mount is there
+        group = mount / path.strip("/")
+        for folder in (group, *group.parents):
+            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            if limit is not None and used is not None:
+                # cached files give way
+                used -= _numbers(folder / "memory.stat").get(names[2], 0)
+                total, free = min(total, limit), min(free, max(0, limit - used))
+            if folder == mount:
+                break
+    return total, free
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None when there is none, or "max"."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else None
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """First word -> second of every line of a file; empty when there is none."""
+    lines = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}

@@ -63,8 +63,8 @@ class LLM:
             graphs
         prefix_cache: keep what answers leave in the cache, for prompts that begin the same
         checkpoint_every: prompt tokens between two of the states that are kept on the way
-        memory: GiB for keys, values and states; default: 0.8 of what is free on a GPU, on a CPU a quarter of the machine's
-            memory, at most 4
+        memory: GiB for keys, values and states; default: 0.8 of what is free, on a CPU at most a quarter of the machine's or
+            container's and 4
     """
 
     def __init__(

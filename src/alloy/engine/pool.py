@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from alloy.core.device import memory_bytes
+from alloy.core.device import free_memory_bytes, memory_bytes
 from alloy.errors import ResourceError
 from alloy.models import sizes
 from alloy.models.base import CausalLM
 from alloy.models.paged import PagedCache, blocks_of
 from alloy.ops.attention import BLOCK
 
-# share of a GPU's free memory, and of a machine's memory, that keys, values and states may take
-GPU_FRAC, CPU_FRAC = 0.8, 0.25
+# share of free memory, and of all memory of a machine, that keys, values and states may take
+FREE_FRAC, CPU_FRAC = 0.8, 0.25
 MOST_CPU_BYTES = 4 * sizes.GIB
 # tokens of a conversation for which slots and blocks run out together, and the snapshots that it leaves
 PLAN_TOKENS, PLAN_SNAPSHOTS = 4096, 2
@@ -50,7 +50,7 @@ def plan_pool(
         max_seqs: sequences that run at once
         max_tokens: of the longest sequence
         state_dtype: of recurrent states
-        gib: memory for it; None: 0.8 of what is free on a GPU, a quarter of a machine's, at most 4
+        gib: memory for it; None: 0.8 of what is free, on a CPU at most a quarter of the machine's or container's and 4
         prefix_cache: with room for what answers leave
         shorten: lower `max_tokens` to what fits instead of refusing it
     """
@@ -89,7 +89,5 @@ def new_pool(model: CausalLM, plan: PoolPlan, state_dtype: str = "float32") -> P
 
 
 def _default_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(GPU_FRAC * (torch.cuda.mem_get_info(device)[0] + held))
-    return min(MOST_CPU_BYTES, int(CPU_FRAC * memory_bytes(device)))
+    free = int(FREE_FRAC * free_memory_bytes(device))
+    return free if device.type == "cuda" else min(MOST_CPU_BYTES, int(CPU_FRAC * memory_bytes(device)), free)

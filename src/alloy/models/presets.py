@@ -194,9 +194,8 @@ _TINY_ROUTED = {"num_experts": 8, "top_k": 3, "expert_ffn": 24, "shared_ffn": 40
 
 
 def _tiny(pattern: str, **fields: object) -> HybridConfig:
-    return HybridConfig.model_validate(
-        {"pattern": pattern, "ffn": 88, **_TINY, **_TINY_ROUTED, **_HYBRID_IDS, **fields}
-    )
+    routed = _TINY_ROUTED if "E" in pattern else {}
+    return HybridConfig.model_validate({"pattern": pattern, "ffn": 88, **_TINY, **routed, **_HYBRID_IDS, **fields})
 
 
 def _tiny_puzzle() -> HybridConfig:

@@ -78,6 +78,19 @@ HYBRID_ALIASES = {
     "mamba_conv_bias": "use_conv_bias",
     "mamba_chunk_size": "chunk_size",
 }
+# left out of the file of a model without experts, as releases do: llama.cpp takes a file with them for one with
+EXPERT_KEYS = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+)
 # what a block of nemotron_h_puzzle may change
 BLOCK_FIELDS = {
     "ffn": "intermediate_size",
@@ -138,6 +151,8 @@ def read_hybrid(kind: str, keys: ConfigKeys, shared_rows: int | None) -> HybridC
         _read_shared(fields, keys, shared_rows)
     else:
         keys.drop("n_shared_experts")
+        if not (fields.get("mtp_depths") and "E" in fields.get("mtp_pattern", "*E")):
+            fields = {name: value for name, value in fields.items() if HYBRID_FIELDS.get(name) not in EXPERT_KEYS}
     return validated(HybridConfig, fields, HYBRID_FIELDS, keys)
 
 
@@ -236,6 +251,9 @@ def write_hybrid(config: HybridConfig, blocks: Any, mtp_blocks: Any, style: Styl
     data["intermediate_size"] = list(config.ffn) if isinstance(config.ffn, tuple) else config.ffn
     data["time_step_limit"] = [_infinity(bound, style) for bound in config.time_step_limit]
     data |= {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "n_shared_experts": int(config.shared_ffn > 0)}
+    if style == "hybrid":
+        # SGLang reads this spelling too, and takes 8 without it
+        data["mamba_n_groups"] = config.ssm_groups
     if config.kind == "nemotron_h_puzzle":
         data["layers_block_type"], data["block_configs"] = _write_blocks(config.pattern, config.layers, blocks)
         data["num_hidden_layers"] = config.num_layers
@@ -243,6 +261,9 @@ def write_hybrid(config: HybridConfig, blocks: Any, mtp_blocks: Any, style: Styl
             written = _write_blocks(config.mtp_pattern, config.mtp_layers, mtp_blocks)
             data["mtp_layers_block_type"], data["mtp_block_configs"] = written
         return data
+    if "E" not in config.pattern + config.mtp_pattern * min(config.mtp_depths, 1):
+        for key in EXPERT_KEYS:
+            del data[key]
     if config.layers is not None or config.mtp_layers is not None:
         raise CheckpointError('layers with overrides can only be written as kind = "nemotron_h_puzzle"')
     if style == "transformers5":
