@@ -343,6 +343,8 @@ def check_schema(schema: object, param: str) -> str:
 
 def refuse_unserved(body: Body, trust_template: bool = False) -> None:
     """400 for fields that would change the meaning of the answer if they were ignored."""
+    if isinstance(body, Sampled) and body.stream_options is not None and not body.stream:
+        raise bad("stream_options", "stream_options needs stream = true")
     extra = body.model_extra or {}
     for name, mend in REFUSED.items():
         value = extra.get(name, getattr(body, name, None))
