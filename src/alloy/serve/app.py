@@ -273,12 +273,7 @@ def _tokenize(model: ServedModel, body: TokenizeRequest, warnings: list[str]) ->
     if (body.prompt is None) == (body.messages is None):
         raise bad("prompt", "send either prompt or messages")
     if body.messages is not None:
-        asked: dict[str, Any] = dict(body.chat_template_kwargs or {})
-        for field in ("add_generation_prompt", "continue_final_message"):
-            if (value := getattr(body, field)) is not None:
-                asked[field] = value
-        tools = [{"type": "function", "function": t.function.model_dump(exclude_none=True)} for t in body.tools or []]
-        prompt = model.chat_prompt(body.messages, tools, asked)
+        prompt = model.chat_prompt(body.messages, body)
         warnings += prompt.warnings
         return prompt.ids
     codec = model.llm.codec

@@ -44,24 +44,10 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
     refuse_unserved(body, model.settings.trust_request_template)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", "top_logprobs needs logprobs = true")
-    tools = [t.function.model_dump(exclude_none=True) for t in body.tools or []]
-    choice = body.tool_choice
+    tools, choice = body.declared, body.tool_choice
     if choice not in (None, "none", "auto") and not tools:
         raise bad("tool_choice", "tool_choice asks for a call, but tools is empty; declare the functions in tools")
-    if choice == "none":
-        tools = []
-    asked: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    for field in ("add_generation_prompt", "continue_final_message", "chat_template"):
-        if (value := getattr(body, field)) is not None:
-            asked[field] = value
-    if "thinking_budget" in asked and "thinking_budget" not in model.variables:
-        del asked["thinking_budget"]
-    if body.reasoning_effort == "none":
-        asked.setdefault("enable_thinking", False)
-    elif body.reasoning_effort is not None and "reasoning_effort" in model.variables:
-        asked.setdefault("reasoning_effort", body.reasoning_effort)
-    declared = [{"type": "function", "function": t} for t in tools]
-    prompt = model.chat_prompt(body.messages, declared, asked)
+    prompt = model.chat_prompt(body.messages, body, body.chat_template)
     settings: dict[str, Any] = {"n": body.n or 1}
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if limit is not None:
