@@ -8,7 +8,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -220,12 +219,11 @@ class Server:
 
     def _document(self, app: FastAPI) -> None:
         """OpenAPI of the routes, with the bodies that they parse by hand."""
-        document: Json = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        document: Json = app.openapi()
         _, schemas = models_json_schema(
             [(kind, "validation") for kind in BODIES], ref_template="#/components/schemas/{model}"
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
-        app.openapi_schema = document
 
 
 async def read_body(request: Request, limit: int) -> bytes:
