@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -40,10 +40,11 @@ def prepare(model: ServedModel, body: CompletionRequest) -> list[Request]:
         raise bad("best_of", "best_of is not supported; ask for n answers and choose among them")
     if body.max_tokens == 0 and not body.echo:
         raise bad("max_tokens", "max_tokens = 0 asks for nothing; set echo = true to score the prompt")
-    settings: dict[str, Any] = {
-        "n": body.n or 1,
-        "max_tokens": 16 if body.max_tokens is None else max(1, body.max_tokens),
-    }
+    prompts = _prompts(model, body)
+    # the default of the API, as far as there is room
+    default = min(16, model.llm.max_model_len - max(map(len, prompts)))
+    limit = default if body.max_tokens is None else body.max_tokens
+    settings: dict[str, Any] = {"n": body.n or 1, "max_tokens": max(1, limit)}
     if body.logprobs is not None:
         settings["logprobs"] = body.logprobs
         if body.echo:
@@ -51,32 +52,24 @@ def prepare(model: ServedModel, body: CompletionRequest) -> list[Request]:
     grammar = model.shape(body.response_format, body.structured_outputs)
     if grammar is not None:
         settings["grammar"] = grammar
-    prompts = _prompts(model, body)
-    if body.max_tokens is None:
-        # the default of the API, as far as there is room
-        longest = max(len(ids) for ids in prompts)
-        settings["max_tokens"] = max(1, min(16, model.llm.max_model_len - longest))
     return [model.request(body, ids, "prompt", settings) for ids in prompts]
 
 
 def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
     """Token ids of each prompt."""
-    prompt: Any = body.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        prompt = [prompt]
-    listed = cast("list[str | list[int]]", prompt)
-    if not listed:
-        raise bad("prompt", "prompt is empty; a model needs at least one token to continue")
+    prompt = body.prompt or ""
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    listed: list[Any] = [prompt] if is_one else list(prompt)
     found: list[list[int]] = []
     for i, one in enumerate(listed):
         name = "prompt" if len(listed) == 1 else f"prompt.{i}"
         try:
-            ids = model.llm.encode(one, name) if isinstance(one, str) else one
+            ids: list[int] = model.llm.encode(one, name) if isinstance(one, str) else one
         except RequestError as error:
             raise bad(name, str(error)) from error
         if not ids:
             raise bad(name, f"{name} is empty; a model needs at least one token to continue")
-        found.append(list(ids))
+        found.append(ids)
     return found
 
 

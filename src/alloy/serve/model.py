@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
+from alloy.core.toml import is_table
 from alloy.engine.codec import THINK
 from alloy.engine.grammar import Grammar, Kind, compile_grammar
 from alloy.engine.request import Request, SamplingParams
@@ -270,8 +271,8 @@ class ServedModel:
             raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
 
     def _markers(self, named: Any, template: str) -> tuple[str, str] | None:
-        if isinstance(named, dict):
-            start, end = cast(dict[str, Any], named).get("start"), cast(dict[str, Any], named).get("end")
+        if is_table(named):
+            start, end = named.get("start"), named.get("end")
             if isinstance(start, str) and isinstance(end, str) and start and end:
                 return start, end
         known = self.llm.codec is not None and self.llm.codec.markers is not None

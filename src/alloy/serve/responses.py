@@ -254,32 +254,29 @@ def _prepare(service: Service, body: ResponseRequest, messages: list[Json]) -> P
 def _items(items: list[Json], where: str) -> list[Json]:
     """Input items as chat messages."""
     messages: list[Json] = []
-    thought: str | None = None
+    thought = ""
     for i, item in enumerate(items):
         kind = item.get("type", "message")
         if kind == "reasoning":
-            found: list[Any] = [item.get("content"), item.get("summary")]
-            parts = [part for listed in found if is_list(listed) for part in listed]
-            thought = "".join(str(part.get("text", "")) for part in parts if is_table(part))
-        elif kind == "message":
-            message: Json = {"role": item.get("role"), "content": item.get("content")}
-            if item.get("role") == "assistant" and thought:
-                message["reasoning_content"], thought = thought, None
-            messages.append(message)
+            found = [part for key in ("content", "summary") if is_list(item.get(key)) for part in item[key]]
+            thought = "".join(str(part.get("text", "")) for part in found if is_table(part))
+            continue
+        if kind == "message":
+            messages.append({"role": item.get("role"), "content": item.get("content")})
         elif kind == "function_call":
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": None})
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            if messages and messages[-1]["role"] == "assistant":
-                messages[-1].setdefault("tool_calls", []).append(call)
-            else:
-                messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-                if thought:
-                    messages[-1]["reasoning_content"], thought = thought, None
+            messages[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             output = item.get("output")
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         else:
             raise bad(f"{where}.{i}.type", f'{where}.{i}.type is "{str(kind)[:64]}", which this server cannot read')
+        # a thought belongs to what the assistant said after it
+        if thought and messages[-1]["role"] == "assistant":
+            messages[-1]["reasoning_content"], thought = thought, ""
     return messages
 
 
