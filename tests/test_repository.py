@@ -1,8 +1,10 @@
 """Rules about the repository itself: sizes of files, words that do not belong, documents that point at what exists."""
 
 import ast
+import io
 import re
 import subprocess
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,35 @@ def test_source_stays_within_its_budget() -> None:
     counts = sorted(lines(p) for p in SOURCES)
     assert sum(counts) < 45_000
     assert counts[len(counts) // 2] < 200
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: neither blank, nor of a comment or docstring alone."""
+    text = path.read_text()
+    layout = {getattr(tokenize, n) for n in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in layout]
+    code = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(code)
+
+
+def test_lines_of_code_are_counted_by_hand(tmp_path: Path) -> None:
+    """Four of them: the two of a text that is no docstring, and two statements."""
+    source = tmp_path / "x.py"
+    source.write_text(
+        '"""Doc\n\nstring."""\n\n# why\nX = """a\n# b"""\n\n\ndef f():\n    """Doc."""\n    return X  # c\n'
+    )
+    assert code_lines(source) == 4
+
+
+def test_engine_and_server_are_small() -> None:
+    """Engine and server together have at most 5,000 lines of code (docs/adr/0011)."""
+    package = ROOT / "src" / "alloy"
+    counts = {str(p): code_lines(p) for name in ("engine", "serve") for p in (package / name).rglob("*.py")}
+    assert sum(counts.values()) <= 5_000, counts
 
 
 def undocumented(node: ast.ClassDef) -> list[ast.FunctionDef]:

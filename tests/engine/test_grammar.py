@@ -524,6 +524,15 @@ def test_what_cannot_be_held_is_refused(tokenizer, kind, text, message) -> None:
             ['{"pattern":{"pattern":"[a"}}'],
             ["{}"],
         ),
+        (
+            {
+                "type": "object",
+                "properties": {"default": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}},
+                "required": ["default"],
+            },
+            ['{"default":0.25}'],
+            ['{"default":0}'],
+        ),
         ({"type": "string", "pattern": "^[^\\\\]$"}, ['"\\""', '"é"'], ['"\\\\"']),
         ({"type": "string", "pattern": "^[\\x00-\\x20]$"}, ['" "', '"\\t"', '"\\u0001"'], ['"\\""', '"a"']),
         ({"type": "string", "pattern": '^\\[[^"]\\]$'}, ['"[x]"'], ['"[\\"]"', '"x"']),

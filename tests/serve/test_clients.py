@@ -1,5 +1,8 @@
 """Clients we did not write: the openai package, and schemathesis over our own OpenAPI document."""
 
+import json
+import re
+
 import openai
 import pytest
 import schemathesis
@@ -101,6 +104,10 @@ def test_schemathesis_finds_no_server_error(say) -> None:
     with say("hm</think>ok", request_timeout_s=5, rate_limit=0) as site:
         schema = schemathesis.openapi.from_url(f"{site.url}/openapi.json")
         schema.validate()
+        # every body that it names is in it
+        named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema.raw_schema)))
+        assert named >= {"ChatRequest", "CompletionRequest", "ResponseRequest", "ChatMessage"}
+        assert named <= set(schema.raw_schema["components"]["schemas"])
         operations = [found.ok() for found in schema.get_all_operations()]
         assert {o.path for o in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"}
         for operation in operations:

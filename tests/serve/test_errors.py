@@ -286,6 +286,16 @@ def test_what_the_engine_refuses_late_is_400(say) -> None:
         check(ask(site, stream=True), 400, None, "messages", "more than the cache holds")
 
 
+def test_a_template_of_the_request_has_no_other_way_in(say) -> None:
+    """Neither among the template's variables nor as an unknown field of /tokenize."""
+    with say("</think>x") as site, site.client() as client:
+        plain = client.post("/tokenize", json={"messages": HELLO})
+        for body in ({"chat_template_kwargs": {"chat_template": "mine"}}, {"chat_template": "mine"}):
+            response = client.post("/tokenize", json={"messages": HELLO, **body})
+            assert response.json() == plain.json()
+            assert "chat_template" in response.headers["x-alloy-warning"]
+
+
 def test_a_model_without_a_template_points_to_completions() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None

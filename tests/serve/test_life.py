@@ -142,3 +142,15 @@ def test_what_draining_cannot_finish_ends_with_an_error(say) -> None:
     streamed, whole = sorted(answers, key=lambda a: a.status_code)
     assert events(streamed)[-1]["error"]["code"] == "server_shutdown"
     assert (whole.status_code, whole.json()["error"]["code"]) == (503, "server_shutdown")
+
+
+def test_a_response_that_is_deleted_while_it_streams_ends(say) -> None:
+    """Its reader is told, and waits for nothing more."""
+    with say("</think>∞", engine={"step_s": 0.005}) as site, site.client() as client, site.client() as other:
+        with client.stream("POST", "/v1/responses", json={"input": "x", "stream": True}) as stream:
+            found = (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
+            assert other.delete(f"/v1/responses/{next(found)['response']['id']}").json()["deleted"]
+            *_, last = found
+        assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+        assert "deleted" in last["response"]["error"]["message"]
+        site.wait(lambda: not site.engine.running)

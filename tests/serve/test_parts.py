@@ -139,6 +139,9 @@ BROKEN = [
     ("llama_json", '{"name": "f"'),
     ("llama_json", '{"answer": 3}'),
     ("llama_json", "plain"),
+    # half a character is no text, and NaN no JSON
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": NaN}"}</tool_call>'),
 ]
 
 

@@ -17,17 +17,18 @@ import json
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from threading import Lock, Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alloy.core.toml import is_list, is_table
 from alloy.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,13 +48,15 @@ CACHED = 128
 WHITESPACE = r"\r?\n[ \t]{0,128}|[ \t]{1,128}"
 # a token that no text holds: what llguidance takes for the end of the answer
 END = "<|end of grammar|>"
-# keywords whose value is a schema, a list of schemas, or schemas by name
-ONE = ("items", "additionalItems", "additionalProperties")
-MANY = ("prefixItems", "items", "allOf", "anyOf", "oneOf")
-NAMED = ("properties", "patternProperties", "$defs", "definitions")
+# keywords whose value is schemas by name
+DEFINED = ("$defs", "definitions")
+NAMED = ("properties", "patternProperties", *DEFINED)
 # keywords whose value is data
 DATA = ("const", "enum", "default", "examples")
 SCALARS = ("string", "number", "integer", "boolean", "null")
+
+# keywords, and what llguidance's message holds when it is about their value
+BLAMED = {"format": "format: ", "pattern": "regex", "type": "type: ", "$ref": ""}
 
 # classes of a regular expression, and what must not be taken for one
 CLASSES = re.compile(r"\\[pP](?:\{[^}]*\}|.)|\\.|\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\\[])*\]|\[", re.DOTALL)
@@ -85,21 +88,21 @@ class Grammar:
             raise RequestError(f"{self.kind} has {size:,} bytes; at most {MAX_BYTES:,} are allowed")
 
 
+@dataclass(frozen=True)
 class CompiledGrammar:
     """A grammar bound to a vocabulary; shared by the sequences that use it.
 
-    Args:
+    Attributes:
         matcher: llguidance's, at the start of the text
         words: uint32 words of a mask, at least the vocabulary's
         end: id of `END`
         markers: what opens and closes a thought
     """
 
-    def __init__(self, matcher: Any, words: int, end: int, markers: "ThinkingMarkers | None") -> None:
-        self._matcher = matcher
-        self.words = words
-        self.end = end
-        self.markers = markers
+    matcher: Any
+    words: int
+    end: int
+    markers: "ThinkingMarkers | None"
 
     def start(self, prompt: Items[int], ends: frozenset[int], tokens: Items[int] = ()) -> "GrammarState":
         """The state of a sequence after `tokens`, which were accepted earlier.
@@ -109,7 +112,7 @@ class CompiledGrammar:
             ends: ids that end the sequence
             tokens: what the sequence generated so far, without an end
         """
-        state = GrammarState(self, self._matcher.deep_copy(), prompt, ends)
+        state = GrammarState(self, prompt, ends)
         for token in tokens:
             state.advance(token)
         return state
@@ -118,9 +121,9 @@ class CompiledGrammar:
 class GrammarState:
     """Where one sequence is in its grammar."""
 
-    def __init__(self, grammar: CompiledGrammar, matcher: Any, prompt: Items[int], ends: frozenset[int]) -> None:
+    def __init__(self, grammar: CompiledGrammar, prompt: Items[int], ends: frozenset[int]) -> None:
         self.words = grammar.words
-        self._matcher = matcher
+        self._matcher = grammar.matcher.deep_copy()
         self._close = -1 if grammar.markers is None else grammar.markers.end
         self._inside = False
         control = {grammar.end, *ends}
@@ -220,15 +223,13 @@ class _Compiler:
         self._words = (width + 31) // 32
         self._markers = codec.markers
         self._lock = Lock()
-        self._cache: OrderedDict[tuple[Kind, str], CompiledGrammar] = OrderedDict()
+        self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        key = (grammar.kind, "" if grammar.kind == "json_object" else grammar.text)
         with self._lock:
-            found = self._cache.get(key)
-            if found is not None:
-                self._cache.move_to_end(key)
-                return found
+            if grammar in self._cache:
+                self._cache.move_to_end(grammar)
+                return self._cache[grammar]
         results: list[CompiledGrammar | RequestError] = []
         worker = Thread(target=lambda: results.append(self._try(grammar)), daemon=True)
         worker.start()
@@ -239,12 +240,12 @@ class _Compiler:
         if isinstance(result, RequestError):
             raise result
         with self._lock:
-            self._cache[key] = result
+            self._cache[grammar] = result
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
         return result
 
-    def _try(self, grammar: Grammar) -> "CompiledGrammar | RequestError":
+    def _try(self, grammar: Grammar) -> CompiledGrammar | RequestError:
         try:
             return self._build(grammar)
         except RequestError as error:
@@ -259,11 +260,10 @@ class _Compiler:
         if grammar.kind in ("json_object", "json_schema"):
             schema = {"type": "object"} if grammar.kind == "json_object" else _parse_schema(grammar.text)
             # only a dict can carry options; True admits anything and False nothing
-            rules = cast(dict[str, Any], schema if isinstance(schema, dict) else {} if schema else {"enum": []})
-            text = make.grammar_from_json_schema(
-                json.dumps({key: value for key, value in rules.items() if key != "x-guidance"}),
-                overrides={"whitespace_pattern": WHITESPACE},
-            )
+            rules: dict[str, Any] = dict(schema) if is_table(schema) else {} if schema else {"enum": []}
+            rules.pop("x-guidance", None)
+            overrides = {"whitespace_pattern": WHITESPACE}
+            text = make.grammar_from_json_schema(json.dumps(rules), overrides=overrides)
         elif grammar.kind == "choice":
             text = make.grammar_from_lark("start: " + " | ".join(_choices(grammar.text)))
         elif grammar.kind == "regex":
@@ -300,12 +300,12 @@ def _choices(text: str) -> list[str]:
         listed: Any = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise RequestError(f"choice is not a JSON list of texts: {error}") from error
-    if not isinstance(listed, list) or not listed:
+    if not is_list(listed) or not listed:
         raise RequestError("choice must be a JSON list of at least one text")
-    for i, item in enumerate(cast(list[Any], listed)):
+    for i, item in enumerate(listed):
         if not isinstance(item, str) or not item:
             raise RequestError(f"choice[{i}] = {json.dumps(item)} is not a text of at least one character")
-    return [json.dumps(item, ensure_ascii=False) for item in cast(list[str], listed)]
+    return [json.dumps(item, ensure_ascii=False) for item in listed]
 
 
 def _parse_schema(text: str) -> Any:
@@ -320,12 +320,11 @@ def _parse_schema(text: str) -> Any:
         schema: Any = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except json.JSONDecodeError as error:
         raise RequestError(f"json_schema is not JSON: {error}") from error
-    if not isinstance(schema, dict | bool):
+    if not is_table(schema) and not isinstance(schema, bool):
         raise RequestError("json_schema must be an object, or true or false")
-    for path, part in _objects(schema):
+    for path, part in _schemas(schema):
         least = part.get("minProperties", 0)
-        required = part.get("required", [])
-        if isinstance(least, int) and isinstance(required, list) and least > max(1, len(cast(list[Any], required))):
+        if isinstance(least, int) and least > max(1, len(_items(part, "required"))):
             raise RequestError(
                 f"json_schema at {_place(path)}: minProperties = {least} cannot be held, since free keys may repeat; "
                 "name the keys in required"
@@ -334,14 +333,14 @@ def _parse_schema(text: str) -> Any:
             _close_bounds(part)
         if isinstance(part.get("pattern"), str):
             part["pattern"] = _without_nul(part["pattern"], _place((*path, "pattern")))
-        if isinstance(part.get("patternProperties"), dict):
+        if is_table(keys := part.get("patternProperties")):
             place = _place((*path, "patternProperties"))
-            part["patternProperties"] = {_without_nul(k, place): v for k, v in part["patternProperties"].items()}
-    if not _Ends(schema).holds(schema):
+            part["patternProperties"] = {_without_nul(k, place): v for k, v in keys.items()}
+    if not _can_end(schema):
         raise RequestError(
             "json_schema cannot be met by any answer: what it requires is false or contains itself without end"
         )
-    return cast(Any, schema)
+    return schema
 
 
 def _finite(number: str) -> float:
@@ -377,39 +376,18 @@ def _without_nul(pattern: str, place: str) -> str:
     return CLASSES.sub(change, pattern)
 
 
-def _objects(schema: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _schemas(part: Any, path: Path = (), is_named: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every object of a schema that a reference may name, with its path; values that are data are left out."""
-    later: list[tuple[Path, Any]] = [((), schema)]
-    while later:
-        path, part = later.pop()
-        if isinstance(part, dict):
-            found = cast(dict[str, Any], part)
-            yield path, found
-            later += [((*path, key), value) for key, value in found.items() if key not in DATA]
-        elif isinstance(part, list):
-            later += [((*path, str(i)), value) for i, value in enumerate(cast(list[Any], part))]
-
-
-def _walk(schema: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every object that is a schema, definitions last, with its path."""
-    later: list[tuple[Path, Any]] = [((), schema)]
-    while later:
-        path, part = later.pop(0)
-        if not isinstance(part, dict):
-            continue
-        found = cast(dict[str, Any], part)
-        yield path, found
-        inner: list[tuple[Path, Any]] = []
-        for key, value in found.items():
-            if isinstance(value, list) and key in MANY:
-                inner += [((*path, key, str(i)), item) for i, item in enumerate(cast(list[Any], value))]
-            elif isinstance(value, dict) and key in NAMED:
-                inner += [((*path, key, name), item) for name, item in cast(dict[str, Any], value).items()]
-            elif key in ONE:
-                inner.append(((*path, key), cast(Any, value)))
-        is_spare = [len(p) > len(path) and p[len(path)] in ("$defs", "definitions") for p, _ in inner]
-        later = [i for i, spare in zip(inner, is_spare, strict=True) if not spare] + later
-        later += [i for i, spare in zip(inner, is_spare, strict=True) if spare]
+    if is_list(part):
+        for i, item in enumerate(part):
+            yield from _schemas(item, (*path, str(i)))
+    elif is_table(part):
+        if not is_named:
+            yield path, part
+        for key, value in part.items():
+            # the names of properties and definitions are no keywords
+            if is_named or key not in DATA:
+                yield from _schemas(value, (*path, key), key in NAMED and not is_named)
 
 
 def _place(path: Path) -> str:
@@ -423,95 +401,83 @@ def _refusal(kind: Kind, schema: Any, message: str) -> RequestError:
     reason = line.rsplit("error: ", 1)[-1]
     keys = re.match(r"Unimplemented keys: (\[.*\])", line)
     names: set[str] = set(json.loads(keys[1])) if keys else set()
-    for path, part in _walk(schema) if schema is not None else ():
+    # a definition is to blame only where no other part is
+    parts = sorted(_schemas(schema), key=lambda found: any(key in DEFINED for key in found[0]))
+    for path, part in parts:
         for key, value in part.items():
+            place = f"{kind} at {_place((*path, key))}"
             if key in names:
-                return RequestError(
-                    f'{kind} at {_place((*path, key))}: the keyword "{key}" is not supported; leave it out'
-                )
+                return RequestError(f'{place}: the keyword "{key}" is not supported; leave it out')
             if key == "oneOf" and line.startswith("oneOf"):
-                return RequestError(
-                    f"{kind} at {_place((*path, key))}: oneOf is supported only where its parts cannot overlap; use anyOf"
-                )
-            is_format = key == "format" and "format: " in line
-            is_blamed = is_format or (key == "pattern" and "regex" in line) or (key == "type" and "type: " in line)
-            is_reference = key == "$ref" and isinstance(value, str)
-            if isinstance(value, str) and value in line and (is_blamed or is_reference):
-                return RequestError(f"{kind} at {_place((*path, key))} is not supported: {reason}")
+                return RequestError(f"{place}: oneOf is supported only where its parts cannot overlap; use anyOf")
+            if key in BLAMED and BLAMED[key] in line and isinstance(value, str) and value in line:
+                return RequestError(f"{place} is not supported: {reason}")
     return RequestError(f"{kind} is not supported: {reason}")
 
 
-class _Ends:
-    """Which parts of a schema admit a finite value: references may go round, but not through required parts alone."""
+def _can_end(schema: Any) -> bool:
+    """Whether a schema admits a finite value: references may go round, but not through required parts alone."""
+    names = {part["$ref"] for _, part in _schemas(schema) if isinstance(part.get("$ref"), str)}
+    # references that are known to end
+    finite: set[str] = set()
+    deadline = monotonic() + COMPILE_S
+    while monotonic() < deadline:
+        found = {name for name in names - finite if _ends(_target(schema, name), finite)}
+        if not found:
+            break
+        finite |= found
+    return _ends(schema, finite)
 
-    def __init__(self, schema: Any) -> None:
-        self._root = schema
-        self._finite: set[str] = set()
-        names = {part["$ref"] for _, part in _objects(schema) if isinstance(part.get("$ref"), str)}
-        deadline = monotonic() + COMPILE_S
-        grew = True
-        while grew and monotonic() < deadline:
-            grew = False
-            for name in names - self._finite:
-                if self.holds(self._target(name)):
-                    self._finite.add(name)
-                    grew = True
 
-    def holds(self, schema: Any) -> bool:
-        """Whether some finite value may meet `schema`; what it cannot decide counts as yes."""
-        if not isinstance(schema, dict):
-            return schema is not False
-        part = cast(dict[str, Any], schema)
-        if "const" in part or "enum" in part:
+def _ends(schema: Any, finite: Set[str]) -> bool:
+    """Whether some finite value may meet `schema`; what cannot be decided counts as yes."""
+    if not is_table(schema):
+        return schema is not False
+    if "const" in schema or "enum" in schema:
+        return True
+
+    def every(parts: Iterable[Any]) -> bool:
+        return all(_ends(part, finite) for part in parts)
+
+    options = [listed for key in ("anyOf", "oneOf") if (listed := _items(schema, key))]
+    if (
+        (isinstance(schema.get("$ref"), str) and schema["$ref"] not in finite)
+        or not every(_items(schema, "allOf"))
+        or not all(any(_ends(part, finite) for part in listed) for listed in options)
+    ):
+        return False
+    kinds = schema.get("type", "null")
+    kinds = kinds if is_list(kinds) else [kinds]
+    if any(kind in SCALARS for kind in kinds):
+        return True
+    if "object" in kinds:
+        named, rest = schema.get("properties"), schema.get("additionalProperties", True)
+        rest = True if schema.get("patternProperties") else rest
+        required = [name for name in _items(schema, "required") if isinstance(name, str)]
+        if every(named.get(name, rest) if is_table(named) else rest for name in required):
             return True
-        if isinstance(part.get("$ref"), str) and part["$ref"] not in self._finite:
-            return False
-        if not all(self.holds(p) for p in _items(part, "allOf")):
-            return False
-        for key in ("anyOf", "oneOf"):
-            options = _items(part, key)
-            if options and not any(self.holds(p) for p in options):
-                return False
-        kinds = part.get("type", "null")
-        kinds = cast(list[Any], kinds) if isinstance(kinds, list) else [kinds]
-        return (
-            any(kind in SCALARS for kind in kinds)
-            or ("object" in kinds and self._object(part))
-            or ("array" in kinds and self._array(part))
-        )
+    least, first = schema.get("minItems", 0), _items(schema, "prefixItems")
+    if "array" not in kinds or not isinstance(least, int):
+        return "array" in kinds
+    return every(first[:least]) and (least <= len(first) or every([schema.get("items", True)]))
 
-    def _object(self, part: dict[str, Any]) -> bool:
-        named = part.get("properties")
-        rest = part.get("additionalProperties", True)
-        schemas = cast(dict[str, Any], named) if isinstance(named, dict) else {}
-        if part.get("patternProperties"):
-            rest = True
-        return all(self.holds(schemas.get(name, rest)) for name in _items(part, "required") if isinstance(name, str))
 
-    def _array(self, part: dict[str, Any]) -> bool:
-        least = part.get("minItems", 0)
-        first = _items(part, "prefixItems")
-        if not isinstance(least, int):
+def _target(schema: Any, name: str) -> Any:
+    """What a reference into the same schema names; True for any other."""
+    if not name.startswith("#") or (len(name) > 1 and name[1] != "/"):
+        return True
+    found: Any = schema
+    for step in unquote(name[2:]).split("/") if len(name) > 1 else ():
+        key = step.replace("~1", "/").replace("~0", "~")
+        if is_table(found) and key in found:
+            found = found[key]
+        elif is_list(found) and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        else:
             return True
-        rest = part.get("items", True)
-        return all(self.holds(p) for p in first[:least]) and (least <= len(first) or self.holds(rest))
-
-    def _target(self, name: str) -> Any:
-        """What a reference into the same schema names; True for any other."""
-        if not name.startswith("#") or (len(name) > 1 and name[1] != "/"):
-            return True
-        found: Any = self._root
-        for step in unquote(name[2:]).split("/") if len(name) > 1 else ():
-            key = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, Mapping) and key in found:
-                found = cast(Mapping[str, Any], found)[key]
-            elif isinstance(found, list) and key.isdecimal() and int(key) < len(cast(list[Any], found)):
-                found = cast(list[Any], found)[int(key)]
-            else:
-                return True
-        return found
+    return found
 
 
 def _items(part: Mapping[str, Any], key: str) -> list[Any]:
     value = part.get(key)
-    return cast(list[Any], value) if isinstance(value, list) else []
+    return value if is_list(value) else []

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alloy.engine.request import Completion, Output, TokenLogprobs
-from alloy.serve.driver import Ticket
+from alloy.engine.request import Completion, Request, TokenLogprobs
 from alloy.serve.errors import SERVER, ApiError
 from alloy.serve.model import ServedModel, logprob
 from alloy.serve.protocol import Json
@@ -23,11 +22,6 @@ class Delta:
     text: str = ""
     calls: list[Call] = field(default_factory=list[Call])
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing became certain."""
-        return not (self.thought or self.text or self.calls)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -37,20 +31,23 @@ class Layout:
         model: for its markers and token texts
         is_inside: answers begin inside a thought
         has_thoughts: thoughts are told apart at all
+        is_score: only the prompt counts; the token that had to be generated is left out
         tools: arguments of ToolParser; None: no tools
     """
 
     model: ServedModel
     is_inside: bool = False
     has_thoughts: bool = True
+    is_score: bool = False
     tools: dict[str, Any] | None = None
 
 
 class Choice:
-    """One sample: its parts so far."""
+    """One sample of a request: its parts so far."""
 
-    def __init__(self, index: int, layout: Layout) -> None:
+    def __init__(self, index: int, request: Request, layout: Layout) -> None:
         self.index = index
+        self.request = request
         self.thought = ""
         self.text = ""
         self.calls: list[Call] = []
@@ -60,13 +57,13 @@ class Choice:
         self.stop_reason: str | int | None = None
         self.drafted = 0
         self.accepted = 0
-        self._reasoning_tokens = 0
-        self._model = layout.model
-        self._has_thoughts = layout.has_thoughts
+        # tokens inside the thought, its markers excluded
+        self.reasoning_tokens = 0
         self._parser = ToolParser(**layout.tools) if layout.tools is not None else None
-        markers = layout.model.markers if layout.has_thoughts else None
+        codec = layout.model.llm.codec
+        self._markers = codec.markers if codec is not None and layout.has_thoughts else None
         ends = self._parser.opens if self._parser is not None else ()
-        self._split = Split(markers, layout.is_inside, ends)
+        self._split = Split(layout.model.markers if layout.has_thoughts else None, layout.is_inside, ends)
 
     def feed(self, completion: Completion) -> Delta:
         """Take an increment."""
@@ -84,109 +81,39 @@ class Choice:
             self._place(self._split.finish(), delta)
             if self._parser is not None:
                 self._add(self._parser.finish(), delta)
-            self.stop_reason = completion.stop_reason
-            called = bool(self.calls) and completion.finish_reason == "stop"
-            self.finish_reason = "tool_calls" if called else completion.finish_reason
+        self.thought += delta.thought
+        self.text += delta.text
+        self.calls += delta.calls
+        called = bool(self.calls) and completion.finish_reason == "stop"
+        self.finish_reason = "tool_calls" if called else completion.finish_reason
+        self.stop_reason = completion.stop_reason
         return delta
-
-    @property
-    def reasoning_tokens(self) -> int:
-        """Tokens inside the thought, its markers excluded."""
-        return self._reasoning_tokens
 
     def _place(self, parts: Sequence[tuple[str, str]], delta: Delta) -> None:
         for kind, text in parts:
             if kind == "thought":
                 delta.thought += text
-                self.thought += text
-            elif self._parser is not None:
-                self._add(self._parser.push(text), delta)
             else:
-                delta.text += text
-                self.text += text
+                self._add(self._parser.push(text) if self._parser is not None else [text], delta)
 
     def _add(self, pieces: Sequence[str | Call], delta: Delta) -> None:
         for piece in pieces:
             if isinstance(piece, Call):
                 delta.calls.append(piece)
-                self.calls.append(piece)
             else:
                 delta.text += piece
-                self.text += piece
 
     def _count(self, completion: Completion, was_inside: bool) -> None:
         """Thought tokens: the engine's count where it keeps one, else those before the end marker."""
+        markers, ids = self._markers, completion.token_ids
         if completion.reasoning_tokens:
-            self._reasoning_tokens = completion.reasoning_tokens
+            self.reasoning_tokens = completion.reasoning_tokens
             return
-        markers = self._model.llm.codec.markers if self._model.llm.codec else None
-        ids = completion.token_ids
-        if not self._has_thoughts:
-            return
-        if not was_inside and not self._split.is_inside and not (markers and markers.start in ids):
-            return
-        start = ids.index(markers.start) + 1 if markers and markers.start in ids else 0
-        end = ids.index(markers.end) if markers and markers.end in ids else len(ids)
-        self._reasoning_tokens += max(0, end - start)
-
-
-@dataclass
-class Head:
-    """What every body of one answer repeats."""
-
-    model: str
-    id: str
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def body(self, object: str, choices: list[Json]) -> Json:
-        """The frame of a body or chunk."""
-        return {"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices}
-
-
-class Tally:
-    """Token counts over all choices of a ticket."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self.prompt_tokens = ticket.prompt_tokens
-        self.choices: dict[tuple[str, int], Choice] = {}
-        self._cached: dict[str, int] = {}
-
-    def note(self, output: Output) -> None:
-        """Take what an output says of its prompt."""
-        self._cached[output.id] = max(output.cached_tokens, self._cached.get(output.id, 0))
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that were not computed."""
-        return sum(self._cached.values())
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens generated."""
-        return sum(len(c.token_ids) for c in self.choices.values())
-
-    @property
-    def reasoning_tokens(self) -> int:
-        """Of them inside thoughts."""
-        return sum(c.reasoning_tokens for c in self.choices.values())
-
-    @property
-    def usage(self) -> Json:
-        """The `usage` object of chat and completions."""
-        drafted = sum(c.drafted for c in self.choices.values())
-        accepted = sum(c.accepted for c in self.choices.values())
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
-            "completion_tokens_details": {
-                "reasoning_tokens": self.reasoning_tokens,
-                "accepted_prediction_tokens": accepted,
-                "rejected_prediction_tokens": drafted - accepted,
-                "audio_tokens": 0,
-            },
-        }
+        has_start = markers is not None and markers.start in ids
+        if was_inside or self._split.is_inside or has_start:
+            start = ids.index(markers.start) + 1 if markers and has_start else 0
+            end = ids.index(markers.end) if markers and markers.end in ids else len(ids)
+            self.reasoning_tokens += max(0, end - start)
 
 
 def chat_logprobs(model: ServedModel, entries: Sequence[TokenLogprobs], top: int) -> Json:
@@ -217,6 +144,11 @@ def text_logprobs(model: ServedModel, entries: Sequence[TokenLogprobs | None], i
         "top_logprobs": [None if e is None else _named(model, e) for e in entries],
         "text_offset": offsets,
     }
+
+
+def new_head(kind: str, id: str, model: str) -> Json:
+    """What every body and chunk of one answer repeats."""
+    return {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
 
 def new_id(prefix: str) -> str:

@@ -8,7 +8,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -220,12 +219,11 @@ class Server:
 
     def _document(self, app: FastAPI) -> None:
         """OpenAPI of the routes, with the bodies that they parse by hand."""
-        document: Json = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        document: Json = app.openapi()
         _, schemas = models_json_schema(
             [(kind, "validation") for kind in BODIES], ref_template="#/components/schemas/{model}"
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
-        app.openapi_schema = document
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -273,12 +271,7 @@ def _tokenize(model: ServedModel, body: TokenizeRequest, warnings: list[str]) ->
     if (body.prompt is None) == (body.messages is None):
         raise bad("prompt", "send either prompt or messages")
     if body.messages is not None:
-        asked: dict[str, Any] = dict(body.chat_template_kwargs or {})
-        for field in ("add_generation_prompt", "continue_final_message"):
-            if (value := getattr(body, field)) is not None:
-                asked[field] = value
-        tools = [{"type": "function", "function": t.function.model_dump(exclude_none=True)} for t in body.tools or []]
-        prompt = model.chat_prompt(body.messages, tools, asked)
+        prompt = model.chat_prompt(body.messages, body)
         warnings += prompt.warnings
         return prompt.ids
     codec = model.llm.codec

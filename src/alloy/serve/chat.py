@@ -1,21 +1,20 @@
 """POST /v1/chat/completions: a conversation into a request, and its answer into one body or a stream of chunks."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from alloy.engine.request import Request
-from alloy.serve.answer import Choice, Head, Layout, chat_logprobs, new_id
+from alloy.serve.answer import Choice, Layout, chat_logprobs, new_head, new_id
 from alloy.serve.errors import bad
 from alloy.serve.model import ServedModel
 from alloy.serve.protocol import ChatRequest, Json, NamedTool, refuse_unserved
-from alloy.serve.service import Run, Service, Step
-from alloy.serve.sse import DONE, EventStream, event, unless_gone
-from alloy.serve.tools import Call
+from alloy.serve.service import Service, Step
 
 
 @dataclass(frozen=True)
@@ -29,50 +28,26 @@ class Prepared:
 
 async def answer_chat(service: Service, http: HttpRequest, body: ChatRequest, warnings: list[str]) -> Response:
     """Answer one chat request."""
-    name = service.model.check_name(body.model)
-    prepared = await asyncio.to_thread(prepare, service.model, body)
+    model, kind = service.model, "chat.completion.chunk" if body.stream else "chat.completion"
+    name = model.check_name(body.model)
+    prepared = await asyncio.to_thread(prepare, model, body)
     warnings += prepared.warnings
+    head = new_head(kind, f"chatcmpl-{body.request_id[:128]}" if body.request_id else new_id("chatcmpl-"), name)
+    if not body.stream and (body.prompt_logprobs is not None or body.return_token_ids):
+        head["prompt_token_ids"] = list(prepared.request.token_ids)
     run = service.run([prepared.request], prepared.layout)
-    head = Head(name, f"chatcmpl-{body.request_id[:128]}" if body.request_id else new_id("chatcmpl-"))
-    try:
-        if body.stream:
-            await unless_gone(http, run.ticket.opened(service.settings.keepalive_s))
-            return EventStream(_chunks(service.model, body, head, run), run.cancel, service.settings.keepalive_s)
-        await unless_gone(http, run.finish())
-    except BaseException:
-        run.cancel()
-        raise
-    choices = [_choice(service.model, body, choice) for choice in run.choices]
-    whole = {**head.body("chat.completion", choices), "usage": run.tally.usage}
-    if body.prompt_logprobs is not None or body.return_token_ids:
-        whole["prompt_token_ids"] = list(prepared.request.token_ids)
-    return JSONResponse(whole)
+    return await run.complete(http, body, head, partial(_chunks, model, body), partial(_choice, model, body))
 
 
 def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
     """Check what the fields say together, lay the conversation out, and compile what the answer must look like."""
     refuse_unserved(body, model.settings.trust_request_template)
-    check_stream(body.stream, body.stream_options is not None)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", "top_logprobs needs logprobs = true")
-    tools = [t.function.model_dump(exclude_none=True) for t in body.tools or []]
-    choice = body.tool_choice
+    tools, choice = body.declared, body.tool_choice
     if choice not in (None, "none", "auto") and not tools:
         raise bad("tool_choice", "tool_choice asks for a call, but tools is empty; declare the functions in tools")
-    if choice == "none":
-        tools = []
-    asked: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    for field in ("add_generation_prompt", "continue_final_message", "chat_template"):
-        if (value := getattr(body, field)) is not None:
-            asked[field] = value
-    if "thinking_budget" in asked and "thinking_budget" not in model.variables:
-        del asked["thinking_budget"]
-    if body.reasoning_effort == "none":
-        asked.setdefault("enable_thinking", False)
-    elif body.reasoning_effort is not None and "reasoning_effort" in model.variables:
-        asked.setdefault("reasoning_effort", body.reasoning_effort)
-    declared = [{"type": "function", "function": t} for t in tools]
-    prompt = model.chat_prompt(body.messages, declared, asked)
+    prompt = model.chat_prompt(body.messages, body, body.chat_template)
     settings: dict[str, Any] = {"n": body.n or 1}
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if limit is not None:
@@ -98,90 +73,64 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
     return Prepared(request, Layout(model, prompt.is_inside, tools=parser), prompt.warnings)
 
 
-def check_stream(stream: bool | None, has_options: bool) -> None:
-    """Options of a stream need one."""
-    if has_options and not stream:
-        raise bad("stream_options", "stream_options needs stream = true")
-
-
-def call_body(call: Call) -> Json:
-    """A tool call of a whole message."""
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
 def _choice(model: ServedModel, body: ChatRequest, choice: Choice) -> Json:
     content = choice.text if choice.text or not choice.calls else None
     message: Json = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     message |= _thought(body, choice.thought)
     if choice.calls:
-        message["tool_calls"] = [call_body(call) for call in choice.calls]
-    whole: Json = {
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.calls
+        ]
+    return {
         "index": choice.index,
         "message": message,
         "logprobs": chat_logprobs(model, choice.logprobs, body.top_logprobs or 0) if body.logprobs else None,
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.stop_reason,
+        **({"token_ids": choice.token_ids} if body.return_token_ids else {}),
     }
-    if body.return_token_ids:
-        whole["token_ids"] = choice.token_ids
-    return whole
 
 
-def _thought(body: ChatRequest, text: str) -> Mapping[str, str]:
+def _thought(body: ChatRequest, text: str) -> Json:
     """The thought under both names that clients know."""
     return {"reasoning": text, "reasoning_content": text} if text and body.include_reasoning is not False else {}
 
 
-async def _chunks(model: ServedModel, body: ChatRequest, head: Head, run: Run) -> AsyncGenerator[bytes]:
-    options = body.stream_options
-    has_usage = options is not None and bool(options.include_usage)
-    is_running_usage = options is not None and bool(options.continuous_usage_stats)
-    begun: set[int] = set()
+def _chunks(model: ServedModel, body: ChatRequest, step: Step) -> Iterator[Json]:
+    """What an increment adds to a stream."""
+    choice, news = step.choice, step.completion
 
-    def chunk(choices: list[Json], **more: Any) -> bytes:
-        whole = {**head.body("chat.completion.chunk", choices), **more}
-        if has_usage or is_running_usage:
-            whole.setdefault("usage", run.tally.usage if is_running_usage else None)
-        return event(whole)
+    def chunk(delta: Json, **more: Any) -> Json:
+        part = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+        return {"choices": [part]}
 
-    def part(choice: Choice, delta: Json, **more: Any) -> Json:
-        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-
-    async for step in run.steps():
-        choice = step.choice
-        if choice.index not in begun:
-            begun.add(choice.index)
-            more: Json = {"prompt_token_ids": list(step.output.prompt_token_ids)} if body.return_token_ids else {}
-            yield chunk([part(choice, {"role": "assistant", "content": ""})], **more)
-        extra: Json = {}
-        if body.logprobs and step.completion.logprobs:
-            extra["logprobs"] = chat_logprobs(model, step.completion.logprobs, body.top_logprobs or 0)
-        if body.return_token_ids and step.completion.token_ids:
-            extra["token_ids"] = list(step.completion.token_ids)
-        deltas = _deltas(body, step)
-        if extra and not deltas:
-            deltas.append({})
-        for delta in deltas:
-            yield chunk([part(choice, delta, **extra)])
-            extra = {}
-        if step.completion.finish_reason is not None:
-            yield chunk([part(choice, {}, finish_reason=choice.finish_reason, stop_reason=choice.stop_reason)])
-    if has_usage:
-        yield chunk([], usage=run.tally.usage)
-    yield event(DONE)
+    if step.is_first:
+        ids = {"prompt_token_ids": list(choice.request.token_ids)} if body.return_token_ids else {}
+        yield {**chunk({"role": "assistant", "content": ""}), **ids}
+    extra: Json = {}
+    if body.logprobs and news.logprobs:
+        extra["logprobs"] = chat_logprobs(model, news.logprobs, body.top_logprobs or 0)
+    if body.return_token_ids and news.token_ids:
+        extra["token_ids"] = news.token_ids
+    deltas = [*_deltas(body, step)]
+    if extra and not deltas:
+        deltas.append({})
+    for delta in deltas:
+        yield chunk(delta, **extra)
+        extra = {}
+    if news.finish_reason is not None:
+        yield chunk({}, finish_reason=choice.finish_reason, stop_reason=choice.stop_reason)
 
 
-def _deltas(body: ChatRequest, step: Step) -> list[Json]:
+def _deltas(body: ChatRequest, step: Step) -> Iterator[Json]:
     """The deltas of one increment; a call is its name first, then its arguments."""
     delta = step.delta
-    parts: list[Json] = []
     if thought := _thought(body, delta.thought):
-        parts.append(dict(thought))
+        yield thought
     if delta.text:
-        parts.append({"content": delta.text})
-    first = len(step.choice.calls) - len(delta.calls)
-    for index, call in enumerate(delta.calls, first):
+        yield {"content": delta.text}
+    for index, call in enumerate(delta.calls, len(step.choice.calls) - len(delta.calls)):
         name = {"name": call.name, "arguments": ""}
-        parts.append({"tool_calls": [{"index": index, "id": call.id, "type": "function", "function": name}]})
-        parts.append({"tool_calls": [{"index": index, "function": {"arguments": call.arguments}}]})
-    return parts
+        yield {"tool_calls": [{"index": index, "id": call.id, "type": "function", "function": name}]}
+        yield {"tool_calls": [{"index": index, "function": {"arguments": call.arguments}}]}

@@ -3,7 +3,7 @@
 Messages name the field and the mend; they never hold prompts, paths or tracebacks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +23,8 @@ _SAID = {
     "list_type": "must be an array",
     "dict_type": "must be an object",
     "model_type": "must be an object",
+    "json_type": "must be a string with a JSON object",
+    "json_invalid": "must be a string with a JSON object",
     "missing": "is missing",
 }
 
@@ -67,11 +69,6 @@ def bad(param: str | None, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, message, code, param)
 
 
-def too_long(param: str, message: str) -> ApiError:
-    """The prompt and its answer do not fit."""
-    return bad(param, message, "context_length_exceeded")
-
-
 def overloaded(message: str, retry_s: int) -> ApiError:
     """The queue is full, or nothing new is taken."""
     return ApiError(503, message, "server_overloaded", kind=SERVER, headers={"Retry-After": str(retry_s)})
@@ -98,7 +95,7 @@ def internal() -> ApiError:
     )
 
 
-def from_request_error(error: RequestError, fields: Mapping[str, Any], prompt: str) -> ApiError:
+def from_request_error(error: RequestError, fields: Set[str], prompt: str) -> ApiError:
     """The engine's refusal; its first word is the field at fault where the request has one of that name."""
     word = str(error).partition(" ")[0].partition("[")[0].rstrip(":,")
     param = word if word in fields else prompt if word in ("prompt", "a") else None

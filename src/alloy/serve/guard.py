@@ -163,19 +163,15 @@ class Guard:
 
     async def _gate(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._admit(scope, Headers(scope=scope))
+            if scope["method"] != "OPTIONS" and str(scope["path"]).startswith(self._protected):
+                key = self._keys.check(Headers(scope=scope).get("authorization")) if len(self._keys) else b""
+                client = scope.get("client")
+                self._rate.take(key or str(client[0] if client else "").encode())
         except ApiError as error:
             scope["state"]["refused"] = error.code or error.kind
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-    def _admit(self, scope: Scope, headers: Headers) -> None:
-        if scope["method"] == "OPTIONS" or not str(scope["path"]).startswith(self._protected):
-            return
-        key = self._keys.check(headers.get("authorization")) if len(self._keys) else b""
-        client = scope.get("client")
-        self._rate.take(key or str(client[0] if client else "").encode())
 
 
 def _hash(key: str) -> bytes:

@@ -8,7 +8,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from alloy.engine.request import Timings
 from alloy.serve.driver import Ticket
+from alloy.serve.protocol import Json
 
 if TYPE_CHECKING:
     from alloy.engine.engine import Gauges
@@ -71,13 +73,13 @@ class Metrics(Collector):
         if new > 0:
             self._histograms["iteration_tokens_total"].observe(new)
 
-    def answered(self, ticket: Ticket, reasons: Sequence[str], generated: int, reasoning: int, timings: Any) -> None:
+    def answered(self, ticket: Ticket, reasons: Sequence[str], usage: Json, timings: Timings) -> None:
         """Note a ticket whose answers are complete; `timings` of its last completion."""
         for reason in reasons:
             self._success.labels(self._model, reason).inc()
-        self._reasoning.labels(self._model).inc(reasoning)
+        self._reasoning.labels(self._model).inc(usage["completion_tokens_details"]["reasoning_tokens"])
         self._histograms["request_prompt_tokens"].observe(ticket.prompt_tokens)
-        self._histograms["request_generation_tokens"].observe(generated)
+        self._histograms["request_generation_tokens"].observe(usage["completion_tokens"])
         if ticket.first_output is not None and ticket.last_output is not None:
             self._histograms["time_to_first_token_seconds"].observe(ticket.first_output - ticket.arrival)
             self._histograms["e2e_request_latency_seconds"].observe(ticket.last_output - ticket.arrival)
@@ -133,10 +135,6 @@ class Metrics(Collector):
             values[f"{pool}_total"] = (getattr(gauges, pool), f"All {pool}.")
             for part in ("free", "cached"):
                 values[f"{pool}_{part}"] = (getattr(gauges, f"{pool}_{part}"), f"{pool} {part}".capitalize() + ".")
-        for name, (value, text) in values.items():
-            family = GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=["model_name"])
-            family.add_metric([self._model], value)
-            yield family
         counts = {
             "prefix_cache_queries": (stats.prompt_tokens, "Prompt tokens looked up."),
             "prefix_cache_hits": (stats.cached_tokens, "Prompt tokens found."),
@@ -146,10 +144,11 @@ class Metrics(Collector):
             "spec_decode_num_draft_tokens": (sum(stats.drafted_at), "Tokens drafted."),
             "spec_decode_num_accepted_tokens": (sum(stats.accepted_at), "Drafted tokens kept."),
         }
-        for name, (value, text) in counts.items():
-            family = CounterMetricFamily(f"{self._prefix}:{name}", text, labels=["model_name"])
-            family.add_metric([self._model], value)
-            yield family
+        for kind, rows in ((GaugeMetricFamily, values), (CounterMetricFamily, counts)):
+            for name, (value, text) in rows.items():
+                family = kind(f"{self._prefix}:{name}", text, labels=["model_name"])
+                family.add_metric([self._model], value)
+                yield family
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{self._prefix}:{name}", text, ["model_name", *labels], registry=self._registry)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
+from alloy.core.toml import is_table
 from alloy.engine.codec import THINK
 from alloy.engine.grammar import Grammar, Kind, compile_grammar
 from alloy.engine.request import Request, SamplingParams
 from alloy.errors import RecipeError, RequestError
-from alloy.serve.errors import ApiError, bad, from_request_error, too_long
-from alloy.serve.protocol import ChatMessage, Json, ResponseFormat, Sampled, StructuredOutputs, check_schema
+from alloy.serve.errors import ApiError, bad, from_request_error
+from alloy.serve.protocol import ChatMessage, Conversation, Json, ResponseFormat, Sampled, StructuredOutputs
 from alloy.serve.reasoning import ends_inside
 from alloy.serve.settings import SAMPLING, ServerSettings
 from alloy.serve.tools import calls_schema, format_of
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
 
 # what a template's source may call without being told
 _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
+# what a request may tell the renderer of templates itself
+SPECIAL = {"add_generation_prompt", "continue_final_message"}
+# fields of a request that the engine knows by the same name
+PLAIN = {
+    "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "stop",
+    "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs",
+    "thinking_grace", "thinking_close_text",
+}  # fmt: skip
+# structured outputs by what the engine calls them
+KINDS: dict[str, Kind] = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
 _TEMPLATE_FAULTS = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
 
 
@@ -98,18 +109,19 @@ class ServedModel:
         return self.llm.codec.decode([token]) if self.llm.codec else ""
 
     def chat_prompt(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
+        self, messages: Sequence[ChatMessage], asked: Conversation, chat_template: str | None = None
     ) -> Prompt:
-        """Lay a conversation out; `asked` holds variables for the template."""
+        """Lay a conversation out; `chat_template`: instead of the model's own."""
         codec = self.llm.codec
         if codec is None or not codec.has_chat_template:
             raise bad("messages", "this model has no chat template; use /v1/completions")
         listed = [_message(m, i) for i, m in enumerate(messages)]
-        special = {"add_generation_prompt", "continue_final_message", "chat_template"}
-        variables = {k: v for k, v in asked.items() if k in special or k in self.variables}
-        unknown = [k for k in asked if k not in variables]
-        if tools:
-            variables["tools"] = [dict(t) for t in tools]
+        given = self._template_variables(asked)
+        variables = {k: v for k, v in given.items() if k in SPECIAL or k in self.variables}
+        if chat_template is not None:
+            variables["chat_template"] = chat_template
+        if functions := asked.declared:
+            variables["tools"] = [{"type": "function", "function": f} for f in functions]
         if variables.get("continue_final_message"):
             if listed[-1]["role"] != "assistant":
                 raise bad("continue_final_message", "continue_final_message needs an assistant message at the end")
@@ -128,7 +140,8 @@ class ServedModel:
         elif variables.get("continue_final_message"):
             tail = str(listed[-1].get("content") or "")
         is_inside = self.markers is not None and ends_inside(tail, self.markers)
-        return Prompt(ids, keep_at, is_inside, [f"template variable {n} is unknown to this model" for n in unknown])
+        unknown = [f"template variable {name} is unknown to this model" for name in given if name not in variables]
+        return Prompt(ids, keep_at, is_inside, unknown)
 
     def request(
         self,
@@ -139,16 +152,9 @@ class ServedModel:
         keep_at: Sequence[int] = (),
     ) -> Request:
         """The engine's request; `prompt` is what errors call the prompt, `settings` are this route's own parameters."""
-        fields = body.model_dump(exclude_none=True)
-        values = dict(self.defaults)
-        plain = (
-            "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "stop",
-            "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs",
-            "thinking_grace", "thinking_close_text",
-        )  # fmt: skip
-        values.update({name: fields[name] for name in plain if name in fields})
-        if "top_k" in fields:
-            values["top_k"] = max(0, fields["top_k"])
+        values = {**self.defaults, **body.model_dump(include=PLAIN, exclude_none=True)}
+        # -1 turns it off as well
+        values["top_k"] = max(0, values.get("top_k", 0))
         values["logit_bias"] = {_token(k): v for k, v in (body.logit_bias or {}).items()}
         values["thinking_budget"] = self.thinking_budget(body)
         values.update(settings)
@@ -158,11 +164,11 @@ class ServedModel:
             # a default never makes a prompt too long
             limit = values["max_tokens"] = max(1, min(limit, room))
         if (limit is not None and limit > room) or room < 1:
-            raise too_long(
-                prompt,
+            message = (
                 f"{prompt} has {len(ids):,} tokens and max_tokens is {limit or 1:,}; "
-                f"together they exceed max_model_len = {self.llm.max_model_len:,}",
+                f"together they exceed max_model_len = {self.llm.max_model_len:,}"
             )
+            raise bad(prompt, message, "context_length_exceeded")
         try:
             request = Request(
                 id=f"{prompt}-{uuid.uuid4().hex}",
@@ -174,7 +180,7 @@ class ServedModel:
             )
             self.llm.check(request, prompt)
         except RequestError as error:
-            raise from_request_error(error, fields, prompt) from error
+            raise from_request_error(error, body.model_fields_set, prompt) from error
         return request
 
     def thinking_budget(self, body: Sampled) -> int | None:
@@ -199,52 +205,59 @@ class ServedModel:
         most = self.settings.max_thinking_budget
         return budget if most is None else min(most, most if budget is None else budget)
 
-    def grammar(self, kind: Kind, text: str, param: str) -> Grammar:
-        """A compiled grammar of the engine's; 400 with the place of what cannot be compiled."""
+    def grammar(self, param: str, kind: Kind, value: Any) -> Grammar:
+        """A compiled grammar of the engine's from its text or JSON; 400 with the place of what cannot be compiled."""
         codec = self.llm.codec
         if codec is None:
             raise bad(param, f"{param} needs a tokenizer, and this model has none")
         try:
-            grammar = Grammar(kind, text)
+            grammar = Grammar(kind, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
             compile_grammar(grammar, codec, self.llm.model.config.vocab)
         except RequestError as error:
             raise bad(param, str(error)) from error
         return grammar
 
-    def shape(self, format: ResponseFormat | None, structured: StructuredOutputs | None) -> Any:
+    def shape(self, format: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
         """The grammar of `response_format` or `structured_outputs`; None for free text."""
-        asked: list[tuple[Kind, str, str]] = []
+        asked: list[tuple[str, Kind, Any]] = []
         if format is not None and format.type == "json_object":
-            asked.append(("json_object", "", "response_format"))
+            asked.append(("response_format", "json_object", ""))
         elif format is not None and format.type == "json_schema":
             schema = format.json_schema.schema_ if format.json_schema else None
             if schema is None:
                 raise bad("response_format.json_schema.schema", "response_format.json_schema.schema is missing")
-            asked.append(("json_schema", check_schema(schema, "response_format.json_schema.schema"), "response_format"))
+            asked.append(("response_format", "json_schema", schema))
         if structured is not None:
-            at = "structured_outputs."
-            if structured.json_ is not None:
-                asked.append(("json_schema", check_schema(structured.json_, at + "json"), at + "json"))
-            if structured.regex is not None:
-                asked.append(("regex", structured.regex, at + "regex"))
-            if structured.choice is not None:
-                asked.append(("choice", json.dumps(structured.choice), at + "choice"))
-            if structured.grammar is not None:
-                asked.append(("lark", structured.grammar, at + "grammar"))
+            given = structured.model_dump(by_alias=True, exclude_none=True)
+            asked.extend(
+                (f"structured_outputs.{name}", kind, given[name]) for name, kind in KINDS.items() if name in given
+            )
         if len(asked) > 1:
-            raise bad(asked[1][2], f"{asked[0][2]} and {asked[1][2]} both shape the answer; send one of them")
+            raise bad(asked[1][0], f"{asked[0][0]} and {asked[1][0]} both shape the answer; send one of them")
         return self.grammar(*asked[0]) if asked else None
 
-    def calls_grammar(self, tools: Sequence[Mapping[str, Any]], named: str | None, parallel: bool) -> Any:
+    def calls_grammar(self, tools: Sequence[Mapping[str, Any]], named: str | None, parallel: bool) -> Grammar:
         """The grammar of calls that must be made: of one function's arguments, or of a list of calls."""
-        if named is not None:
-            chosen = next((t for t in tools if t["name"] == named), None)
-            if chosen is None:
-                raise bad("tool_choice.function.name", f'tool_choice names "{named}", which tools does not have')
-            schema = chosen.get("parameters") or {"type": "object"}
-        else:
-            schema = calls_schema(tools, parallel)
-        return self.grammar("json_schema", check_schema(schema, "tools"), "tools")
+        if named is None:
+            return self.grammar("tools", "json_schema", calls_schema(tools, parallel))
+        chosen = next((t for t in tools if t["name"] == named), None)
+        if chosen is None:
+            raise bad("tool_choice.function.name", f'tool_choice names "{named}", which tools does not have')
+        return self.grammar("tools", "json_schema", chosen.get("parameters") or {"type": "object"})
+
+    def _template_variables(self, asked: Conversation) -> Json:
+        """What a request sets for the template; its own words come before what its effort means."""
+        variables: Json = {}
+        if asked.reasoning_effort == "none":
+            variables["enable_thinking"] = False
+        elif asked.reasoning_effort is not None and "reasoning_effort" in self.variables:
+            variables["reasoning_effort"] = asked.reasoning_effort
+        variables |= asked.chat_template_kwargs or {}
+        variables |= asked.model_dump(include=SPECIAL, exclude_none=True)
+        if "thinking_budget" not in self.variables:
+            # it is a limit of ours
+            variables.pop("thinking_budget", None)
+        return variables
 
     def _render(self, messages: Sequence[Json], variables: Mapping[str, Any]) -> str:
         codec = self.llm.codec
@@ -258,8 +271,8 @@ class ServedModel:
             raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
 
     def _markers(self, named: Any, template: str) -> tuple[str, str] | None:
-        if isinstance(named, dict):
-            start, end = cast(dict[str, Any], named).get("start"), cast(dict[str, Any], named).get("end")
+        if is_table(named):
+            start, end = named.get("start"), named.get("end")
             if isinstance(start, str) and isinstance(end, str) and start and end:
                 return start, end
         known = self.llm.codec is not None and self.llm.codec.markers is not None
@@ -273,49 +286,27 @@ def logprob(value: float | None) -> float | None:
 
 def _message(message: ChatMessage, i: int) -> Json:
     """A message as templates read it: content a string, arguments of calls an object."""
-    data: Json = {"role": "system" if message.role == "developer" else message.role}
-    content = message.content
+    content, at = message.content, f"messages.{i}.content"
     if isinstance(content, list):
         for k, part in enumerate(content):
             if part.type not in ("text", "input_text", "output_text", "refusal"):
-                raise bad(
-                    f"messages.{i}.content.{k}.type",
-                    f'messages.{i}.content.{k}.type is "{part.type[:64]}"; this model reads text alone',
-                )
+                raise bad(f"{at}.{k}.type", f'{at}.{k}.type is "{part.type[:64]}"; this model reads text alone')
             if part.text is None and part.refusal is None:
-                raise bad(f"messages.{i}.content.{k}.text", f"messages.{i}.content.{k}.text is missing")
+                raise bad(f"{at}.{k}.text", f"{at}.{k}.text is missing")
         content = "".join(part.text or part.refusal or "" for part in content)
     if content is None and message.role != "assistant":
-        raise bad(f"messages.{i}.content", f"messages.{i}.content is missing; a {message.role} message needs it")
-    data["content"] = content or ""
-    if message.name is not None:
-        data["name"] = message.name
-    if message.tool_call_id is not None:
-        data["tool_call_id"] = message.tool_call_id
+        raise bad(at, f"{at} is missing; a {message.role} message needs it")
+    data: Json = {"role": "system" if message.role == "developer" else message.role, "content": content or ""}
+    data |= message.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
     thought = message.reasoning_content or message.reasoning
     if thought is not None and message.role == "assistant":
         data["reasoning_content"] = data["reasoning"] = thought
     if message.tool_calls:
         data["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments, i, k)},
-            }
-            for k, call in enumerate(message.tool_calls)
+            {"id": c.id, "type": "function", "function": c.function.model_dump(include={"name", "arguments"})}
+            for c in message.tool_calls
         ]
     return data
-
-
-def _arguments(text: str, i: int, k: int) -> Json:
-    param = f"messages.{i}.tool_calls.{k}.function.arguments"
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise bad(param, f"{param} must be a string with a JSON object")
-    return cast(Json, found)
 
 
 def _token(key: str) -> int:

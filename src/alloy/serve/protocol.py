@@ -5,16 +5,15 @@ What the models cannot say (relations between fields, limits of the served model
 
 import json
 import math
+import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Json as JsonText
 
 from alloy.core.toml import is_list, is_table
-from alloy.serve.errors import ApiError, bad, from_validation
-
-MAX_SCHEMA_BYTES = 256 * 1024
-MAX_DEPTH = 64
+from alloy.serve.errors import bad, from_validation
 
 Count = Annotated[int | None, Field(ge=0)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field()]
@@ -90,10 +89,10 @@ class NamedTool(Body):
 
 
 class CalledFunction(Body):
-    """Name and arguments of a call in a past turn."""
+    """Name and arguments of a call in a past turn; no text at all means no arguments."""
 
     name: str
-    arguments: str
+    arguments: Annotated[JsonText[Json], BeforeValidator(lambda text: "{}" if text == "" else text)]
 
 
 class ToolCall(Body):
@@ -124,21 +123,54 @@ class ChatMessage(Body):
     reasoning_content: str | None = None
 
 
-class Sampled(Body):
-    """What chat and completions share: how tokens are chosen and when the answer ends."""
+class Asked(Body):
+    """What every request for an answer has."""
 
     model: str | None = None
-    max_tokens: Count = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    stop: Stop | None = None
     stream: bool | None = None
+    user: str | None = None
+
+
+class Recorded(Body):
+    """What newer APIs have besides: accepted, without effect here, except for `parallel_tool_calls` and `store`."""
+
+    parallel_tool_calls: bool | None = None
+    metadata: Json | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class Conversation(Body):
+    """What decides, beside the messages, how a conversation is laid out."""
+
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    reasoning_effort: Effort | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Json | None = None
+
+    @property
+    def declared(self) -> list[Json]:
+        """The functions that may be called."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.function.model_dump(exclude_none=True) for tool in tools]
+
+
+class Sampled(Asked):
+    """What chat and completions share: how tokens are chosen and when the answer ends."""
+
+    max_tokens: Count = None
+    stop: Stop | None = None
     stream_options: StreamOptions | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    user: str | None = None
     # extensions, with vLLM's names
     top_k: Annotated[int | None, Field(ge=-1, le=2**31)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
@@ -163,7 +195,7 @@ class Sampled(Body):
     thinking_close_text: str | None = None
 
 
-class ChatRequest(Sampled):
+class ChatRequest(Sampled, Conversation, Recorded):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -172,23 +204,11 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
-    metadata: Json | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     verbosity: str | None = None
     modalities: list[str] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
     chat_template: str | None = None
-    chat_template_kwargs: Json | None = None
 
 
 class CompletionRequest(Sampled):
@@ -225,44 +245,29 @@ class Reasoning(Body):
     summary: str | None = None
 
 
-class ResponseRequest(Body):
+class ResponseRequest(Asked, Recorded):
     """POST /v1/responses."""
 
-    model: str | None = None
     input: str | Annotated[list[Json], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    stream: bool | None = None
     background: bool | None = None
-    store: bool | None = None
     tools: list[Json] | None = None
     tool_choice: Literal["none", "auto", "required"] | Json | None = None
-    parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: ResponseText | None = None
-    metadata: Json | None = None
-    user: str | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Conversation):
     """POST /tokenize: a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: Json | None = None
 
 
 class DetokenizeRequest(Body):
@@ -305,44 +310,29 @@ def validated(model: type[AnyBody], data: Json) -> AnyBody:
 def parse_json(raw: bytes) -> object:
     """JSON as the standard has it: UTF-8, finite numbers, whole characters."""
     try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
-    except ApiError:
-        raise
+        data = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise bad(None, f"the body is not UTF-8 at byte {error.start}; encode it as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise bad(
-            None, f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
+        what = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise bad(None, f"the body is not valid JSON: {what}") from error
     except RecursionError as error:
         raise bad(None, "the body is nested too deeply; flatten it") from error
     except ValueError as error:
         raise bad(None, "the body has a whole number of thousands of digits; shorten it") from error
     # only an escape can bring half a character
-    if b"\\u" in raw:
-        for path, text in _strings(data, ()):
-            half = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-            if half is not None:
-                name = ".".join(path)
-                message = (
-                    f"{name or 'the body'} holds a lone surrogate at character {half}, which is not text; remove it"
-                )
-                raise bad(name or None, message)
+    for path, text in _strings(data, ()) if b"\\u" in raw else ():
+        if half := re.search("[\ud800-\udfff]", text):
+            name = ".".join(path)
+            where = f"{name or 'the body'} holds a lone surrogate at character {half.start()}"
+            raise bad(name or None, f"{where}, which is not text; remove it")
     return data
-
-
-def check_schema(schema: object, param: str) -> str:
-    """A schema as text, within bounds."""
-    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
-    if len(text.encode()) > MAX_SCHEMA_BYTES:
-        raise bad(param, f"{param} has {len(text.encode()):,} bytes; at most {MAX_SCHEMA_BYTES:,} are compiled")
-    if _depth(schema) > MAX_DEPTH:
-        raise bad(param, f"{param} is nested {_depth(schema)} levels deep; at most {MAX_DEPTH} are compiled")
-    return text
 
 
 def refuse_unserved(body: Body, trust_template: bool = False) -> None:
     """400 for fields that would change the meaning of the answer if they were ignored."""
+    if isinstance(body, Sampled) and body.stream_options is not None and not body.stream:
+        raise bad("stream_options", "stream_options needs stream = true")
     extra = body.model_extra or {}
     for name, mend in REFUSED.items():
         value = extra.get(name, getattr(body, name, None))
@@ -360,14 +350,10 @@ def unknown_fields(body: Body) -> list[str]:
     return sorted(name for name, value in (body.model_extra or {}).items() if value is not None)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise bad(None, f"the body has the number {name}, which JSON does not know; send a finite one")
-
-
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise bad(None, f"the body has the number {text[:32]}, which is too large; send a finite one")
+        raise bad(None, f"the body has the number {text[:32]}, which is too large or none; send a finite one")
     return value
 
 
@@ -382,8 +368,3 @@ def _strings(data: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
     elif is_list(data):
         for i, value in enumerate(data):
             yield from _strings(value, (*path, str(i)))
-
-
-def _depth(data: object) -> int:
-    inner = data.values() if is_table(data) else data if is_list(data) else ()
-    return 1 + max(map(_depth, inner), default=0)

@@ -52,10 +52,12 @@ class Split:
     def finish(self) -> list[Part]:
         """What was held back."""
         held, self._held = self._held, ""
+        parts: list[Part] = []
         if self._state == "thought":
-            held = held.rstrip("\n") if self._has_thought else held.strip("\n")
-            return [("thought", held)] if held else []
-        return [("answer", held)] if held and self._state != "gap" else []
+            self._say(parts, held.rstrip("\n"))
+        elif held and self._state != "gap":
+            parts.append(("answer", held))
+        return parts
 
     def _advance(self, parts: list[Part]) -> bool:
         """One transition; False when more text is needed."""
@@ -90,12 +92,8 @@ class Split:
             return True
         keep = max(held_back(self._held, mark) for mark in (end, *self._ends))
         free = self._held[: len(self._held) - keep].rstrip("\n")
-        if not self._has_thought:
-            free = free.lstrip("\n")
-        if free:
-            at = self._held.index(free) + len(free)
-            self._say(parts, free)
-            self._held = self._held[at:]
+        self._say(parts, free)
+        self._held = self._held[len(free) :]
         return False
 
     def _say(self, parts: list[Part], text: str) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,25 +12,47 @@ from starlette.responses import JSONResponse, Response
 
 from alloy.core.logging import get_logger
 from alloy.core.toml import is_list, is_table
-from alloy.serve.answer import Choice, new_id
+from alloy.serve.answer import new_id
 from alloy.serve.chat import Prepared, prepare
 from alloy.serve.errors import ApiError, bad, internal
 from alloy.serve.protocol import ChatRequest, Json, ResponseRequest, refuse_unserved, validated
 from alloy.serve.service import Run, Service, Step
-from alloy.serve.sse import EventStream, event, unless_gone
+from alloy.serve.sse import event
 from alloy.serve.tools import Call
 
 log = get_logger(__name__)
 
 
+# fields of a request that its response repeats, and what they are where they were left out
+DEFAULTS: Json = {
+    "background": False, "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+    "previous_response_id": None, "store": True, "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0,
+    "truncation": "disabled", "user": None,
+}  # fmt: skip
+# items that hold text: prefix of their ids, what they have besides, and their one part
+TEXTS: dict[str, tuple[str, Json, Json]] = {
+    "reasoning": ("rs_", {"summary": []}, {"type": "reasoning_text"}),
+    "message": ("msg_", {"role": "assistant"}, {"type": "output_text", "annotations": [], "logprobs": []}),
+}
+
+
 @dataclass
 class Stored:
-    """A response and the conversation that led to it."""
+    """A response, the conversation that led to it, and what computes it."""
 
     body: Json
     messages: list[Json]
-    run: Run | None = None
+    run: Run | None
     task: "asyncio.Task[None] | None" = None
+    # what ended it early
+    error: ApiError | None = None
+
+    def stop(self, error: ApiError | None = None) -> None:
+        """The client has gone, or the answer is done: nothing runs on for it."""
+        if self.run is not None:
+            self.run.cancel(error)
+        if self.body["status"] == "in_progress":
+            self.body["status"] = "cancelled"
 
 
 @dataclass
@@ -43,77 +65,61 @@ class Output:
     def event(self, kind: str, **data: Any) -> Json:
         """An event with the next number."""
         self._numbers += 1
-        return {"type": kind, "sequence_number": self._numbers - 1, **data}
+        return {"type": f"response.{kind}", "sequence_number": self._numbers - 1, **data}
 
-    def advance(self, step: Step) -> list[Json]:
+    def advance(self, step: Step) -> Iterator[Json]:
         """What one increment adds."""
-        events: list[Json] = []
-        if step.delta.thought:
-            events += self._grow("reasoning", step.delta.thought)
-        if step.delta.text:
-            events += self._grow("message", step.delta.text)
+        for kind, text in (("reasoning", step.delta.thought), ("message", step.delta.text)):
+            if text:
+                yield from self._grow(kind, text)
         for call in step.delta.calls:
-            events += self._close("completed") + self._call(call)
+            yield from self._close("completed")
+            yield from self._call(call)
         if step.completion.finish_reason is not None:
-            events += self._close("incomplete" if step.choice.finish_reason == "length" else "completed")
-        return events
+            yield from self._close("incomplete" if step.choice.finish_reason == "length" else "completed")
 
-    def _grow(self, kind: str, text: str) -> list[Json]:
-        events: list[Json] = []
+    def _grow(self, kind: str, text: str) -> Iterator[Json]:
         if not self.items or self.items[-1]["type"] != kind or self.items[-1]["status"] != "in_progress":
-            events += self._close("completed")
-            item: Json = {"id": new_id("msg_"), "type": "message", "role": "assistant"}
-            part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            if kind == "reasoning":
-                item = {"id": new_id("rs_"), "type": "reasoning", "summary": []}
-                part = {"type": "reasoning_text", "text": ""}
-            item |= {"status": "in_progress", "content": []}
-            self.items.append(item)
-            events.append(
-                self.event("response.output_item.added", output_index=self._last, item={**item, "content": []})
-            )
-            item["content"].append(part)
-            events.append(self.event("response.content_part.added", **self._at(), part=dict(part)))
-        self.items[-1]["content"][0]["text"] += text
-        name, extra = _names(kind)
-        events.append(self.event(f"response.{name}.delta", **self._at(), delta=text, **extra))
-        return events
+            yield from self._close("completed")
+            prefix, item, part = TEXTS[kind]
+            self.items.append({"id": new_id(prefix), "type": kind, **item, "status": "in_progress", "content": []})
+            yield self._item("added")
+            self.items[-1]["content"].append({**part, "text": ""})
+            yield self._part("content_part.added", part=self.items[-1]["content"][0])
+        part = self.items[-1]["content"][0]
+        part["text"] += text
+        yield self._text("delta", delta=text)
 
-    def _close(self, status: str) -> list[Json]:
+    def _close(self, status: str) -> Iterator[Json]:
         """End the item that grows, if one does."""
-        if not self.items or self.items[-1]["status"] != "in_progress":
-            return []
-        item = self.items[-1]
-        item["status"] = status
-        part = item["content"][0]
-        name, extra = _names(item["type"])
-        return [
-            self.event(f"response.{name}.done", **self._at(), text=part["text"], **extra),
-            self.event("response.content_part.done", **self._at(), part=dict(part)),
-            self.event("response.output_item.done", output_index=self._last, item=item),
-        ]
+        if self.items and self.items[-1]["status"] == "in_progress":
+            self.items[-1]["status"] = status
+            part = self.items[-1]["content"][0]
+            yield self._text("done", text=part["text"])
+            yield self._part("content_part.done", part=part)
+            yield self._item("done")
 
-    def _call(self, call: Call) -> list[Json]:
-        item: Json = {
-            "id": new_id("fc_"), "type": "function_call", "call_id": call.id, "name": call.name,
-            "arguments": call.arguments, "status": "completed",
-        }  # fmt: skip
-        self.items.append(item)
-        at = {"item_id": item["id"], "output_index": self._last}
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        return [
-            self.event("response.output_item.added", output_index=self._last, item=begun),
-            self.event("response.function_call_arguments.delta", **at, delta=call.arguments),
-            self.event("response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments),
-            self.event("response.output_item.done", output_index=self._last, item=item),
-        ]
+    def _call(self, call: Call) -> Iterator[Json]:
+        whole = {"call_id": call.id, "name": call.name, "arguments": call.arguments, "status": "completed"}
+        self.items.append({"id": new_id("fc_"), "type": "function_call", **whole})
+        at = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+        yield self._item("added", arguments="", status="in_progress")
+        yield self.event("function_call_arguments.delta", **at, delta=call.arguments)
+        yield self.event("function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
+        yield self._item("done")
 
-    @property
-    def _last(self) -> int:
-        return len(self.items) - 1
+    def _item(self, what: str, **changes: Any) -> Json:
+        item = {**self.items[-1], **changes}
+        return self.event(f"output_item.{what}", output_index=len(self.items) - 1, item=item)
 
-    def _at(self) -> Json:
-        return {"item_id": self.items[-1]["id"], "output_index": self._last, "content_index": 0}
+    def _part(self, kind: str, **data: Any) -> Json:
+        at = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
+        return self.event(kind, **at, **data)
+
+    def _text(self, what: str, **data: str) -> Json:
+        kind = self.items[-1]["content"][0]["type"]
+        logprobs: Json = {"logprobs": []} if kind == "output_text" else {}
+        return self._part(f"{kind}.{what}", **data, **logprobs)
 
 
 class Responses:
@@ -138,18 +144,20 @@ class Responses:
         if body.store is not False:
             self._keep(stored)
         if body.background:
-            stored.task = asyncio.create_task(self._behind(stored, run))
+            stored.task = asyncio.create_task(_finish(stored, run))
             return JSONResponse(stored.body)
-        keepalive_s = self._service.settings.keepalive_s
-        try:
-            if body.stream:
-                await unless_gone(http, run.ticket.opened(keepalive_s))
-                return EventStream(self._events(stored, run), lambda: self._abandon(stored, run), keepalive_s)
-            await unless_gone(http, _finish(stored, run))
-        except BaseException:
-            self._abandon(stored, run)
-            raise
-        return JSONResponse(stored.body)
+
+        async def framed() -> AsyncGenerator[bytes]:
+            async for data in _events(stored, run):
+                yield event(data, data["type"])
+
+        async def whole() -> Json:
+            await _finish(stored, run)
+            if stored.error is not None:
+                raise stored.error
+            return stored.body
+
+        return await run.respond(http, framed() if body.stream else None, whole, stored.stop)
 
     def get(self, response_id: str) -> Json:
         """A stored response."""
@@ -158,8 +166,7 @@ class Responses:
     def delete(self, response_id: str) -> Json:
         """Forget a response; one that runs is stopped."""
         stored = self._find(response_id)
-        if stored.run is not None:
-            stored.run.cancel()
+        stored.stop(ApiError(404, "the response was deleted", "response_not_found", "response_id"))
         if stored.task is not None:
             stored.task.cancel()
         del self._stored[response_id]
@@ -170,9 +177,10 @@ class Responses:
         stored = self._find(response_id)
         if stored.task is None:
             raise bad("response_id", "only background responses can be cancelled")
-        if not stored.task.done():
-            stored.task.cancel()
-            await asyncio.gather(stored.task, return_exceptions=True)
+        stored.task.cancel()
+        await asyncio.gather(stored.task, return_exceptions=True)
+        # a task that had not begun has cleaned nothing up
+        stored.stop()
         return stored.body
 
     async def close(self) -> None:
@@ -182,46 +190,6 @@ class Responses:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _behind(self, stored: Stored, run: Run) -> None:
-        try:
-            await _finish(stored, run)
-        except ApiError as error:
-            stored.body.update(status="failed", error={"code": "server_error", "message": error.message})
-        except asyncio.CancelledError:
-            stored.body["status"] = "cancelled"
-            raise
-        except Exception:
-            log.exception("a background response failed")
-            stored.body.update(status="failed", error={"code": "server_error", "message": internal().message})
-        finally:
-            run.cancel()
-
-    def _abandon(self, stored: Stored, run: Run) -> None:
-        """The client has gone, or the answer is done: nothing runs on for it."""
-        run.cancel()
-        if stored.body["status"] == "in_progress":
-            stored.body["status"] = "cancelled"
-
-    async def _events(self, stored: Stored, run: Run) -> AsyncGenerator[bytes]:
-        output = Output()
-        body = stored.body
-
-        def framed(data: Json) -> bytes:
-            return event(data, data["type"])
-
-        yield framed(output.event("response.created", response=body))
-        yield framed(output.event("response.in_progress", response=body))
-        try:
-            async for step in run.steps():
-                for data in output.advance(step):
-                    yield framed(data)
-        except ApiError as error:
-            body.update(status="failed", error={"code": "server_error", "message": error.message})
-            yield framed(output.event("response.failed", response=body))
-            return
-        _complete(stored, run, output)
-        yield framed(output.event(f"response.{body['status']}", response=body))
-
     def _keep(self, stored: Stored) -> None:
         self._stored[stored.body["id"]] = stored
         while len(self._stored) > self._service.settings.max_responses:
@@ -229,10 +197,12 @@ class Responses:
             if old.task is not None:
                 old.task.cancel()
 
-    def _find(self, response_id: str) -> Stored:
+    def _find(self, response_id: str, param: str = "response_id") -> Stored:
         stored = self._stored.get(response_id)
-        if stored is None:
-            raise ApiError(404, "no response with this id is stored here", "response_not_found", "response_id")
+        # a conversation goes on from an answer alone
+        if stored is None or (param != "response_id" and stored.body["status"] not in ("completed", "incomplete")):
+            what = "response" if param == "response_id" else "finished response"
+            raise ApiError(404, f"no {what} with this id is stored here", "response_not_found", param)
         self._stored.move_to_end(response_id)
         return stored
 
@@ -240,45 +210,38 @@ class Responses:
         """The whole conversation as chat messages; instructions are those of this request alone."""
         past: list[Json] = []
         if body.previous_response_id is not None:
-            stored = self._stored.get(body.previous_response_id)
-            if stored is None or stored.body["status"] not in ("completed", "incomplete"):
-                raise ApiError(
-                    404,
-                    "no finished response with this id is stored here",
-                    "response_not_found",
-                    "previous_response_id",
-                )
-            self._stored.move_to_end(body.previous_response_id)
-            past = stored.messages + _items([_as_input(item) for item in stored.body["output"]], "output")
+            stored = self._find(body.previous_response_id, "previous_response_id")
+            past = stored.messages + _items(stored.body["output"], "output")
         items: list[Json] = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
         return past + _items(items, "input")
 
 
 def _prepare(service: Service, body: ResponseRequest, messages: list[Json]) -> Prepared:
     refuse_unserved(body)
-    data: Json = {"messages": messages}
     if body.instructions is not None:
-        data["messages"] = [{"role": "system", "content": body.instructions}, *messages]
-    for name in ("temperature", "top_p", "parallel_tool_calls"):
-        data[name] = getattr(body, name)
-    data["max_completion_tokens"] = body.max_output_tokens
-    data["reasoning_effort"] = body.reasoning.effort if body.reasoning else None
+        messages = [{"role": "system", "content": body.instructions}, *messages]
     tools: list[Json] = []
     for i, tool in enumerate(body.tools or []):
         if tool.get("type") != "function":
             raise bad(f"tools.{i}.type", f'tools.{i}.type must be "function"; this server runs no tools of its own')
         tools.append({"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}})
-    data["tools"] = tools
     choice = body.tool_choice
     if isinstance(choice, dict):
         choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
-    data["tool_choice"] = choice
+    data: Json = {name: getattr(body, name) for name in ("temperature", "top_p", "parallel_tool_calls")}
+    data |= {
+        "messages": messages,
+        "max_completion_tokens": body.max_output_tokens,
+        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+        "tools": tools,
+        "tool_choice": choice,
+    }
     if body.text is not None and body.text.format is not None:
         shape = body.text.format
         schema = {"name": shape.name, "schema": shape.schema_} if shape.type == "json_schema" else None
         data["response_format"] = {"type": shape.type, "json_schema": schema}
     # extensions of the chat route pass through
-    data.update({k: v for k, v in (body.model_extra or {}).items() if k in ChatRequest.model_fields and k not in data})
+    data |= {k: v for k, v in (body.model_extra or {}).items() if k in ChatRequest.model_fields and k not in data}
     try:
         return prepare(service.model, validated(ChatRequest, data))
     except ApiError as error:
@@ -291,101 +254,85 @@ def _prepare(service: Service, body: ResponseRequest, messages: list[Json]) -> P
 def _items(items: list[Json], where: str) -> list[Json]:
     """Input items as chat messages."""
     messages: list[Json] = []
-    thought: str | None = None
+    thought = ""
     for i, item in enumerate(items):
         kind = item.get("type", "message")
         if kind == "reasoning":
-            found: list[Any] = [item.get("content"), item.get("summary")]
-            parts = [part for listed in found if is_list(listed) for part in listed]
-            thought = "".join(str(part.get("text", "")) for part in parts if is_table(part))
-        elif kind == "message":
-            message: Json = {"role": item.get("role"), "content": item.get("content")}
-            if item.get("role") == "assistant" and thought:
-                message["reasoning_content"], thought = thought, None
-            messages.append(message)
+            found = [part for key in ("content", "summary") if is_list(item.get(key)) for part in item[key]]
+            thought = "".join(str(part.get("text", "")) for part in found if is_table(part))
+            continue
+        if kind == "message":
+            messages.append({"role": item.get("role"), "content": item.get("content")})
         elif kind == "function_call":
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": None})
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            if messages and messages[-1]["role"] == "assistant":
-                messages[-1].setdefault("tool_calls", []).append(call)
-            else:
-                messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-                if thought:
-                    messages[-1]["reasoning_content"], thought = thought, None
+            messages[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             output = item.get("output")
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         else:
             raise bad(f"{where}.{i}.type", f'{where}.{i}.type is "{str(kind)[:64]}", which this server cannot read')
+        # a thought belongs to what the assistant said after it
+        if thought and messages[-1]["role"] == "assistant":
+            messages[-1]["reasoning_content"], thought = thought, ""
     return messages
 
 
-def _as_input(item: Json) -> Json:
-    return {k: v for k, v in item.items() if k not in ("status", "id")}
+async def _events(stored: Stored, run: Run) -> AsyncGenerator[Json]:
+    """All that happens to a response, until it is over: complete, failed, or left."""
+    output, body = Output(), stored.body
+    try:
+        yield output.event("created", response=body)
+        yield output.event("in_progress", response=body)
+        async for step in run.steps():
+            for data in output.advance(step):
+                yield data
+        is_cut, usage = run.choices[0].finish_reason == "length", run.usage
+        body.update(
+            status="incomplete" if is_cut else "completed",
+            incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
+            output=output.items,
+            usage={
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]},
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]},
+                "total_tokens": usage["total_tokens"],
+            },
+        )
+    except Exception as error:
+        if not isinstance(error, ApiError):
+            log.exception("a response failed")
+        stored.error = error if isinstance(error, ApiError) else internal()
+        body.update(status="failed", error={"code": "server_error", "message": stored.error.message})
+    finally:
+        stored.stop()
+        stored.run = None
+    yield output.event(body["status"], response=body)
 
 
 async def _finish(stored: Stored, run: Run) -> None:
-    output = Output()
-    async for step in run.steps():
-        output.advance(step)
-    _complete(stored, run, output)
-
-
-def _complete(stored: Stored, run: Run, output: Output) -> None:
-    """Write the end into the response's body."""
-    choice: Choice = run.choices[0]
-    tally = run.tally
-    is_cut = choice.finish_reason == "length"
-    stored.run = None
-    stored.body.update(
-        status="incomplete" if is_cut else "completed",
-        incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
-        output=output.items,
-        usage={
-            "input_tokens": tally.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": tally.cached_tokens},
-            "output_tokens": tally.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": tally.reasoning_tokens},
-            "total_tokens": tally.prompt_tokens + tally.completion_tokens,
-        },
-    )
+    async for _ in _events(stored, run):
+        pass
 
 
 def _frame(body: ResponseRequest, name: str) -> Json:
-    """The response before it says anything."""
-    reasoning, text = body.reasoning, body.text
+    """The response before it says anything: what was asked for, with the defaults of the API."""
+    asked = {k: default if (value := getattr(body, k)) is None else value for k, default in DEFAULTS.items()}
+    shape = body.text.format if body.text else None
     return {
         "id": new_id("resp_"),
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",
-        "background": bool(body.background),
         "error": None,
         "incomplete_details": None,
-        "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
-        "metadata": body.metadata or {},
         "model": name,
         "output": [],
-        "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": body.previous_response_id,
-        "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
-        "store": body.store is not False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "text": {
-            "format": text.format.model_dump(by_alias=True, exclude_none=True)
-            if text and text.format
-            else {"type": "text"}
-        },
-        "tool_choice": body.tool_choice or "auto",
-        "tools": body.tools or [],
-        "top_p": 1.0 if body.top_p is None else body.top_p,
-        "truncation": body.truncation or "disabled",
+        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        "text": {"format": shape.model_dump(by_alias=True, exclude_none=True) if shape else {"type": "text"}},
         "usage": None,
-        "user": body.user,
+        **asked,
     }
-
-
-def _names(kind: str) -> tuple[str, Json]:
-    """Name of a text's events, and what they carry besides."""
-    return ("reasoning_text", {}) if kind == "reasoning" else ("output_text", {"logprobs": []})

@@ -4,9 +4,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -40,17 +40,10 @@ class EventStream(Response):
         events: framed events; an ApiError from it becomes the last but one event
         close: called once, however the stream ends
         keepalive_s: silence that is broken with a comment
-        headers: beside those of an event stream
     """
 
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes],
-        close: Callable[[], None],
-        keepalive_s: float,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(headers={**HEADERS, **(headers or {})})
+    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None], keepalive_s: float) -> None:
+        super().__init__(headers=HEADERS)
         # the length is not known
         del self.headers["content-length"]
         self._events = events
@@ -60,18 +53,12 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
-        sender = asyncio.create_task(self._send(send))
-        watcher = asyncio.create_task(_disconnect(receive))
         try:
-            await asyncio.wait((sender, watcher), return_when=asyncio.FIRST_COMPLETED)
+            with suppress(ClientGone, OSError):
+                await unless_gone(receive, self._send(send))
         finally:
-            sender.cancel()
-            watcher.cancel()
-            await asyncio.gather(sender, watcher, return_exceptions=True)
             self._close()
             await self._events.aclose()
-        if not sender.cancelled() and (error := sender.exception()) is not None and not isinstance(error, OSError):
-            raise error
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -99,10 +86,10 @@ class EventStream(Response):
                 await asyncio.sleep(wait_s)
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; ClientGone, with the work cancelled, when the client disconnects first."""
     worker = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_disconnect(request.receive))
+    watcher = asyncio.create_task(_disconnect(receive))
     try:
         await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
         if worker.done():

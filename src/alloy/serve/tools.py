@@ -13,8 +13,12 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Annotated, Any
 
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from alloy.core.toml import is_list, is_table
 from alloy.serve.reasoning import held_back
 
 PYTHON_TAG = "<|python_tag|>"
@@ -32,6 +36,17 @@ class Call:
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
+class _Written(BaseModel):
+    """A call as JSON; some models write the arguments as a string of JSON."""
+
+    model_config = ConfigDict(strict=True)
+    name: Annotated[str, Field(min_length=1)]
+    arguments: Annotated[
+        dict[str, Any], BeforeValidator(lambda value: _loads(value) if isinstance(value, str) else value)
+    ] = Field({}, validation_alias=AliasChoices("arguments", "parameters"))
+
+
+_WRITTEN = TypeAdapter(list[_Written])
 Piece = str | Call
 Schemas = Mapping[str, Mapping[str, Any]]
 
@@ -79,15 +94,18 @@ class ToolParser:
 
     def push(self, text: str) -> list[Piece]:
         """Pieces that became certain with `text`."""
-        if self._is_content:
-            return [text] if text else []
         self._held += text
         pieces: list[Piece] = []
-        if not self._format.opens:
-            self._push_whole(pieces)
+        if self._format.opens:
+            while self._held and self._advance(pieces):
+                pass
             return pieces
-        while self._held and self._advance(pieces):
-            pass
+        seen = self._held.lstrip()
+        if self._named is None and seen and seen[0] not in "{[" and not PYTHON_TAG.startswith(seen[: len(PYTHON_TAG)]):
+            self._is_content = True
+        if self._is_content and self._held:
+            pieces.append(self._held)
+            self._held = ""
         return pieces
 
     def finish(self) -> list[Piece]:
@@ -95,16 +113,7 @@ class ToolParser:
         held, self._held = self._held, ""
         if not held:
             return []
-        if not self._format.opens:
-            return self._taken(held, held)
-        return [held]
-
-    def _push_whole(self, pieces: list[Piece]) -> None:
-        seen = self._held.lstrip()
-        if self._named is None and seen and seen[0] not in "{[" and not PYTHON_TAG.startswith(seen[: len(PYTHON_TAG)]):
-            self._is_content = True
-            pieces.append(self._held)
-            self._held = ""
+        return [held] if self._format.opens else self._taken(held, held)
 
     def _advance(self, pieces: list[Piece]) -> bool:
         opens, closes = self._format.opens, self._format.closes
@@ -118,22 +127,20 @@ class ToolParser:
             return False
         # whitespace before a call is layout, if it is one
         inner = at = start + len(opens)
-        while True:
-            end = self._held.find(closes, at)
-            if end < 0:
-                return False
-            if not self._format.is_open(self._held[inner:end]):
-                break
+        while (end := self._held.find(closes, at)) >= 0 and self._format.is_open(self._held[inner:end]):
             at = end + 1
+        if end < 0:
+            return False
         whole = self._held[: end + len(closes)]
         self._held = self._held[len(whole) :]
         pieces += self._taken(whole, whole[inner:end])
         return True
 
     def _taken(self, whole: str, inner: str) -> list[Piece]:
-        calls = [Call(self._named, inner)] if self._named else self._format.parse(inner, self._schemas)
-        if self._named and _object(inner) is None:
-            calls = None
+        if self._named is None:
+            calls = self._format.parse(inner, self._schemas)
+        else:
+            calls = [Call(self._named, inner)] if is_table(_loads(inner)) else None
         if not calls or (not self._parallel and self._calls + len(calls) > 1):
             return [whole]
         self._calls += len(calls)
@@ -166,28 +173,17 @@ def calls_schema(tools: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str
     return {"type": "array", "minItems": 1, **bound, "items": kinds[0] if len(kinds) == 1 else {"anyOf": kinds}}
 
 
-def _json_call(data: object) -> Call | None:
-    if not isinstance(data, dict):
-        return None
-    table = cast(dict[str, Any], data)
-    name = table.get("name")
-    arguments = table.get("arguments", table.get("parameters", {}))
-    # some models write the arguments as a string of JSON
-    if isinstance(arguments, str):
-        arguments = _object(arguments)
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        return None
-    return Call(name, json.dumps(arguments, ensure_ascii=False))
-
-
 def _json_calls(text: str, schemas: Schemas) -> list[Call] | None:
     text = text.strip().removeprefix(PYTHON_TAG).strip()
     data = _loads(text)
     # Llama writes several calls with semicolons between
     if data is None and text.startswith("{"):
         data = _loads("[" + re.sub(r"\}\s*;\s*\{", "},{", text) + "]")
-    calls = [_json_call(d) for d in (cast(list[object], data) if isinstance(data, list) else [data])]
-    return [c for c in calls if c is not None] if calls and all(calls) else None
+    try:
+        written = _WRITTEN.validate_python(data if is_list(data) else [data])
+    except ValidationError:
+        return None
+    return [Call(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in written]
 
 
 def _xml_call(text: str, schemas: Schemas) -> list[Call] | None:
@@ -210,16 +206,15 @@ def _xml_call(text: str, schemas: Schemas) -> list[Call] | None:
 
 def _typed(value: str, schema: object) -> Any:
     """A value as its schema has it; a string where that says nothing."""
-    if not isinstance(schema, dict):
+    if not is_table(schema):
         return value
-    said = cast(dict[str, Any], schema)
-    kinds: Any = said.get("type")
-    if kinds == "string" or (isinstance(kinds, list) and "string" in kinds and value.strip() != "null"):
+    kinds, is_null = schema.get("type"), value.strip() == "null"
+    if kinds == "string" or (is_list(kinds) and "string" in kinds and not is_null):
         return value
-    if kinds is None and not {"anyOf", "oneOf", "enum", "const", "$ref"} & said.keys():
+    if kinds is None and not {"anyOf", "oneOf", "enum", "const", "$ref"} & schema.keys():
         return value
     parsed = _loads(value)
-    return value if parsed is None and value.strip() != "null" else parsed
+    return value if parsed is None and not is_null else parsed
 
 
 def _in_string(text: str) -> bool:
@@ -231,20 +226,12 @@ def _before_function_end(text: str) -> bool:
     return "<function=" in text and not text.rstrip().endswith("</function>")
 
 
-def _object(text: str) -> dict[str, Any] | None:
-    data = _loads(text)
-    return cast(dict[str, Any], data) if isinstance(data, dict) else None
-
-
-def _loads(text: str) -> object:
+def _loads(text: str) -> Any:
+    """The value of a JSON text, None if it is none; half characters and numbers without end are not JSON."""
     try:
-        return json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        return from_json(text, allow_inf_nan=False)
+    except ValueError:
         return None
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 FORMATS = {
