@@ -144,7 +144,7 @@ class ServedModel:
         plain = (
             "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "stop",
             "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs",
-            "thinking_grace", "thinking_close_text",
+            "skip_special_tokens", "thinking_grace", "thinking_close_text",
         )  # fmt: skip
         values.update({name: fields[name] for name in plain if name in fields})
         if "top_k" in fields:
