@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -165,13 +166,14 @@ def wait_for(out: list[str]) -> None:
 
 @pytest.mark.slow
 def test_sigterm_lets_running_answers_finish(folder: Path) -> None:
-    """The table names what was loaded; under SIGTERM all streams end as they should, and the code is 0."""
-    with running(folder, "engine.max_seqs=4") as (process, url, lines):
+    """The table names what was loaded; under SIGTERM all streams end as they should, one that waited too; the code is 0."""
+    with running(folder, "engine.max_seqs=2") as (process, url, lines):
         assert httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"] == "tiny"
         outs: list[list[str]] = [[] for _ in range(3)]
         threads = [stream(url, 150, out) for out in outs]
-        for out in outs:
-            wait_for(out)
+        end = time.monotonic() + 30
+        while 'num_requests_waiting{model_name="tiny"} 1' not in httpx.get(f"{url}/metrics", trust_env=False).text:
+            assert time.monotonic() < end
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
@@ -246,3 +248,20 @@ def test_weights_of_low_precision_show_their_cost(folder: Path) -> None:
     assert low != full
     assert low == pytest.approx(full, rel=0.1)
     assert tokens >= 4096
+
+
+def test_a_truncated_model_file_is_code_4(folder: Path, tmp_path: Path) -> None:
+    """One sentence that names the file, and no traceback."""
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    file = broken / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+    result = subprocess.run(
+        [sys.executable, "-m", "alloy", "serve", str(broken), "--port", "0"],
+        capture_output=True, text=True, timeout=120, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert result.returncode == 4, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "model.safetensors" in result.stderr
+    assert "truncated" in result.stderr
+    assert "Traceback" not in result.stderr

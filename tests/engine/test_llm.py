@@ -1,6 +1,7 @@
 """Batched generation: the same tokens however a request is computed, and every rule that ends an answer."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,6 +153,28 @@ def test_penalties_and_bias_change_the_greedy_choice_as_computed_by_hand(model) 
             logits[t] -= 0.7 + 0.5 * tokens.count(t)
         tokens.append(int(logits.argmax()))
     assert got == tokens
+
+
+@pytest.mark.parametrize("tiny", [1e-12, 1e-40, 1e-300])
+def test_divisors_near_zero_leave_the_largest_logit(model, tiny: float) -> None:
+    """What fp32 cannot hold does no harm: a temperature is greedy then, a penalty lets a token win that was seen."""
+    llm, prompt = LLM(model), prompts(1)[0]
+    params = SamplingParams(max_tokens=9, ignore_eos=True, temperature=tiny, seed=1)
+    cold, greedy = llm.generate([prompt, prompt], [params, replace(params, temperature=0)])
+    assert cold.completions[0].token_ids == greedy.completions[0].token_ids
+    out = llm.generate([prompt], replace(params, temperature=1, repetition_penalty=tiny))[0].completions[0]
+    assert out.finish_reason == "length"
+    assert set(out.token_ids) <= set(prompt)
+
+
+def test_bans_of_every_token_are_no_way_out_of_the_vocabulary(model) -> None:
+    """Drawn as well as greedy: no token may come before min_tokens, and one has to."""
+    everything = range(model.config.vocab)
+    for temperature in (0, 1):
+        params = SamplingParams(max_tokens=5, min_tokens=3, stop_token_ids=everything, temperature=temperature)
+        out = LLM(model).generate([[1, 2, 3]], params)[0].completions[0]
+        assert len(out.token_ids) == 4
+        assert all(token < model.config.vocab for token in out.token_ids)
 
 
 def test_stop_ids_min_tokens_and_ignore_eos(model, reference) -> None:

@@ -154,8 +154,8 @@ def test_switched_off_nothing_is_kept(model: CausalLM) -> None:
 @pytest.mark.parametrize("speculate", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_any_mix_gives_the_answers_of_each_alone(model: CausalLM, speculate: int, seed: int, reference) -> None:
-    """Shared beginnings, a cache that is too small for all, chunks, drafts, cancellation: greedy answers until a tie, every
-    block and slot accounted for in every round."""
+    """Shared beginnings, a cache that is too small for all, chunks, drafts, pauses, cancellation: greedy answers until a
+    tie, every block and slot accounted for in every round."""
     draw = random.Random(seed)
     llm = small(
         model,
@@ -175,14 +175,21 @@ def test_any_mix_gives_the_answers_of_each_alone(model: CausalLM, speculate: int
             Request(id=str(i), token_ids=prompt, params=greedy(draw.randrange(1, 30)), keep_at=keep)
         )  # fmt: skip
     engine, found, cancelled = llm.engine(), dict[str, list[int]](), set[str]()
-    todo = list(requests)
-    while todo or engine.busy:
+    todo, paused = list(requests), set[str]()
+    while todo or engine.busy or paused:
         while todo and draw.random() < 0.6:
             engine.add(todo.pop(0))
         if draw.random() < 0.06:
             name = str(draw.randrange(24))
             engine.cancel(name)
             cancelled.add(name)
+        name = str(draw.randrange(24))
+        if draw.random() < 0.1:
+            engine.pause(name)
+            paused.add(name)
+        for name in [p for p in paused if draw.random() < 0.2]:
+            engine.resume(name)
+            paused.remove(name)
         for news in engine.step():
             found.setdefault(news.id, []).extend(news.completions[0].token_ids)
         check(engine)
@@ -210,6 +217,67 @@ def test_preemption_happens_and_changes_nothing(model: CausalLM, reference) -> N
     for prompt, out in zip(prompts, outs, strict=True):
         want, gaps = reference(model, prompt, 100)
         assert same_until_tie(out.completions[0].token_ids, want, gaps)
+
+
+def test_a_paused_request_holds_nothing_until_it_goes_on(model: CausalLM) -> None:
+    """Two samples, one paused in the middle; another request has the only place meanwhile."""
+    llm = LLM(model, max_seqs=2)
+    engine = llm.engine()
+    params = SamplingParams(max_tokens=30, n=2, seed=5, ignore_eos=True)
+    want = [c.token_ids for c in LLM(model).generate([WORDS[0]], params)[0].completions]
+    got: list[list[int]] = [[], []]
+
+    def step(*names: str) -> None:
+        for news in engine.step():
+            assert news.id in names
+            for made in news.completions if news.id == "slow" else []:
+                got[made.index] += made.token_ids
+
+    engine.add(Request(id="slow", token_ids=WORDS[0], params=params))
+    while len(got[1]) < 7:
+        step("slow")
+    engine.pause("slow")
+    check(engine)
+    assert not engine.busy
+    assert engine.gauges().running == engine.gauges().waiting == 0
+    engine.add(Request(id="quick", token_ids=WORDS[1], params=greedy(9)))
+    while engine.busy:
+        step("quick")
+    engine.resume("slow")
+    while engine.busy:
+        step("slow")
+    assert got == want
+    engine.pause("slow")
+    engine.resume("nobody")
+    assert not engine._paused
+
+
+def test_a_short_piece_beside_a_long_one_keeps_within_the_longest_sequence(model: CausalLM) -> None:
+    """What is known of the first leaves two tokens to compute; as wide as the second it would be too long."""
+    llm = LLM(model, max_seqs=4)
+    known, new = (WORDS[0] * 6)[:130], (WORDS[1] * 7)[:140]
+    alone = [LLM(model).generate([p], greedy(4))[0].completions[0].token_ids for p in ([*known, 5, 6], new)]
+    llm.generate([known], greedy(4))
+    assert outputs(llm.generate([[*known, 5, 6], new], greedy(4))) == alone
+
+
+@pytest.mark.parametrize("wanted", [None, 2])
+def test_pieces_beside_each_other_take_no_more_blocks_than_there_are(model: CausalLM, wanted: int | None) -> None:
+    """Rows that are computed together are as wide as the widest; scores of a prompt come once, however often it is read."""
+    draw = random.Random(0)
+    prompts = [draw.choices(range(256), k=draw.randrange(20, 60)) for _ in range(12)]
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, prompt_logprobs=wanted)
+    alone = LLM(model, max_seqs=1, prefix_cache=False, speculate=0)
+    want = [alone.generate([p], params)[0] for p in prompts]
+    llm = small(model, slots=10, blocks=5, max_seqs=8, speculate=0)
+    found = llm.generate(prompts, params)
+    assert llm.stats.preemptions > 0
+    assert outputs(found) == outputs(want)
+    for one, other in zip(found, want, strict=True):
+        assert (one.prompt_logprobs is None) == (wanted is None)
+        for x, y in zip(one.prompt_logprobs or [None], other.prompt_logprobs or [None], strict=True):
+            assert (x and x.token) == (y and y.token)
+            assert (x and x.model) == pytest.approx(y and y.model, abs=1e-4)
 
 
 def tree(recurrent: bool = True) -> tuple[PrefixCache, PagedCache]:

@@ -67,10 +67,11 @@ class ScriptedEngine:
         self.script = script
         self.counts: dict[tuple[str, int], int] = {}
         self.max_seqs = max_seqs
-        self.pause = pause
+        self.gate = pause
         self.step_s = step_s
         self.waiting: list[Request] = []
         self.running: dict[str, Running] = {}
+        self.paused: dict[str, Running] = {}
         self.cancelled: list[str] = []
         self.added: list[Request] = []
         self.closed = False
@@ -90,6 +91,15 @@ class ScriptedEngine:
         self.cancelled.append(request_id)
         self.waiting = [r for r in self.waiting if r.id != request_id]
         self.running.pop(request_id, None)
+        self.paused.pop(request_id, None)
+
+    def pause(self, request_id: str) -> None:
+        if request_id in self.running:
+            self.paused[request_id] = self.running.pop(request_id)
+
+    def resume(self, request_id: str) -> None:
+        if request_id in self.paused:
+            self.running[request_id] = self.paused.pop(request_id)
 
     @property
     def busy(self) -> bool:
@@ -115,7 +125,7 @@ class ScriptedEngine:
             self.waiting.remove(request)
             self.running[request.id] = Running(request, [self.tokens(request) for _ in range(request.params.n)])
             self.stats.prompt_tokens += len(request.token_ids)
-        if self.pause is not None and not self.pause.is_set():
+        if self.gate is not None and not self.gate.is_set():
             time.sleep(0.002)
             return []
         return [output for run in list(self.running.values()) for output in self.advance(run)]
@@ -201,10 +211,14 @@ class Site:
 
 
 @contextmanager
-def serving(llm: LLM, engine: Any, keys: tuple[str, ...] = (), **settings: Any) -> Iterator[Site]:
-    """A server in a thread, on a free port."""
+def serving(
+    llm: LLM, engine: Any, keys: tuple[str, ...] = (), send_buffer: int | None = None, **settings: Any
+) -> Iterator[Site]:
+    """A server in a thread, on a free port; `send_buffer` bytes wait in the system for a client to read them."""
     model = ServedModel(llm, ["tiny", "other-name"], ServerSettings(**settings))
     bound = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listener = Listener(model, engine, Keys(keys))
     loop = asyncio.new_event_loop()
     failure: list[BaseException] = []

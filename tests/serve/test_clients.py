@@ -1,7 +1,10 @@
-"""Clients we did not write: the openai package, and schemathesis over our own OpenAPI document."""
+"""Clients we did not write: openai, litellm and curl, and schemathesis over our own OpenAPI document."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
 
 import openai
 import pytest
@@ -96,6 +99,60 @@ def test_openai_responses_in_the_background(say) -> None:
         site.wait(lambda: not site.engine.running)
         cut = client.responses.create(model="tiny", input="x", max_output_tokens=1)
         assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_litellm_chat_and_completions_whole_and_streamed(say, monkeypatch: pytest.MonkeyPatch) -> None:
+    # else it asks the network for a table of prices
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm", reason="needs pip install litellm")
+    with say(f"hm</think>{CALL}") as site:
+        to = {"api_base": f"{site.url}/v1", "api_key": "none", "num_retries": 0}
+        chat = {"model": "hosted_vllm/tiny", "messages": HELLO, **to}
+        whole = litellm.completion(tools=TOOLS, **chat)
+        message = whole.choices[0].message
+        assert (message.content, message.reasoning_content) == ("Sure.", "hm")
+        assert [c.function.arguments for c in message.tool_calls] == ['{"a": 1}', '{"a": 2}']
+        assert whole.choices[0].finish_reason == "tool_calls"
+        chunks = list(litellm.completion(tools=TOOLS, stream=True, stream_options={"include_usage": True}, **chat))
+        built = litellm.stream_chunk_builder(chunks, messages=HELLO)
+        assert built.choices[0].message.content == "Sure."
+        assert built.choices[0].message.reasoning_content == "hm"
+        assert [c.function.arguments for c in built.choices[0].message.tool_calls] == ['{"a": 1}', '{"a": 2}']
+        assert built.usage.completion_tokens == whole.usage.completion_tokens
+        text = {"model": "text-completion-openai/tiny", "prompt": "x", "max_tokens": 3, **to}
+        said = litellm.text_completion(**text).choices[0].text
+        assert said
+        assert "".join(c.choices[0].text or "" for c in litellm.text_completion(stream=True, **text)) == said
+        with pytest.raises(litellm.NotFoundError):
+            litellm.completion(**{**chat, "model": "hosted_vllm/gpt-9"})
+        with pytest.raises(litellm.BadRequestError, match="less than or equal to 2"):
+            litellm.completion(temperature=5, **chat)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_whole_streamed_and_refused(say) -> None:
+    """As the documentation writes it."""
+
+    def curl(path: str, *arguments: str, body: dict | None = None) -> str:
+        data = () if body is None else ("-H", "Content-Type: application/json", "-d", json.dumps(body))
+        command = ["curl", "-sS", "-N", "--max-time", "20", *arguments, f"{site.url}{path}", *data]
+        environment = {**os.environ, "no_proxy": "*"}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    with say("hm</think>Hello.") as site:
+        body = {"model": "tiny", "messages": HELLO}
+        whole = json.loads(curl("/v1/chat/completions", body=body))
+        assert whole["choices"][0]["message"]["content"] == "Hello."
+        head, _, streamed = curl("/v1/chat/completions", "-i", body={**body, "stream": True}).partition("\n\n")
+        assert "text/event-stream" in head
+        *events, done, end = streamed.split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        deltas = [json.loads(e.removeprefix("data: "))["choices"][0]["delta"] for e in events]
+        assert "".join(d.get("content") or "" for d in deltas) == "Hello."
+        assert json.loads(curl("/v1/models"))["data"][0]["id"] == "tiny"
+        code = ("-o", os.devnull, "-w", "%{http_code}")
+        assert curl("/v1/chat/completions", *code, body={"model": "tiny"}) == "400"
+        assert curl("/health", *code) == "200"
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Completions, tokenize, models and metrics; scores through the server equal those in process."""
 
+import random
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from alloy.engine.core import LLM
@@ -60,6 +63,23 @@ def test_scores_of_a_prompt_are_those_of_the_library(real, tiny_llm: LLM) -> Non
     streamed = complete(real, prompt=[ids], echo=True, logprobs=2, max_tokens=1, stream=True)
     got = [v for c in streamed for ch in c["choices"] if ch["logprobs"] for v in ch["logprobs"]["token_logprobs"]]
     assert got[1:] == pytest.approx(want)
+
+
+def test_scores_of_fifty_texts_are_those_of_the_library_to_the_last_bit(real, tiny_llm: LLM) -> None:
+    """Batches of token ids of all lengths, several at once, beside each other; JSON holds every float whole."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(256) for _ in range(draw.randrange(1, 300))] for _ in range(50)]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    want = [
+        [e and e.model for e in out.prompt_logprobs or []]
+        for out in LLM(tiny_llm.model, max_model_len=1000).generate(prompts, params)
+    ]
+    batches = [prompts[i : i + 7] for i in range(0, 50, 7)]
+    with ThreadPoolExecutor(3) as pool:
+        bodies = list(pool.map(lambda b: complete(real, prompt=b, echo=True, logprobs=1, max_tokens=0), batches))
+    found = [c["logprobs"]["token_logprobs"] for body in bodies for c in body["choices"]]
+    assert found == want
+    assert [c["index"] for body in bodies for c in body["choices"]] == [i for b in batches for i in range(len(b))]
 
 
 def test_samples_are_numbered_within_each_prompt(real) -> None:

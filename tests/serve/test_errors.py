@@ -74,7 +74,6 @@ BAD = [
     ({"nvext": {"max_thinking_tokens": "x"}}, "nvext.max_thinking_tokens", "whole number"),
     ({"reasoning_effort": "huge"}, "reasoning_effort", "medium"),
     ({"continue_final_message": True}, "continue_final_message", "assistant message"),
-    ({"skip_special_tokens": False}, "skip_special_tokens", "return_token_ids"),
 ]  # fmt: skip
 
 

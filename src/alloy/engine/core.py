@@ -422,7 +422,8 @@ class LLM:
         codec = self.codec
         if codec is None:
             return None
-        return Detokenizer(codec.decode, codec.skipped, params.stop, params.include_stop_str_in_output)
+        skipped = codec.skipped if params.skip_special_tokens else ()
+        return Detokenizer(codec.decode, skipped, params.stop, params.include_stop_str_in_output)
 
     def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
         if params.grammar is None:

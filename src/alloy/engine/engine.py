@@ -76,6 +76,8 @@ class Engine:
         self._waiting: list[tuple[int, int, int, Sequence]] = []
         # whose prompts are being computed, oldest first
         self._reading: list[Sequence] = []
+        # samples of each request that waits for its reader
+        self._paused: dict[str, list[Sequence]] = {}
         self._order = 0
         # samples of each request that have not ended
         self._open: dict[int, int] = {}
@@ -91,7 +93,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits or runs."""
+        """Whether anything waits or runs; what is paused does neither."""
         return bool(self._waiting or self._reading or self._runner.sequences)
 
     def gauges(self) -> Gauges:
@@ -120,14 +122,18 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Stop the samples of a request wherever they are; unknown ids are passed over."""
-        gone = [s for s in self._live() if s.request.id == request_id]
-        for sequence in [*gone, *(entry[3] for entry in self._waiting if entry[3].request.id == request_id)]:
+        for sequence in self._withdraw(request_id):
             self._open.pop(sequence.order, None)
-        self._waiting = [entry for entry in self._waiting if entry[3].request.id != request_id]
-        heapq.heapify(self._waiting)
-        self._take_out(gone)
-        for sequence in gone:
-            self._leave(sequence)
+
+    def pause(self, request_id: str) -> None:
+        """Let the samples of a request hold nothing and compute nothing until `resume`; their answers stay the same."""
+        if found := self._withdraw(request_id):
+            self._paused[request_id] = found
+
+    def resume(self, request_id: str) -> None:
+        """Let the samples of a paused request wait for their turn again; other ids are passed over."""
+        for sequence in self._paused.pop(request_id, ()):
+            self._wait(sequence)
 
     def step(self) -> list[Output]:
         """One round: what is new of every sequence that ran."""
@@ -149,7 +155,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel everything and give back what is held, also after an error."""
-        self._waiting, self._reading, self._open = [], [], {}
+        self._waiting, self._reading, self._paused, self._open = [], [], {}, {}
         self._runner.reset()
         self.forget()
         self.pool.reset()
@@ -190,6 +196,8 @@ class Engine:
         if snapshot is not None:
             sequence.behind, sequence.hidden = snapshot.tokens, snapshot.hidden
         sequence.stops = self._stops(sequence, match, target)
+        if sequence.scored is not None:
+            sequence.prompt_scores = [None]
         if sequence.cached is None:
             sequence.start(match.length)
             self.stats.cached_tokens += match.length
@@ -199,7 +207,7 @@ class Engine:
 
     def _match(self, sequence: Sequence, target: int) -> Match:
         # log probabilities of a prompt need its logits
-        if self._cache is None or sequence.params.prompt_logprobs is not None:
+        if self._cache is None or sequence.scored is not None:
             return Match((), 0, 0, None)
         return self._cache.match(sequence.known, target, sequence.request.salt)
 
@@ -216,7 +224,6 @@ class Engine:
     def _read(self) -> None:
         """Compute pieces of prompts, oldest first, in one call; sequences whose prompt is done run."""
         group: list[tuple[Sequence, int]] = []
-        widest = 0
         for sequence in list(self._reading):
             if sequence.slot < 0 or sequence.computed == len(sequence.known) - 1:
                 continue
@@ -224,22 +231,19 @@ class Engine:
             end = min(stop, sequence.computed + max(1, room))
             if end < stop and end // BLOCK * BLOCK > sequence.computed:
                 end = end // BLOCK * BLOCK
-            width = end - sequence.computed
-            is_alone = sequence.params.prompt_logprobs is not None
-            if group and (is_alone or max(widest, width) * (len(group) + 1) > self.max_step_tokens):
-                break
-            if not self._secure([sequence], width):
+            is_alone = sequence.scored is not None
+            if not group and not self._secure([sequence], end - sequence.computed):
                 break
             if sequence.slot < 0:
                 # it was the youngest
                 continue
-            self._reserve(sequence, width)
-            group, widest = [*group, (sequence, end)], max(widest, width)
+            if group and (is_alone or not self._fits_beside(group, sequence, end)):
+                break
+            group.append((sequence, end))
             if is_alone:
                 break
-        # room for one may have been another's
-        group = [(sequence, end) for sequence, end in group if sequence.slot >= 0]
         if group:
+            self._reserve([sequence for sequence, _ in group], _width(group))
             self._runner.prefill(group)
         for sequence, end in group:
             if end == sequence.stops[0][0]:
@@ -249,6 +253,15 @@ class Engine:
             self._reading.remove(sequence)
             self._fork(sequence)
         self._runner.join(done)
+
+    def _fits_beside(self, group: list[tuple[Sequence, int]], sequence: Sequence, end: int) -> bool:
+        """Whether a call may compute this piece beside those of `group`: every row takes the room of the widest."""
+        grown = [*group, (sequence, end)]
+        width = _width(grown)
+        rows = [s for s, _ in grown]
+        is_within = max(s.computed for s in rows) + width <= self.pool.max_tokens
+        is_small = width * len(grown) <= self.max_step_tokens
+        return is_within and is_small and self._room(self._missing(rows, width), slot=False)
 
     def _fork(self, sequence: Sequence) -> None:
         """Let further samples of a request begin where its prompt ends, as far as there is room."""
@@ -291,9 +304,10 @@ class Engine:
         needed = {s.slot: self.pool.held[s.slot] + tokens for s in sequences}
         return max(pool.blocks_missing(needed) for pool in self._pools)
 
-    def _reserve(self, sequence: Sequence, tokens: int) -> None:
+    def _reserve(self, sequences: list[Sequence], tokens: int) -> None:
         for pool in self._pools:
-            pool.reserve([sequence.slot], self.pool.held[sequence.slot] + tokens - pool.held[sequence.slot])
+            for slot in (s.slot for s in sequences):
+                pool.reserve([slot], self.pool.held[slot] + tokens - pool.held[slot])
 
     def _victim(self) -> Sequence | None:
         """The youngest sequence, unless it is the only one; those put back often only where no other is left."""
@@ -335,6 +349,17 @@ class Engine:
         self.pool.close([sequence.slot])
         sequence.slot = -1
 
+    def _withdraw(self, request_id: str) -> list[Sequence]:
+        """Take the samples of a request out of wherever they are; they leave what they computed."""
+        live = [s for s in self._live() if s.request.id == request_id]
+        waiting = [entry[3] for entry in self._waiting if entry[3].request.id == request_id]
+        self._waiting = [entry for entry in self._waiting if entry[3].request.id != request_id]
+        heapq.heapify(self._waiting)
+        self._take_out(live)
+        for sequence in live:
+            self._leave(sequence)
+        return [*live, *waiting, *self._paused.pop(request_id, ())]
+
     def _take_out(self, sequences: list[Sequence]) -> None:
         """Let sequences neither read nor run any more."""
         self._reading = [s for s in self._reading if s not in sequences]
@@ -354,3 +379,10 @@ class Engine:
         return Output(
             request.id, order, request.token_ids, [completion], scores, finished, cached_tokens=sequence.cached or 0
         )
+
+
+def _width(group: list[tuple[Sequence, int]]) -> int:
+    """Tokens that a call over these pieces computes in each row; drafts follow with those that waited for them."""
+    if len(group) == 1:
+        return group[0][1] - group[0][0].computed
+    return max(end - sequence.computed + len(sequence.behind) for sequence, end in group)

@@ -48,6 +48,8 @@ CACHED = 128
 WHITESPACE = r"\r?\n[ \t]{0,128}|[ \t]{1,128}"
 # a token that no text holds: what llguidance takes for the end of the answer
 END = "<|end of grammar|>"
+# llguidance follows what a grammar forces, for which a text that is forced for ever has no end
+UNFORCED = '%llguidance {"no_forcing": true}'
 # keywords whose value is schemas by name
 DEFINED = ("$defs", "definitions")
 NAMED = ("properties", "patternProperties", *DEFINED)
@@ -269,7 +271,7 @@ class _Compiler:
         elif grammar.kind == "regex":
             text = make.grammar_from_regex(grammar.text)
         else:
-            text = make.grammar_from_lark(grammar.text)
+            text = make.grammar_from_lark(f"{grammar.text}\n{UNFORCED}")
         matcher = make(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise _refusal(grammar.kind, schema, matcher.get_error())

@@ -53,6 +53,8 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
+    # False: special tokens have text, too; those around thoughts and calls always have
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
 
     # number of most likely alternatives beside the chosen token; None: no logprobs

@@ -98,7 +98,7 @@ class Runner:
         ids = [sequence.known[sequence.computed : end] for sequence, end in pieces]
         view = self.pool.view([sequence.slot for sequence in sequences])
         tokens, documents = self._padded(ids)
-        wanted = sequences[0].params.prompt_logprobs
+        wanted = sequences[0].scored
         out = self.model(tokens, cache=view, documents=documents, logits=None if wanted is None else "all")
         if wanted is not None and out.logits is not None:
             sequence = sequences[0]

@@ -24,6 +24,9 @@ from alloy.ops.sampling import (
     sample,
 )
 
+# what logits are divided by is at least this, so that they stay finite
+SMALLEST = 1e-30
+
 
 class Sampler:
     """Chooses tokens for a fixed set of sequences; build a new one when the set changes.
@@ -48,7 +51,7 @@ class Sampler:
         ]
         self._drawn = [row for row, p in enumerate(params) if not p.greedy]
         drawn = [params[row] for row in self._drawn]
-        self._temperature = torch.tensor([p.temperature for p in drawn], device=device)
+        self._temperature = torch.tensor([max(p.temperature, SMALLEST) for p in drawn], device=device)
         self._top_k = torch.tensor([p.top_k for p in drawn], device=device) if any(p.top_k for p in drawn) else None
         self._top_p = torch.tensor([p.top_p for p in drawn], device=device) if any(p.top_p < 1 for p in drawn) else None
         self._min_p = torch.tensor([p.min_p for p in drawn], device=device) if any(p.min_p for p in drawn) else None
@@ -57,7 +60,7 @@ class Sampler:
             chosen = [params[row] for row in self._penalised]
             self._presence = torch.tensor([p.presence_penalty for p in chosen], device=device)
             self._frequency = torch.tensor([p.frequency_penalty for p in chosen], device=device)
-            self._repetition = torch.tensor([p.repetition_penalty for p in chosen], device=device)
+            self._repetition = torch.tensor([max(p.repetition_penalty, SMALLEST) for p in chosen], device=device)
             # (penalised rows, vocab): which tokens the prompt holds, and how often each was generated
             self._prompt = torch.zeros(len(chosen), vocab, dtype=torch.bool, device=device)
             self._counts = torch.zeros(len(chosen), vocab, dtype=torch.int32, device=device)
@@ -92,7 +95,9 @@ class Sampler:
                 for j in range(positions)
             ]
             uniform = torch.tensor(places, dtype=torch.float64, device=self._device)
-            tokens[self._drawn] = sample(drawn.softmax(-1), uniform=uniform).view(-1, positions)
+            picked = sample(drawn.softmax(-1), uniform=uniform).view(-1, positions)
+            # from a row where every token is banned nothing can be drawn
+            tokens[self._drawn] = torch.where(picked < vocab, picked, tokens[self._drawn])
             self._filtered = drawn.view(-1, positions, vocab)
         return on_host(_checked(logits, tokens))
 

@@ -97,6 +97,11 @@ class Sequence:
         """Whether `take` would return anything new."""
         return self.finished or bool(self._text) or (self._detokenizer is None and self._taken < len(self.tokens))
 
+    @property
+    def scored(self) -> int | None:
+        """Alternatives wanted with the log probabilities of the prompt, while it is computed; None: none are."""
+        return None if self.tokens else self.params.prompt_logprobs
+
     def uniform(self, position: int) -> float:
         """The random number in (0, 1) of the generated token at `position`: a function of seed, sample and position."""
         block, offset = divmod(position, UNIFORM_BLOCK)

@@ -68,7 +68,7 @@ class Choice:
     def feed(self, completion: Completion) -> Delta:
         """Take an increment."""
         if completion.finish_reason == "error":
-            message = "the model's scores were not numbers (NaN) for this request; try other sampling values"
+            message = "no token could be chosen: the scores are not numbers (NaN), or all are ruled out; try other sampling values"
             raise ApiError(500, message, "model_error", kind=SERVER)
         was_inside = self._split.is_inside
         delta = Delta()

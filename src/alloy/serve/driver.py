@@ -51,7 +51,8 @@ class Ticket:
         # (request, sample) -> when it was heard last
         self._heard: dict[tuple[str, int], float] = {}
         self.unread_tokens = 0
-        # since when the reader is too far behind
+        self.samples = sum(request.params.n for request in requests)
+        # when the reader that the engine waits for read last; None: it does not wait
         self.behind_since: float | None = None
 
     @property
@@ -80,6 +81,7 @@ class Ticket:
                 self._driver.cancel(self, timed_out(self._timeout_s))
         output = self._ready.popleft()
         self.unread_tokens -= _tokens(output)
+        self._driver.note_read(self)
         return output
 
     async def opened(self, seconds: float) -> None:
@@ -194,12 +196,21 @@ class Driver:
 
     def cancel(self, ticket: Ticket, error: ApiError | None = None) -> None:
         """End a ticket; nothing happens to one that is done. `error` is what its reader is told."""
+        self._tell("cancel", ticket)
         for request_id in ticket.open_ids:
-            if self._owners.pop(request_id, None) is not None:
-                self._inbox.put(("cancel", request_id))
+            self._owners.pop(request_id, None)
         if error is not None:
             ticket.fail(error)
         self._forget(ticket)
+
+    def note_read(self, ticket: Ticket) -> None:
+        """Its reader took an output: a ticket that was paused goes on once half is read."""
+        if ticket.behind_since is None:
+            return
+        ticket.behind_since = perf_counter()
+        if ticket.unread_tokens <= self._settings.slow_reader_tokens * ticket.samples // 2:
+            ticket.behind_since = None
+            self._tell("resume", ticket)
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new, let what runs finish, and after `seconds` end the rest with an error."""
@@ -237,6 +248,7 @@ class Driver:
     def _take(self, block: bool) -> list[tuple[str, RequestError]] | None:
         """Everything in the inbox goes to the engine: the requests that it refused, or None to stop."""
         refused: list[tuple[str, RequestError]] = []
+        calls = {"cancel": self._engine.cancel, "pause": self._engine.pause, "resume": self._engine.resume}
         while True:
             try:
                 kind, value = self._inbox.get(block, IDLE_S if block else None)
@@ -245,14 +257,19 @@ class Driver:
             block = False
             if kind == "stop":
                 return None
-            if kind == "cancel":
-                self._engine.cancel(value)
+            if kind != "add":
+                calls[kind](value)
                 continue
             self._counted += 1
             try:
                 self._engine.add(value)
             except RequestError as error:
                 refused.append((value.id, error))
+
+    def _tell(self, kind: str, ticket: Ticket) -> None:
+        for request_id in ticket.open_ids:
+            if request_id in self._owners:
+                self._inbox.put((kind, request_id))
 
     def _post(self, call: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None, "the thread starts after the loop is known"
@@ -284,18 +301,18 @@ class Driver:
                 del self._owners[output.id]
                 if ticket.is_done:
                     self._forget(ticket)
-                    continue
+        for ticket in list(self._tickets):
             self._watch_reader(ticket)
         if self._on_step is not None:
             self._on_step(gauges, stats, gaps)
 
     def _watch_reader(self, ticket: Ticket) -> None:
-        if ticket.unread_tokens <= self._settings.slow_reader_tokens:
-            ticket.behind_since = None
-            return
         now = perf_counter()
-        ticket.behind_since = ticket.behind_since or now
-        if now - ticket.behind_since > self._settings.slow_reader_s:
+        if ticket.behind_since is None:
+            if ticket.unread_tokens > self._settings.slow_reader_tokens * ticket.samples:
+                ticket.behind_since = now
+                self._tell("pause", ticket)
+        elif now - ticket.behind_since > self._settings.slow_reader_s:
             message = f"the client read nothing for {self._settings.slow_reader_s:g} s; read the stream as it comes"
             self.cancel(ticket, ApiError(408, message, "slow_reader", kind="timeout"))
 

@@ -35,7 +35,7 @@ SPECIAL = {"add_generation_prompt", "continue_final_message"}
 PLAIN = {
     "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "stop",
     "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs",
-    "thinking_grace", "thinking_close_text",
+    "skip_special_tokens", "thinking_grace", "thinking_close_text",
 }  # fmt: skip
 # structured outputs by what the engine calls them
 KINDS: dict[str, Kind] = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}

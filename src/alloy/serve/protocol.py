@@ -341,8 +341,6 @@ def refuse_unserved(body: Body, trust_template: bool = False) -> None:
     modalities = getattr(body, "modalities", None)
     if modalities is not None and modalities != ["text"]:
         raise bad("modalities", 'modalities must be ["text"]: this model answers in text')
-    if getattr(body, "skip_special_tokens", None) is False:
-        raise bad("skip_special_tokens", "skip_special_tokens = false is not supported; use return_token_ids")
 
 
 def unknown_fields(body: Body) -> list[str]:

@@ -59,7 +59,7 @@ class ServerSettings(Config):
     # time to finish after SIGTERM; 0: abort at once
     shutdown_s: float = Field(default=30, ge=0)
     max_body_mb: float = Field(default=16, gt=0)
-    # a reader this many tokens behind for this long is cut off
+    # an answer whose reader is this many tokens behind is paused, and cut off when nothing is read for so long
     slow_reader_tokens: int = Field(default=1024, ge=1)
     slow_reader_s: float = Field(default=60, gt=0)
     # requests a minute for each key; 0: no limit
