@@ -68,7 +68,7 @@ class Engine:
         self.checkpoint_every = checkpoint_every
         self._make = sequences
         self._runner = Runner(model, pool, length, graphs)
-        self._pools = [pool] if pool.mtp is None else [pool, pool.mtp]
+        self._pools = [pool] if pool.mtp is None or length is None else [pool, pool.mtp]
         self._recurrent = bool(pool.states.layers)
         lag = 0 if length is None else MOST_PENDING + 1 + length.longest
         self._cache = PrefixCache(pool, self._recurrent, lag) if prefix_cache else None
@@ -224,21 +224,19 @@ class Engine:
             end = min(stop, sequence.computed + max(1, room))
             if end < stop and end // BLOCK * BLOCK > sequence.computed:
                 end = end // BLOCK * BLOCK
-            width = end - sequence.computed
+            # with what drafts have not seen; padded rows grow like the widest
+            width = max(widest, end - sequence.computed + len(sequence.behind))
             is_alone = sequence.params.prompt_logprobs is not None
-            if group and (is_alone or max(widest, width) * (len(group) + 1) > self.max_step_tokens):
+            if group and (is_alone or not self._fits([*(s for s, _ in group), sequence], width)):
                 break
-            if not self._secure([sequence], width):
+            if not group and not self._secure([sequence], end - sequence.computed):
                 break
             if sequence.slot < 0:
                 # it was the youngest
                 continue
-            self._reserve(sequence, width)
-            group, widest = [*group, (sequence, end)], max(widest, width)
+            group, widest = [*group, (sequence, end)], width
             if is_alone:
                 break
-        # room for one may have been another's
-        group = [(sequence, end) for sequence, end in group if sequence.slot >= 0]
         if group:
             self._runner.prefill(group)
         for sequence, end in group:
@@ -266,7 +264,9 @@ class Engine:
     def _decode(self) -> None:
         """A token for each running sequence; the youngest make room if there is none."""
         length = self._runner.draft_length()
-        self._secure(self._runner.sequences, 1 + length)
+        if not self._secure(self._runner.sequences, self._runner.reach(length)):
+            # the last one left has room for what it keeps
+            length = 0
         if self._runner.sequences:
             self._runner.step(length)
 
@@ -291,9 +291,12 @@ class Engine:
         needed = {s.slot: self.pool.held[s.slot] + tokens for s in sequences}
         return max(pool.blocks_missing(needed) for pool in self._pools)
 
-    def _reserve(self, sequence: Sequence, tokens: int) -> None:
-        for pool in self._pools:
-            pool.reserve([sequence.slot], self.pool.held[sequence.slot] + tokens - pool.held[sequence.slot])
+    def _fits(self, sequences: list[Sequence], tokens: int) -> bool:
+        """Whether one call may compute `tokens` of each of several sequences: rows are padded, in the cache too."""
+        longest = max(self.pool.held[s.slot] for s in sequences) + tokens
+        if tokens * len(sequences) > self.max_step_tokens or longest > self.pool.max_tokens:
+            return False
+        return self._room(self._missing(sequences, tokens), slot=False)
 
     def _victim(self) -> Sequence | None:
         """The youngest sequence, unless it is the only one; those put back often only where no other is left."""
