@@ -1,74 +1,16 @@
-"""Tiny models of every kind that the engine must treat alike, and a tokenizer of single bytes."""
+"""Tiny models of every kind that the engine must treat alike (`alloy.bench.tiny`), and what plain passes of them say."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from alloy.bench.tiny import EOS, HYBRID, MODELS, SPECIAL, TEMPLATE, VOCAB, build, byte_tokenizer
 from alloy.models.base import CausalLM
-from alloy.models.configs import DecoderConfig, HybridConfig
-from alloy.models.hybrid import HybridLM
-from alloy.models.llama import DecoderLM
 
-SPECIAL = ("</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-VOCAB = 256 + len(SPECIAL)
-EOS = 256
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}"
-    "<think>\n{% endif %}{% endif %}"
-)
-HYBRID = {
-    "vocab": VOCAB,
-    "hidden": 24,
-    "ffn": 40,
-    "num_heads": 3,
-    "num_kv_heads": 1,
-    "head_dim": 8,
-    "ssm_heads": 4,
-    "ssm_head_dim": 6,
-    "ssm_state": 5,
-    "ssm_groups": 2,
-    "chunk": 8,
-    "num_experts": 5,
-    "top_k": 2,
-    "expert_ffn": 16,
-    "shared_ffn": 12,
-    "max_positions": 160,
-    "eos_ids": (),
-    # larger than usual: the largest logits of a random model must be apart
-    "init_std": 0.25,
-}
-MODELS = {
-    "attention": lambda: DecoderConfig(
-        kind="llama",
-        vocab=VOCAB,
-        hidden=24,
-        num_layers=2,
-        num_heads=3,
-        num_kv_heads=1,
-        head_dim=8,
-        ffn=40,
-        max_positions=160,
-        init_std=0.25,
-    ),
-    "hybrid": lambda: HybridConfig.model_validate({**HYBRID, "pattern": "M-M*-"}),
-    "moe": lambda: HybridConfig.model_validate({**HYBRID, "pattern": "ME*E"}),
-    "mtp": lambda: HybridConfig.model_validate(
-        {**HYBRID, "pattern": "M*-ME", "mtp_depths": 1, "mtp_pattern": "*-", "tie_embeddings": True}
-    ),
-}
-
-
-def build(name: str, seed: int = 0) -> CausalLM:
-    """A random model in evaluation mode."""
-    config = MODELS[name]()
-    model = HybridLM(config) if isinstance(config, HybridConfig) else DecoderLM(config)
-    model.init_weights(seed)
-    return model.eval()
+__all__ = ["EOS", "HYBRID", "MODELS", "SPECIAL", "TEMPLATE", "VOCAB", "build", "byte_tokenizer"]
 
 
 @pytest.fixture(params=list(MODELS))
@@ -87,18 +29,6 @@ def build_model() -> Callable[..., CausalLM]:
 def mtp_model() -> CausalLM:
     """A hybrid with multi-token prediction."""
     return build("mtp", seed=1)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Single bytes and the special tokens of a chat."""
-    alphabet = {c: i for i, c in enumerate(_byte_order())}
-    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 @pytest.fixture(scope="session")
@@ -127,10 +57,3 @@ def reference() -> Callable[[CausalLM, list[int], int], tuple[list[int], list[fl
 def _last(logits: Tensor | None) -> Tensor:
     assert logits is not None
     return logits[0, -1]
-
-
-def _byte_order() -> list[str]:
-    """The characters that stand for bytes 0 .. 255 in a byte-level vocabulary."""
-    shown = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
-    other = iter(range(256, 512))
-    return [chr(b) if b in shown else chr(next(other)) for b in range(256)]

@@ -9,6 +9,7 @@ from alloy.engine.core import LLM
 from alloy.engine.engine import Engine
 from alloy.engine.prefix import PrefixCache
 from alloy.engine.request import Output, Request, SamplingParams
+from alloy.engine.speculate import DraftLength
 from alloy.models.base import CausalLM
 from alloy.models.paged import PagedCache, blocks_of
 from tests.engine.conftest import build
@@ -278,6 +279,51 @@ def test_pieces_beside_each_other_take_no_more_blocks_than_there_are(model: Caus
         for x, y in zip(one.prompt_logprobs or [None], other.prompt_logprobs or [None], strict=True):
             assert (x and x.token) == (y and y.token)
             assert (x and x.model) == pytest.approx(y and y.model, abs=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [5, 40])
+def test_prompts_that_are_computed_together_are_padded_within_the_room(model: CausalLM, blocks: int, reference) -> None:
+    """A short rest behind a long hit, and a long prompt: one call would pad the first beyond the longest sequence, and
+    short prompts beside a long one into blocks that are not there."""
+    llm = small(model, slots=4, blocks=blocks, max_seqs=4, max_step_tokens=512, speculate=0)
+    long = [token for word in (*WORDS, WORDS[0]) for token in word][:110]
+    llm.generate([long], greedy(1))
+    for prompts in ([[*long, 5, 7], [*WORDS[2], *long[:87]]], [WORDS[1], WORDS[2], [*WORDS[3], *long[:60]], WORDS[0]]):
+        for prompt, out in zip(prompts, llm.generate(prompts, greedy(9)), strict=True):
+            want, gaps = reference(model, prompt, 9)
+            assert same_until_tie(out.completions[0].token_ids, want, gaps)
+    check(llm.engine())
+
+
+def test_without_drafts_none_of_their_blocks_are_needed() -> None:
+    """Two answers for which there is just room: a model that could draft, and does not, puts neither back."""
+    llm = small(build("mtp"), slots=2, blocks=4, max_seqs=2, speculate=0, prefix_cache=False)
+    llm.generate([WORDS[0], WORDS[1]], greedy(90))
+    assert llm.stats.preemptions == 0
+
+
+@pytest.mark.parametrize("blocks", [4, 40])
+def test_what_drafts_have_not_seen_stays_within_the_room(blocks: int, reference) -> None:
+    """Steps without drafts let tokens wait; rows of newcomers are padded like the one that has most of them, near the end
+    of the longest sequence and where no block is left."""
+    model = build("mtp", seed=1)
+    llm = small(model, slots=8, blocks=blocks, max_seqs=4, max_model_len=56)
+    llm._draft_length = never = DraftLength("auto")
+    never.choose = lambda rows: 0
+    engine, prompts = llm.engine(), [WORDS[0][:5], *([*WORDS[i], *WORDS[i - 1], *WORDS[0]][:52] for i in (1, 2, 3))]
+    requests = [Request(id=str(i), token_ids=p, params=greedy(4 if i else 40)) for i, p in enumerate(prompts)]
+    found: dict[str, list[int]] = {request.id: [] for request in requests}
+    engine.add(requests[0])
+    for number in range(90):
+        if number == 15:
+            for request in requests[1:]:
+                engine.add(request)
+        for news in engine.step():
+            found[news.id] += news.completions[0].token_ids
+        check(engine)
+    for request in requests:
+        want, gaps = reference(model, list(request.token_ids), request.params.max_tokens)
+        assert same_until_tie(found[request.id], want, gaps)
 
 
 def tree(recurrent: bool = True) -> tuple[PrefixCache, PagedCache]:

@@ -4,14 +4,12 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 
+from alloy.bench.exactness import NAMES, matrix, tie_or_difference
+from alloy.bench.tiny import MODELS, build
 from alloy.engine.core import LLM
 from alloy.engine.request import SamplingParams
-from alloy.models.base import CausalLM
-from tests.engine.conftest import MODELS, build
 
-TIE = 1e-5
 PROMPTS = 12
 
 
@@ -32,15 +30,6 @@ def params_of(r: random.Random) -> SamplingParams:
         seed=r.randrange(1000),
         n=r.choice([1, 3]),
     )
-
-
-def gap_at(model: CausalLM, tokens: list[int]) -> float:
-    """Distance of the two best logits after `tokens`."""
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens]), logits="last").logits
-    assert logits is not None
-    best = logits[0, -1].topk(2).values
-    return float(best[0] - best[1])
 
 
 def trial(seed: int) -> tuple[int, int]:
@@ -74,9 +63,8 @@ def trial(seed: int) -> tuple[int, int]:
             if x.token_ids == y.token_ids:
                 assert (x.finish_reason, x.stop_reason) == (y.finish_reason, y.stop_reason)
                 continue
-            first = next(i for i, (s, t) in enumerate(zip(x.token_ids, y.token_ids, strict=False)) if s != t)
-            gaps = [gap_at(model, prompt + x.token_ids[:i]) for i in range(first + 1)]
-            assert min(gaps) < TIE, f"seed {seed}: answer differs at {first} with no tie before it ({min(gaps):.2g})"
+            is_tie, words = tie_or_difference(model, prompt, x.token_ids, y.token_ids)
+            assert is_tie, f"seed {seed}, {name}: {words}"
             ties += 1
     return answers, ties
 
@@ -88,3 +76,14 @@ def test_answers_do_not_depend_on_company(soak_count: int, soak_seed: int) -> No
     answers, ties = (sum(c) for c in zip(*counts, strict=True))
     print(f"{answers} answers, {ties} differ after a tie")  # noqa: T201
     assert ties <= max(1, answers // 200)
+
+
+@pytest.mark.soak
+def test_every_way_gives_what_one_plain_pass_gives(soak_count: int, soak_seed: int) -> None:
+    """The matrix of `benchmarks/exactness.py`, one family of models per trial."""
+    seeds = range(soak_seed, soak_seed + soak_count)
+    cells = [cell for seed in seeds for cell in matrix(72, seed, models=2, families=[[*NAMES][seed % len(NAMES)]])]
+    answers, ties = sum(cell.answers for cell in cells), sum(len(cell.ties) for cell in cells)
+    print(f"{answers} answers, {ties} have ties")  # noqa: T201
+    assert [line for cell in cells for line in [*cell.differing, *cell.missing]] == []
+    assert ties <= max(2, answers // 200)

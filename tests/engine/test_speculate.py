@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.nn import functional as F
 
+from alloy.bench.tiny import teach
 from alloy.engine.core import LLM
 from alloy.engine.request import Output, SamplingParams
 from alloy.engine.speculate import DraftLength, Pairs, merge, stack
@@ -19,19 +19,7 @@ TIE = 1e-5
 @pytest.fixture(scope="module")
 def taught(build_model: Callable[..., CausalLM]) -> CausalLM:
     """A hybrid that learned to repeat a pattern, so that most of its drafts are right."""
-    model = build_model("mtp", seed=2).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    text = torch.tensor(PERIOD * 8)
-    for step in range(60):
-        rows = torch.stack([text[(step + 3 * i) % 7 :][:29] for i in range(4)])
-        out = model(rows, return_mtp=2)
-        loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-        for k, logits in enumerate(out.mtp_logits, 1):
-            loss = loss + F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, k + 1 :].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
+    return teach(build_model("mtp", seed=2), PERIOD)
 
 
 def asked(count: int) -> list[list[int]]:

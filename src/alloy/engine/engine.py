@@ -68,7 +68,7 @@ class Engine:
         self.checkpoint_every = checkpoint_every
         self._make = sequences
         self._runner = Runner(model, pool, length, graphs)
-        self._pools = [pool] if pool.mtp is None else [pool, pool.mtp]
+        self._pools = [pool] if pool.mtp is None or length is None else [pool, pool.mtp]
         self._recurrent = bool(pool.states.layers)
         lag = 0 if length is None else MOST_PENDING + 1 + length.longest
         self._cache = PrefixCache(pool, self._recurrent, lag) if prefix_cache else None
@@ -224,6 +224,7 @@ class Engine:
     def _read(self) -> None:
         """Compute pieces of prompts, oldest first, in one call; sequences whose prompt is done run."""
         group: list[tuple[Sequence, int]] = []
+        widest = 0
         for sequence in list(self._reading):
             if sequence.slot < 0 or sequence.computed == len(sequence.known) - 1:
                 continue
@@ -231,19 +232,20 @@ class Engine:
             end = min(stop, sequence.computed + max(1, room))
             if end < stop and end // BLOCK * BLOCK > sequence.computed:
                 end = end // BLOCK * BLOCK
+            # with what drafts have not seen; padded rows grow like the widest
+            width = max(widest, end - sequence.computed + len(sequence.behind))
             is_alone = sequence.scored is not None
+            if group and (is_alone or not self._fits([*(s for s, _ in group), sequence], width)):
+                break
             if not group and not self._secure([sequence], end - sequence.computed):
                 break
             if sequence.slot < 0:
                 # it was the youngest
                 continue
-            if group and (is_alone or not self._fits_beside(group, sequence, end)):
-                break
-            group.append((sequence, end))
+            group, widest = [*group, (sequence, end)], width
             if is_alone:
                 break
         if group:
-            self._reserve([sequence for sequence, _ in group], _width(group))
             self._runner.prefill(group)
         for sequence, end in group:
             if end == sequence.stops[0][0]:
@@ -253,15 +255,6 @@ class Engine:
             self._reading.remove(sequence)
             self._fork(sequence)
         self._runner.join(done)
-
-    def _fits_beside(self, group: list[tuple[Sequence, int]], sequence: Sequence, end: int) -> bool:
-        """Whether a call may compute this piece beside those of `group`: every row takes the room of the widest."""
-        grown = [*group, (sequence, end)]
-        width = _width(grown)
-        rows = [s for s, _ in grown]
-        is_within = max(s.computed for s in rows) + width <= self.pool.max_tokens
-        is_small = width * len(grown) <= self.max_step_tokens
-        return is_within and is_small and self._room(self._missing(rows, width), slot=False)
 
     def _fork(self, sequence: Sequence) -> None:
         """Let further samples of a request begin where its prompt ends, as far as there is room."""
@@ -279,7 +272,9 @@ class Engine:
     def _decode(self) -> None:
         """A token for each running sequence; the youngest make room if there is none."""
         length = self._runner.draft_length()
-        self._secure(self._runner.sequences, 1 + length)
+        if not self._secure(self._runner.sequences, self._runner.reach(length)):
+            # the last one left has room for what it keeps
+            length = 0
         if self._runner.sequences:
             self._runner.step(length)
 
@@ -304,10 +299,12 @@ class Engine:
         needed = {s.slot: self.pool.held[s.slot] + tokens for s in sequences}
         return max(pool.blocks_missing(needed) for pool in self._pools)
 
-    def _reserve(self, sequences: list[Sequence], tokens: int) -> None:
-        for pool in self._pools:
-            for slot in (s.slot for s in sequences):
-                pool.reserve([slot], self.pool.held[slot] + tokens - pool.held[slot])
+    def _fits(self, sequences: list[Sequence], tokens: int) -> bool:
+        """Whether one call may compute `tokens` of each of several sequences: rows are padded, in the cache too."""
+        longest = max(self.pool.held[s.slot] for s in sequences) + tokens
+        if tokens * len(sequences) > self.max_step_tokens or longest > self.pool.max_tokens:
+            return False
+        return self._room(self._missing(sequences, tokens), slot=False)
 
     def _victim(self) -> Sequence | None:
         """The youngest sequence, unless it is the only one; those put back often only where no other is left."""
@@ -379,10 +376,3 @@ class Engine:
         return Output(
             request.id, order, request.token_ids, [completion], scores, finished, cached_tokens=sequence.cached or 0
         )
-
-
-def _width(group: list[tuple[Sequence, int]]) -> int:
-    """Tokens that a call over these pieces computes in each row; drafts follow with those that waited for them."""
-    if len(group) == 1:
-        return group[0][1] - group[0][0].computed
-    return max(end - sequence.computed + len(sequence.behind) for sequence, end in group)

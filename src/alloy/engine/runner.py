@@ -153,6 +153,10 @@ class Runner:
         room = max(s.max_tokens - len(s.tokens) for s in self.sequences) - 1
         return min(self.length.choose(len(self.sequences)), room)
 
+    def reach(self, length: int) -> int:
+        """Tokens that a step with `length` drafts may write in each row, padding included."""
+        return max(1 + length, 0 if self._drafter is None else self._drafter.width)
+
     @torch.inference_mode()
     def step(self, length: int) -> None:
         """One model call for all running rows: every sequence gets a token, with `length` drafts perhaps several."""

@@ -64,6 +64,11 @@ class Drafter:
         self._model = model
         self._pending: list[Pairs] = []
 
+    @property
+    def width(self) -> int:
+        """Pairs that wait in the fullest row, or more."""
+        return sum(pairs.tokens.shape[1] for pairs in self._pending)
+
     def observe(self, tokens: Tensor, hidden: Tensor, counts: Tensor | None = None) -> None:
         """Remember tokens (rows, width) and the hidden states (rows, width, hidden) they followed.
 
@@ -122,7 +127,7 @@ class Drafter:
 
     def flush(self, cache: Cache) -> None:
         """Show the MTP blocks what waits, once it is much; steps without drafts call this before `observe`."""
-        if sum(pairs.tokens.shape[1] for pairs in self._pending) < MOST_PENDING:
+        if self.width < MOST_PENDING:
             return
         pairs = merge(self._pending)
         if pairs.counts is not None and not int(pairs.counts.min()):

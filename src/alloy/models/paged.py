@@ -24,6 +24,8 @@ from alloy.ops.attention import BLOCK, MAX_QUERIES, attention, attn_decode, gath
 from alloy.ops.decode import count_tokens
 from alloy.ops.slots import consecutive, read_slots, write_slots
 
+# drafts, and padding beside rows that drafts have yet to see, may reach so far beyond the last token that a sequence keeps
+SLACK = 24
 # names that every command uses; "float16-sr" rounds stochastically
 STATE_DTYPES = {
     "float32": torch.float32,
@@ -75,9 +77,8 @@ class PagedCache:
             arena = torch.empty(len(layers), blocks + 1, 2, heads, BLOCK, width, device=device, dtype=dtype)
             self.arenas.append(arena)
             self.kv.update(zip(layers, arena, strict=True))
-        # drafts may reach beyond the last token that a sequence will keep
         self.table = torch.zeros(
-            slots + 1, blocks_of(max_tokens + MAX_QUERIES) if shapes else 1, device=device, dtype=torch.int32
+            slots + 1, blocks_of(max_tokens + SLACK) if shapes else 1, device=device, dtype=torch.int32
         )
         self.lengths = torch.zeros(slots + 1, device=device, dtype=torch.int32)
         self.held = [0] * slots

@@ -1,0 +1,95 @@
+"""Does it matter how the engine computes an answer? Nine ways, four families of models, and a trained checkpoint.
+
+    alloy demo --run-dir DEMO
+    python benchmarks/exactness.py --answers 10000 --seed 0 --checkpoint DEMO/train/checkpoint --out benchmarks/results/exactness.json
+
+Every answer (fp32, CPU, greedy) is compared token by token with one plain forward pass over the whole text, without engine
+and cache (`alloy.bench.exactness`). A cell says how many answers there were, how many differ, and how many of the rest have
+a token that the reference cannot decide: two logits, or routing scores there or before, within 1e-5. Each way must have
+happened, too: rows that ran together, pieces of prompts, answers put back, hits of the wanted length, drafts kept and
+dropped, budgets spent. The command fails (1) if an answer differs or a way was not taken.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from alloy.bench.exactness import MODELS_PER_FAMILY, TIE, WAYS, Cell, Subject, matrix, text_subject
+from alloy.bench.worker import machine
+
+
+def table(cells: list[Cell]) -> str:
+    """Rows are ways, columns families."""
+    families = list(dict.fromkeys(cell.family for cell in cells))
+    found = {(cell.way, cell.family): cell for cell in cells}
+    rows = [["answers / differing / ties", *families]]
+    for way in WAYS:
+        row = [found.get((way, family)) for family in families]
+        rows.append([way, *("-" if c is None else f"{c.answers} / {len(c.differing)} / {len(c.ties)}" for c in row)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def topics() -> list[str]:
+    """Python's language reference, as `help()` shows it."""
+    from pydoc_data.topics import topics
+
+    return list(topics.values())
+
+
+def main() -> int:
+    """Run the matrix, print it, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=int, default=10_000, help="in all, at least")
+    parser.add_argument("--seed", type=int, default=0, help="of models and prompts")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a trained model with multi-token prediction, such as the demo's"
+    )
+    parser.add_argument("--quick", action="store_true", help="72 answers beside the batches of 64, two models a family")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    trained: Subject | None = None
+    if options.checkpoint is not None:
+        trained = text_subject(options.checkpoint, topics())
+    answers, models = (72, 2) if options.quick else (options.answers, MODELS_PER_FAMILY)
+    start, cells = time.perf_counter(), list[Cell]()
+    for cell in matrix(answers, options.seed, trained, models):
+        cells.append(cell)
+        shown = ", ".join(f"{name} {number:,}" for name, number in cell.seen.items())
+        seconds = time.perf_counter() - start
+        print(
+            f"{seconds:6.0f} s  {cell.family}, {cell.way}: {cell.answers} answers; {shown}", file=sys.stderr, flush=True
+        )
+    print(table(cells))
+    for name in ("ties", "differing", "missing"):
+        for cell in cells:
+            for line in getattr(cell, name):
+                print(f"{name}: {line if name != 'missing' else f'{cell.way}, {cell.family}: {line}'}")
+    total, tokens, ties, differing = (
+        sum(counts)
+        for counts in zip(*((c.answers, c.tokens, len(c.ties), len(c.differing)) for c in cells), strict=True)
+    )
+    print(f"{total:,} answers of {tokens:,} tokens: {differing} differ, {ties} have ties within {TIE:g}")
+    if options.out:
+        result = {
+            "machine": machine("cpu"),
+            "command": " ".join(["python", "benchmarks/exactness.py", *sys.argv[1:]]),
+            "seconds": round(time.perf_counter() - start),
+            "answers": total,
+            "tokens": tokens,
+            "differing": differing,
+            "ties": ties,
+            "cells": [asdict(cell) for cell in cells],
+        }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if differing or any(cell.missing for cell in cells) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
