@@ -60,6 +60,8 @@ def serve(
     file = Path(limits.api_key_file) if limits.api_key_file is not None else None
     keys = Keys([key for key in given if key], file)
     if limits.replicas > 1:
+        # read when Ray is imported: it neither starts again by itself while it ends, nor reports its use
+        os.environ |= {"RAY_ENABLE_AUTO_CONNECT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         require("ray", extra="scale", why=f"serve.replicas = {limits.replicas} works")
     with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
         logging.setup()

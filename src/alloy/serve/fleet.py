@@ -11,6 +11,8 @@ import asyncio
 import logging
 import os
 import pickle
+import signal
+import sys
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -337,7 +339,6 @@ def launch(
         share = int(CPU_FRAC * memory_bytes(torch.device("cpu"))) // size
         chosen.setdefault("memory", min(MOST_CPU_BYTES, share) / 2**30)
     threads = max(1, torch.get_num_threads() // size)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     with TemporaryDirectory(prefix="alloy-") as folder:
         failure = Path(folder, "failure")
@@ -358,6 +359,8 @@ def launch(
                 address="local", num_cpus=size, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False, logging_level=logging.ERROR,
             )  # fmt: skip
+            # Ray's own way is to print a stack and abort
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
             serve.start(proxy_location="Disabled", logging_config=QUIET)
             try:
                 handle = serve.run(application, name=NAME, route_prefix=None)
