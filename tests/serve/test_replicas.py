@@ -130,11 +130,11 @@ class Stage:
 
     def post(self, prompt: str, **body: Any) -> httpx.Response:
         with self.site.client() as client:
-            return client.post(COMPLETIONS, json={"prompt": prompt, "temperature": 0, **body})
+            return client.post(COMPLETIONS, json={"prompt": prompt, "temperature": 0, "ignore_eos": True, **body})
 
     def right(self, prompt: str, tokens: int) -> str:
         """The greedy answer of one engine."""
-        return self.llm.generate(prompt, SamplingParams(temperature=0, max_tokens=tokens))[0].text
+        return self.llm.generate(prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))[0].text
 
     @property
     def gauges(self) -> list[Gauges]:
