@@ -37,7 +37,7 @@ pytest.importorskip("ray.serve", reason='serve.replicas needs ray: pip install "
 
 from ray.exceptions import ActorDiedError
 
-from alloy.serve.fleet import Description, Fleet, Report, launch
+from alloy.serve.fleet import Fleet, Report, launch
 
 COMPLETIONS = "/v1/completions"
 LENGTH = 3000
@@ -79,7 +79,7 @@ def answer_of(*calls: list[Report | Exception]) -> tuple[str, ApiError | None, i
     handle: Any = FakeHandle(*calls)
 
     async def ask() -> tuple[str, ApiError | None]:
-        driver = Driver(Fleet(handle, Description(100, {}, EMPTY), 2), ServerSettings())
+        driver = Driver(Fleet(handle, 2, 100, {}), ServerSettings())
         driver.start()
         text = ""
         try:

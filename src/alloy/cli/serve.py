@@ -95,8 +95,8 @@ def _computing(
     served = ServedModel(llm, names, limits)
     found = str(Path(model).resolve()) if Path(model).exists() else model
     with launch(partial(_load, found), settings, limits, start_rows) as fleet:
-        llm.max_model_len = fleet.description.max_model_len
-        yield served, fleet, {"replicas": f"{limits.replicas}, each with", **fleet.description.rows}
+        llm.max_model_len = fleet.max_model_len
+        yield served, fleet, fleet.rows
 
 
 def _load(model: str, settings: Mapping[str, Any]) -> "LLM":

@@ -60,6 +60,8 @@ MOST_ONGOING = 1_000_000
 # Ray tells of its own work in files alone
 QUIET = LoggingConfig(enable_access_log=False, log_level="CRITICAL")
 
+NOTHING = Gauges(0, 0, 0, 0, 0, 0, 0, 0)
+
 Numbers = TypeVar("Numbers", Gauges, EngineStats)
 
 
@@ -80,21 +82,6 @@ class Report:
     stats: EngineStats
     outputs: tuple[Output, ...] = ()
     refused: ApiError | None = None
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the front must know of the model as replicas have loaded it.
-
-    Attributes:
-        max_model_len: longest prompt and answer
-        rows: of the start-up table
-        gauges: of one replica
-    """
-
-    max_model_len: int
-    rows: dict[str, str]
-    gauges: Gauges
 
 
 class Replica:
@@ -133,10 +120,9 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._has_started = False
 
-    async def describe(self) -> Description:
-        """What the front must know."""
-        gauges = self._driver.gauges
-        return Description(self._llm.max_model_len, self._describe(self._llm, gauges), gauges)
+    async def describe(self) -> tuple[int, dict[str, str]]:
+        """What the front must know: max_model_len, and rows of the start-up table."""
+        return self._llm.max_model_len, self._describe(self._llm, self._driver.gauges)
 
     async def report(self) -> Report:
         """What is held now."""
@@ -181,12 +167,14 @@ class Fleet:
 
     Args:
         handle: of the deployment
-        description: of the model
         size: replicas there should be
+        max_model_len: of the model as they have loaded it
+        rows: of the start-up table
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], description: Description, size: int) -> None:
-        self.description = description
+    def __init__(self, handle: DeploymentHandle[Any], size: int, max_model_len: int, rows: Mapping[str, str]) -> None:
+        self.max_model_len = max_model_len
+        self.rows = {"replicas": f"{size}, each with", **rows}
         self._handle = handle
         self._size = size
         self._driver: Driver | None = None
@@ -210,12 +198,12 @@ class Fleet:
 
     def gauges(self) -> Gauges:
         """What all replicas hold."""
-        return _total(list(self.replicas.values()) or [self.description.gauges] * self._size)
+        return _total([NOTHING, *self.replicas.values()])
 
     @property
     def stats(self) -> EngineStats:
         """Counters of all replicas there ever were."""
-        return _total(list(self._stats.values()) or [EngineStats()])
+        return _total([EngineStats(), *self._stats.values()])
 
     def start(self, driver: Driver) -> None:
         """Begin to ask replicas what they hold."""
@@ -258,9 +246,10 @@ class Fleet:
                     raise
                 except RayActorError:
                     log.warning("a replica died under request %s", request.id)
-                    self.replicas.pop(self._places.get(request.id, ""), None)
+                    self.replicas.pop(self._places.pop(request.id, ""), None)
                     if heard:
                         break
+                    self._unseen.add(request.id)
         except (RayError, RayServeException):
             log.exception("request %s failed on its replica", request.id)
             error = internal()
@@ -297,13 +286,14 @@ class Fleet:
         """Ask all replicas what they hold; without Ray the server ends."""
         assert self._driver is not None, "it has started"
         while True:
-            said: list[Report | BaseException] = []
             try:
                 asked = self._handle.broadcast("report")
-                said = await asked.results_async(timeout_s=ANSWER_S, return_exceptions=True)
-            except (DeploymentUnavailableError, TimeoutError):
-                # none lives, or one has no time
-                pass
+                said: list[Any] = await asked.results_async(timeout_s=ANSWER_S, return_exceptions=True)
+            except DeploymentUnavailableError:
+                said = []
+            except TimeoutError:
+                log.warning("a replica has not answered for %g s", ANSWER_S)
+                continue
             except Exception:
                 log.exception("Ray failed")
                 self._driver.died()
@@ -368,7 +358,7 @@ def launch(
                 if failure.exists():
                     raise pickle.loads(failure.read_bytes()) from error
                 raise
-            yield Fleet(handle, handle.describe.remote().result(), size)
+            yield Fleet(handle, size, *handle.describe.remote().result())
         finally:
             ray.shutdown()
 
