@@ -283,29 +283,36 @@ class Fleet:
         self._driver.stepped(outputs, failed, self._sent - len(self._unseen), self.gauges(), self.stats)
 
     async def _watch_replicas(self) -> None:
-        """Ask all replicas what they hold; without Ray the server ends."""
+        """Ask replicas what they hold, again and again; without Ray the server ends."""
         assert self._driver is not None, "it has started"
-        while True:
-            try:
-                asked = self._handle.broadcast("report")
-                said: list[Any] = await asked.results_async(timeout_s=ANSWER_S, return_exceptions=True)
-            except DeploymentUnavailableError:
-                said = []
-            except TimeoutError:
-                log.warning("a replica has not answered for %g s", ANSWER_S)
-                continue
-            except Exception:
-                log.exception("Ray failed")
-                self._driver.died()
-                return
-            reports = [report for report in said if isinstance(report, Report)]
-            if len(reports) != len(self.replicas):
-                log.warning("%d of %d replicas answer", len(reports), self._size)
-            self.replicas = {report.replica: report.gauges for report in reports}
-            self._affinity.keep(self.replicas)
-            self._stats.update({report.replica: report.stats for report in reports})
-            self._tell([], [])
-            await asyncio.sleep(WATCH_S)
+        try:
+            while True:
+                await self._ask_replicas()
+                await asyncio.sleep(WATCH_S)
+        except Exception:
+            log.exception("Ray failed")
+            self._driver.died()
+
+    async def _ask_replicas(self) -> None:
+        try:
+            said: list[Any] = await self._handle.broadcast("report").results_async(
+                timeout_s=ANSWER_S, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            said = []
+        except TimeoutError:
+            log.warning("a replica has not answered for %g s", ANSWER_S)
+            return
+        reports = [report for report in said if isinstance(report, Report)]
+        # others are on their way, unless the process that starts them is gone
+        if not reports and not any(node["Alive"] for node in await asyncio.to_thread(ray.nodes)):
+            raise ResourceError("Ray has no machine left to run replicas on")
+        if len(reports) != len(self.replicas):
+            log.warning("%d of %d replicas answer", len(reports), self._size)
+        self.replicas = {report.replica: report.gauges for report in reports}
+        self._affinity.keep(self.replicas)
+        self._stats.update({report.replica: report.stats for report in reports})
+        self._tell([], [])
 
 
 @contextmanager
