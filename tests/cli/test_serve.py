@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import alloy
 from alloy.cli import app
 from alloy.cli.serve import _load
-from alloy.errors import RecipeError
+from alloy.errors import RecipeError, ResourceError
 from alloy.serve.guard import Keys
 from alloy.serve.listen import open_socket
 from alloy.serve.settings import read_settings
@@ -35,6 +35,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(allo
     [
         (["serve.max_que=3"], 'Did you mean "serve.max_queue"?'),
         (["serve.max_queue=-1"], "greater than or equal to 0"),
+        (["serve.replicas=0"], "greater than or equal to 1"),
         (["engine.max_seqs=0"], "greater than or equal to 1"),
         (["engine.state_dtype=int3"], "float32"),
         (["serve.default={warmth=1}"], "temperature"),
@@ -60,6 +61,15 @@ def test_a_port_in_use_is_code_2() -> None:
         result = CliRunner().invoke(app, ["serve", "no-such-model", "--port", str(port)])
     assert isinstance(result.exception, RecipeError)
     assert f"port {port} on 127.0.0.1 is in use" in str(result.exception)
+
+
+def test_replicas_without_ray_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = CliRunner().invoke(app, ["serve", "no-such-model", "serve.replicas=2"])
+    assert isinstance(result.exception, ResourceError), result.exception
+    assert result.exception.exit_code == 3
+    said = 'serve.replicas = 2 works with ray, which is not installed: pip install "alloy-lm[scale]"'
+    assert str(result.exception) == said
 
 
 def test_settings_are_read_with_their_types() -> None:

@@ -18,6 +18,7 @@ import pytest
 from alloy.engine.core import LLM
 from alloy.engine.request import Completion, Output, Request, TokenLogprobs
 from alloy.errors import RequestError
+from alloy.serve.driver import Backend, EngineThread
 from alloy.serve.guard import Keys
 from alloy.serve.listen import Listener
 from alloy.serve.model import ServedModel
@@ -212,14 +213,20 @@ class Site:
 
 @contextmanager
 def serving(
-    llm: LLM, engine: Any, keys: tuple[str, ...] = (), send_buffer: int | None = None, **settings: Any
+    llm: LLM,
+    engine: Any,
+    keys: tuple[str, ...] = (),
+    backend: Backend | None = None,
+    send_buffer: int | None = None,
+    **settings: Any,
 ) -> Iterator[Site]:
-    """A server in a thread, on a free port; `send_buffer` bytes wait in the system for a client to read them."""
+    """A server in a thread, on a free port; `backend` takes the engine's place, and `send_buffer` bytes wait in the system
+    for a client to read them."""
     model = ServedModel(llm, ["tiny", "other-name"], ServerSettings(**settings))
     bound = socket.create_server(("127.0.0.1", 0))
     if send_buffer is not None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    listener = Listener(model, engine, Keys(keys))
+    listener = Listener(model, backend or EngineThread(engine), Keys(keys))
     loop = asyncio.new_event_loop()
     failure: list[BaseException] = []
 

@@ -17,10 +17,10 @@ CHAT = "/v1/chat/completions"
 ENDLESS = "</think>∞"
 
 
-def raw_post(port: int, body: dict) -> socket.socket:
+def raw_post(port: int, body: dict, path: str = CHAT) -> socket.socket:
     """A request on a bare socket, so that it can be dropped at any time."""
     data = json.dumps({"messages": HELLO, **body}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", port))
     connection.sendall(head.encode() + data)
     return connection

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
     from alloy.engine.core import LLM
     from alloy.engine.engine import Gauges
+    from alloy.serve.driver import Backend
+    from alloy.serve.model import ServedModel
+    from alloy.serve.settings import ServerSettings
 
 MAX_SEQS, MAX_SEQS_CPU = 64, 16
 LENGTHS = (2048, 8192)
@@ -46,7 +51,6 @@ def serve(
     from alloy.core import logging
     from alloy.serve.guard import Keys
     from alloy.serve.listen import Listener, open_socket
-    from alloy.serve.model import ServedModel
     from alloy.serve.settings import read_settings
 
     # settings and the socket come first: a mistake there is known before the model is read
@@ -59,16 +63,44 @@ def serve(
         raise RecipeError("--api-key is empty; give a key, or leave it out")
     file = Path(limits.api_key_file) if limits.api_key_file is not None else None
     keys = Keys([key for key in given if key], file)
+    if limits.replicas > 1:
+        # read when Ray is imported: it neither starts again by itself while it ends, nor reports its use
+        os.environ |= {"RAY_ENABLE_AUTO_CONNECT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        require("ray", extra="scale", why=f"serve.replicas = {limits.replicas} works")
     with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
         logging.setup()
-        llm, cost = _load(model, chosen.engine.chosen)
-        served = ServedModel(llm, served_name or [_name(model)], limits)
-        engine = llm.engine()
-        address, number = bound.getsockname()[:2]
-        shown = f"[{address}]" if ":" in address else address
-        rows = start_rows(llm, engine.gauges()) | cost
-        logging.start_panel("serving", {"model": ", ".join(served.names), **rows, "url": f"http://{shown}:{number}"})
-        asyncio.run(Listener(served, engine, keys).listen(bound))
+        names = served_name or [_name(model)]
+        with _computing(model, chosen.engine.chosen, names, limits) as (served, backend, rows):
+            address, number = bound.getsockname()[:2]
+            shown = f"[{address}]" if ":" in address else address
+            url = f"http://{shown}:{number}"
+            logging.start_panel("serving", {"model": ", ".join(names), **rows, "url": url})
+            asyncio.run(Listener(served, backend, keys).listen(bound))
+
+
+@contextmanager
+def _computing(
+    model: str, settings: Mapping[str, Any], names: Sequence[str], limits: "ServerSettings"
+) -> "Generator[tuple[ServedModel, Backend, dict[str, str]]]":
+    """The model as the server knows it, what computes its answers, and rows of the start-up table."""
+    from alloy.engine.core import LLM
+    from alloy.serve.driver import EngineThread
+    from alloy.serve.model import ServedModel
+
+    if limits.replicas == 1:
+        llm, cost = _load(model, settings)
+        backend = EngineThread(llm.engine())
+        yield ServedModel(llm, names, limits), backend, start_rows(llm, backend.gauges()) | cost
+        return
+    from alloy.serve.fleet import launch
+
+    # knows the tokenizer and the shapes
+    llm = LLM(model, device="meta", max_model_len=settings.get("max_model_len", 1))
+    served = ServedModel(llm, names, limits)
+    found = str(Path(model).resolve()) if Path(model).exists() else model
+    with launch(partial(_load, found), settings, limits, start_rows) as fleet:
+        llm.max_model_len = fleet.max_model_len
+        yield served, fleet, fleet.rows
 
 
 def _load(model: str, settings: Mapping[str, Any]) -> tuple["LLM", dict[str, str]]:

@@ -67,7 +67,7 @@ def load(
     Args:
         path: a folder, or a hub id (owner/name)
         dtype: of the weights; None: as stored. Tensors that must stay fp32 do in any case.
-        device: "auto", "cpu", "cuda", "cuda:1"
+        device: "auto", "cpu", "cuda", "cuda:1"; "meta": shapes alone, no weight is read
         compat: "transformers-5.23" reproduces that library's handling of dt in the Mamba layers
         layers: load only these blocks, in this order (None: all)
         progress: called with the bytes of every tensor read
@@ -81,12 +81,13 @@ def load(
     model = build(config, "meta", dtype or stored_dtype(stored))
     # before any memory is taken: a config.json of another size would ask for more than there is
     found = match_weights(model, config, stored, folder, layers)
-    model.to_empty(device=resolve_device(str(device)))
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    start = time.perf_counter()
-    load_weights(model, config, found, folder, layers, progress)
-    _log_rate("loaded", model, start)
+    if str(device) != "meta":
+        model.to_empty(device=resolve_device(str(device)))
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight
+        start = time.perf_counter()
+        load_weights(model, config, found, folder, layers, progress)
+        _log_rate("loaded", model, start)
     model.foreign = foreign
     model.generation = read_optional_json(folder / GENERATION)
     if isinstance(config, HybridConfig):

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from pydantic.json_schema import models_json_schema
@@ -18,7 +18,7 @@ from alloy.core.logging import get_logger
 from alloy.errors import RequestError
 from alloy.serve.chat import answer_chat
 from alloy.serve.completions import answer_completion
-from alloy.serve.driver import Driver
+from alloy.serve.driver import Backend, Driver
 from alloy.serve.errors import ApiError, bad, internal, timed_out
 from alloy.serve.guard import Guard, Keys, RateLimit
 from alloy.serve.metrics import CONTENT_TYPE, Metrics
@@ -39,9 +39,6 @@ from alloy.serve.responses import Responses
 from alloy.serve.service import Service
 from alloy.serve.sse import ClientGone
 
-if TYPE_CHECKING:
-    from alloy.engine.engine import Engine
-
 log = get_logger(__name__)
 
 STATUS_S = 10.0
@@ -56,22 +53,22 @@ POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self
 
 
 class Server:
-    """The application with its engine.
+    """The application with what computes for it.
 
     Args:
         model: what is served, with its settings
-        engine: closed when the application ends
+        backend: what computes; closed when the application ends
         keys: API keys
-        on_death: called once the engine has failed
+        on_death: called once the backend has failed
     """
 
     def __init__(
-        self, model: ServedModel, engine: "Engine", keys: Keys | None = None, on_death: Callable[[], None] | None = None
+        self, model: ServedModel, backend: Backend, keys: Keys | None = None, on_death: Callable[[], None] | None = None
     ) -> None:
         settings = model.settings
         self.keys = keys or Keys(())
         metrics = Metrics(settings.metrics_prefix, model.name)
-        self.driver = Driver(engine, settings, metrics.stepped, on_death)
+        self.driver = Driver(backend, settings, metrics.stepped, on_death)
         self.service = Service(model, self.driver, metrics, settings)
         self.responses = Responses(self.service)
         self._warned: set[str] = set()
@@ -137,8 +134,7 @@ class Server:
 
         @app.get("/ready")
         async def ready() -> Response:
-            state = "dead" if driver.is_dead else "draining" if driver.is_draining else "ready"
-            return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+            return JSONResponse({"status": driver.state}, 200 if driver.state == "ready" else 503)
 
         @app.get("/version")
         async def version() -> Json:

@@ -1,8 +1,9 @@
 """One thread owns the engine; everything else talks to it through this.
 
-Asyncio side: `submit` admits requests or refuses them, a `Ticket` yields their outputs, `cancel` ends them. Engine side: one
-loop that takes what came in, steps, and hands all outputs of a step over in one call. Counters of what waits come with
-them, so that admission reads consistent numbers without locks.
+Asyncio side, `Driver`: `submit` admits requests or refuses them, a `Ticket` yields their outputs, `cancel` ends them. What
+computes them is a `Backend`: here `EngineThread`, one loop that takes what came in, steps, and hands all outputs of a step
+over in one call; in fleet.py replicas in processes of their own. Counters of what waits come with the outputs, so that
+admission reads consistent numbers without locks.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from alloy.core.logging import get_logger
 from alloy.engine.request import Output, Request
@@ -29,6 +30,8 @@ log = get_logger(__name__)
 # an idle engine thread looks up this often, in case it is told to stop
 IDLE_S = 1.0
 RETRY_S = 5
+
+Told = Literal["cancel", "pause", "resume"]
 
 
 class Ticket:
@@ -119,46 +122,83 @@ class Ticket:
         return list(self._open)
 
 
+class Backend(Protocol):
+    """What computes the requests of a `Driver`; all calls come from the event loop."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a request that comes now would be computed at once."""
+        ...
+
+    def gauges(self) -> "Gauges":
+        """What is held before anything ran."""
+        ...
+
+    def start(self, driver: "Driver") -> None:
+        """Begin; from now on `driver.stepped` and `driver.died` are called on the running event loop."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Compute a request."""
+        ...
+
+    def tell(self, kind: Told, request_id: str) -> None:
+        """End a request, let it hold nothing for a while, or go on with it."""
+        ...
+
+    async def close(self) -> None:
+        """Stop, and give back everything."""
+        ...
+
+
 class Driver:
-    """The engine thread and who waits for what.
+    """Which requests are admitted, and who waits for what.
 
     Args:
-        engine: stepped by this driver's thread alone, and closed by it
+        backend: started and closed by this driver
         settings: queue limits and timeouts
         on_step: told on the event loop after each round: gauges, stats, and the seconds between tokens
-        on_death: called on the event loop once the engine has failed
+        on_death: called on the event loop once the backend has failed
     """
 
     def __init__(
         self,
-        engine: "Engine",
+        backend: Backend,
         settings: ServerSettings,
         on_step: Callable[["Gauges", Any, Sequence[float]], None] | None = None,
         on_death: Callable[[], None] | None = None,
     ) -> None:
-        self._engine = engine
+        self._backend = backend
         self._settings = settings
         self._on_step = on_step
         self._on_death = on_death
-        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._owners: dict[str, Ticket] = {}
         self._tickets: set[Ticket] = set()
+        # requests handed to the backend, and those that it has taken up
         self._sent = 0
-        # requests that the engine has seen: as its thread counts, and as the event loop knows
-        self._counted = 0
         self._taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.gauges = engine.gauges()
+        self.gauges = backend.gauges()
         self.is_dead = False
         self.is_draining = False
 
     def start(self) -> None:
-        """Begin stepping; outputs arrive on the running event loop."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        """Begin to compute; outputs arrive on the running event loop."""
+        self._backend.start(self)
+
+    async def close(self) -> None:
+        """Stop computing."""
+        await self._backend.close()
+
+    @property
+    def state(self) -> str:
+        """ "ready", or why new requests had better go elsewhere."""
+        if self.is_dead:
+            return "dead"
+        if self.is_draining:
+            return "draining"
+        return "ready" if self._backend.is_up else "starting"
 
     @property
     def in_flight(self) -> int:
@@ -191,7 +231,7 @@ class Driver:
         self._owners.update(dict.fromkeys(ticket.requests, ticket))
         self._sent += len(requests)
         for request in requests:
-            self._inbox.put(("add", request))
+            self._backend.add(request)
         return ticket
 
     def cancel(self, ticket: Ticket, error: ApiError | None = None) -> None:
@@ -223,74 +263,33 @@ class Driver:
                 message = "the server is shutting down and could not finish this answer; ask again"
                 self.cancel(ticket, ApiError(503, message, "server_shutdown", kind=SERVER))
 
-    async def close(self) -> None:
-        """Stop the engine thread."""
-        self._inbox.put(("stop", None))
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
-
-    def _run(self) -> None:
-        """The engine thread."""
-        engine = self._engine
-        try:
-            while True:
-                refused = self._take(block=not engine.busy)
-                if refused is None:
-                    return
-                outputs = engine.step() if engine.busy else []
-                self._post(self._stepped, outputs, refused, self._counted, engine.gauges(), engine.stats)
-        except Exception:
-            log.exception("the engine failed")
-            self._post(self._died)
-        finally:
-            engine.close()
-
-    def _take(self, block: bool) -> list[tuple[str, RequestError]] | None:
-        """Everything in the inbox goes to the engine: the requests that it refused, or None to stop."""
-        refused: list[tuple[str, RequestError]] = []
-        calls = {"cancel": self._engine.cancel, "pause": self._engine.pause, "resume": self._engine.resume}
-        while True:
-            try:
-                kind, value = self._inbox.get(block, IDLE_S if block else None)
-            except queue.Empty:
-                return refused
-            block = False
-            if kind == "stop":
-                return None
-            if kind != "add":
-                calls[kind](value)
-                continue
-            self._counted += 1
-            try:
-                self._engine.add(value)
-            except RequestError as error:
-                refused.append((value.id, error))
-
-    def _tell(self, kind: str, ticket: Ticket) -> None:
+    def _tell(self, kind: Told, ticket: Ticket) -> None:
         for request_id in ticket.open_ids:
             if request_id in self._owners:
-                self._inbox.put((kind, request_id))
+                self._backend.tell(kind, request_id)
 
-    def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None, "the thread starts after the loop is known"
-        # the loop may be gone when the process ends
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(call, *arguments)
-
-    def _stepped(
+    def stepped(
         self,
-        outputs: list[Output],
-        refused: list[tuple[str, RequestError]],
+        outputs: Sequence[Output],
+        failed: Sequence[tuple[str, ApiError]],
         taken: int,
         gauges: "Gauges",
         stats: Any,
     ) -> None:
-        """Hand a round's outputs to their tickets; on the event loop."""
+        """Hand a round's outputs to their tickets.
+
+        Args:
+            outputs: in the order in which they were computed
+            failed: ids of requests that end here, and what their readers are told
+            taken: requests that the backend has taken up since it began
+            gauges: what it holds
+            stats: its counters
+        """
         self._taken = taken
         self.gauges = gauges
-        for request_id, error in refused:
+        for request_id, error in failed:
             if (ticket := self._owners.get(request_id)) is not None:
-                self.cancel(ticket, bad(request_id.partition("-")[0], str(error)))
+                self.cancel(ticket, error)
         gaps: list[float] = []
         for output in outputs:
             ticket = self._owners.get(output.id)
@@ -316,7 +315,8 @@ class Driver:
             message = f"the client read nothing for {self._settings.slow_reader_s:g} s; read the stream as it comes"
             self.cancel(ticket, ApiError(408, message, "slow_reader", kind="timeout"))
 
-    def _died(self) -> None:
+    def died(self) -> None:
+        """The backend has failed and comes back no more."""
         self.is_dead = True
         for ticket in list(self._tickets):
             self.cancel(ticket, engine_dead(500))
@@ -327,6 +327,91 @@ class Driver:
         self._tickets.discard(ticket)
         if not self._tickets:
             self._idle.set()
+
+
+class EngineThread:
+    """A thread that owns an engine and closes it.
+
+    Args:
+        engine: touched by this thread alone
+    """
+
+    is_up = True
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        # requests that the engine has seen
+        self._taken = 0
+        self._driver: Driver | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def gauges(self) -> "Gauges":
+        """What the engine holds before it runs."""
+        return self._engine.gauges()
+
+    def start(self, driver: Driver) -> None:
+        """Begin stepping."""
+        self._driver, self._loop = driver, asyncio.get_running_loop()
+        self._thread.start()
+
+    def add(self, request: Request) -> None:
+        """Hand a request to the engine."""
+        self._inbox.put(("add", request))
+
+    def tell(self, kind: Told, request_id: str) -> None:
+        """Have the engine's method of this name called."""
+        self._inbox.put((kind, request_id))
+
+    async def close(self) -> None:
+        """Stop the thread."""
+        self._inbox.put(("stop", None))
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        assert self._driver is not None, "the thread starts after the driver is known"
+        engine = self._engine
+        try:
+            while True:
+                refused = self._take(block=not engine.busy)
+                if refused is None:
+                    return
+                outputs = engine.step() if engine.busy else []
+                self._post(self._driver.stepped, outputs, refused, self._taken, engine.gauges(), engine.stats)
+        except Exception:
+            log.exception("the engine failed")
+            self._post(self._driver.died)
+        finally:
+            engine.close()
+
+    def _take(self, block: bool) -> list[tuple[str, ApiError]] | None:
+        """Everything in the inbox goes to the engine: the requests that it refused, or None to stop."""
+        refused: list[tuple[str, ApiError]] = []
+        calls = {"cancel": self._engine.cancel, "pause": self._engine.pause, "resume": self._engine.resume}
+        while True:
+            try:
+                kind, value = self._inbox.get(block, IDLE_S if block else None)
+            except queue.Empty:
+                return refused
+            block = False
+            if kind == "stop":
+                return None
+            if kind != "add":
+                calls[kind](value)
+                continue
+            self._taken += 1
+            try:
+                self._engine.add(value)
+            except RequestError as error:
+                refused.append((value.id, bad(value.id.partition("-")[0], str(error))))
+
+    def _post(self, call: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None, "the thread starts after the loop is known"
+        # the loop may be gone when the process ends
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *arguments)
 
 
 def _tokens(output: Output) -> int:

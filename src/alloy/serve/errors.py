@@ -58,6 +58,10 @@ class ApiError(Exception):
         self.kind = kind
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple[type["ApiError"], tuple[Any, ...]]:
+        """From one process to another."""
+        return ApiError, (self.status, self.message, self.code, self.param, self.kind, self.headers)
+
     @property
     def body(self) -> dict[str, Any]:
         """The JSON body."""

@@ -6,18 +6,15 @@ import ipaddress
 import signal
 import socket
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import uvicorn
 
 from alloy.core.logging import get_logger
 from alloy.errors import AlloyError, RecipeError
 from alloy.serve.app import Server
+from alloy.serve.driver import Backend
 from alloy.serve.guard import Keys
 from alloy.serve.model import ServedModel
-
-if TYPE_CHECKING:
-    from alloy.engine.engine import Engine
 
 log = get_logger(__name__)
 
@@ -54,8 +51,8 @@ def open_socket(host: str, port: int, has_keys: bool, insecure: bool) -> socket.
 class Listener(uvicorn.Server):
     """uvicorn, except that the first signal drains before it closes, and a dead engine ends the process."""
 
-    def __init__(self, model: ServedModel, engine: "Engine", keys: Keys) -> None:
-        self.server = Server(model, engine, keys, self._engine_died)
+    def __init__(self, model: ServedModel, backend: Backend, keys: Keys) -> None:
+        self.server = Server(model, backend, keys, self._backend_died)
         super().__init__(
             uvicorn.Config(
                 self.server.app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5
@@ -91,7 +88,7 @@ class Listener(uvicorn.Server):
         await self.server.driver.drain(seconds)
         self.should_exit = True
 
-    def _engine_died(self) -> None:
+    def _backend_died(self) -> None:
         self.has_died = True
         self.should_exit = True
 

@@ -48,6 +48,8 @@ class EngineSettings(Config):
 class ServerSettings(Config):
     """Limits and habits of the server."""
 
+    # engines, each in a process of its own
+    replicas: int = Field(default=1, ge=1)
     # waiting requests before 503; 0: no limit
     max_queue: int = Field(default=256, ge=0)
     # waiting prompt tokens before 503; 0: no limit
