@@ -19,16 +19,22 @@ def real(tiny_llm: LLM):
         yield client
 
 
+@pytest.fixture(scope="module")
+def library(tiny_llm: LLM) -> LLM:
+    """The same model with an engine of its own: that of the server is its thread's alone."""
+    return LLM(tiny_llm.model, tiny_llm.tokenizer, max_model_len=1000)
+
+
 def complete(client, **body):
     response = client.post("/v1/completions", json={"temperature": 0, "max_tokens": 7, **body})
     assert response.status_code == 200, response.text
     return events(response) if body.get("stream") else response.json()
 
 
-def test_every_kind_of_prompt_gives_the_tokens_of_the_library(real, tiny_llm: LLM) -> None:
+def test_every_kind_of_prompt_gives_the_tokens_of_the_library(real, library: LLM) -> None:
     texts = ["one", "another prompt"]
-    want = [o.completions[0].token_ids for o in tiny_llm.generate(texts, SamplingParams(temperature=0, max_tokens=7))]
-    ids = [tiny_llm.encode(t) for t in texts]
+    want = [o.completions[0].token_ids for o in library.generate(texts, SamplingParams(temperature=0, max_tokens=7))]
+    ids = [library.encode(t) for t in texts]
     for prompt in (texts, ids):
         body = complete(real, prompt=prompt, return_token_ids=True)
         assert [c["token_ids"] for c in body["choices"]] == want
@@ -43,11 +49,11 @@ def test_every_kind_of_prompt_gives_the_tokens_of_the_library(real, tiny_llm: LL
         assert got == want[i]
 
 
-def test_scores_of_a_prompt_are_those_of_the_library(real, tiny_llm: LLM) -> None:
+def test_scores_of_a_prompt_are_those_of_the_library(real, library: LLM) -> None:
     """As lm-eval asks: echo, log probabilities, one token more; and max_tokens = 0 for the prompt alone."""
-    ids = tiny_llm.encode("score this")
+    ids = library.encode("score this")
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=2, prompt_logprobs=2)
-    out = tiny_llm.generate([ids], params)[0]
+    out = library.generate([ids], params)[0]
     want = [e.model for e in out.prompt_logprobs[1:]] + [out.completions[0].logprobs[0].model]
     body = complete(real, prompt=[ids], echo=True, logprobs=2, max_tokens=1)
     scored = body["choices"][0]["logprobs"]
@@ -65,15 +71,12 @@ def test_scores_of_a_prompt_are_those_of_the_library(real, tiny_llm: LLM) -> Non
     assert got[1:] == pytest.approx(want)
 
 
-def test_scores_of_fifty_texts_are_those_of_the_library_to_the_last_bit(real, tiny_llm: LLM) -> None:
+def test_scores_of_fifty_texts_are_those_of_the_library_to_the_last_bit(real, library: LLM) -> None:
     """Batches of token ids of all lengths, several at once, beside each other; JSON holds every float whole."""
     draw = random.Random(0)
     prompts = [[draw.randrange(256) for _ in range(draw.randrange(1, 300))] for _ in range(50)]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-    want = [
-        [e and e.model for e in out.prompt_logprobs or []]
-        for out in LLM(tiny_llm.model, max_model_len=1000).generate(prompts, params)
-    ]
+    want = [[e and e.model for e in out.prompt_logprobs or []] for out in library.generate(prompts, params)]
     batches = [prompts[i : i + 7] for i in range(0, 50, 7)]
     with ThreadPoolExecutor(3) as pool:
         bodies = list(pool.map(lambda b: complete(real, prompt=b, echo=True, logprobs=1, max_tokens=0), batches))

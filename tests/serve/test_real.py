@@ -147,7 +147,7 @@ def test_a_reader_that_falls_behind_and_reads_on_gets_the_whole_answer(name: str
     prompt = llm.encode("slowly")
     params = SamplingParams(seed=4, n=2, max_tokens=300, ignore_eos=True)
     want = [c.token_ids for c in LLM(llm.model, speculate=0).generate([prompt], params)[0].completions]
-    with serving(llm, llm.engine(), send_buffer=4096, slow_reader_tokens=20) as site:
+    with serving(llm, llm.engine(), send_buffer=4096, slow_reader_tokens=20, request_timeout_s=120) as site:
         connection = slow_client(site, prompt=prompt, seed=4, n=2, max_tokens=300)
         site.wait(lambda: site.engine._paused and not site.engine.busy)
         assert idle(site)
