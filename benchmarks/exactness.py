@@ -1,6 +1,6 @@
 """Does it matter how the engine computes an answer? Nine ways, four families of models, and a trained checkpoint.
 
-    alloy demo --run-dir DEMO
+    OMP_NUM_THREADS=1 alloy demo --seconds 240 --run-dir DEMO
     python benchmarks/exactness.py --answers 10000 --seed 0 --checkpoint DEMO/train/checkpoint --out benchmarks/results/exactness.json
 
 Every answer (fp32, CPU, greedy) is compared token by token with one plain forward pass over the whole text, without engine

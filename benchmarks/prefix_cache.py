@@ -78,8 +78,11 @@ def resend(lengths: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def cost(name: str, model: CausalLM, memory: float, shape: tuple[int, int, int], pairs: int) -> dict[str, Any]:
-    """Cache on beside off on prompts that nobody sent before; shape: requests, prompt and answer tokens of a run."""
+def cost(
+    name: str, model: CausalLM, memory: float, shape: tuple[int, int, int], pairs: int, drawn: bool
+) -> dict[str, Any]:
+    """Cache on beside off on prompts that nobody sent before; shape: requests, prompt and answer tokens of a run; drawn: answers of
+    half to one and a half times that length, so that sequences come and go, else all end together."""
     requests, prompt, answer = shape
     sides = {on: LLM(model, max_model_len=1024, max_seqs=8, prefix_cache=on, memory=memory) for on in (True, False)}
     r, vocab = random.Random(1), model.config.vocab
@@ -90,7 +93,7 @@ def cost(name: str, model: CausalLM, memory: float, shape: tuple[int, int, int],
     ratios: dict[str, list[float]] = {"process": [], "wall": []}
     for i in range(pairs + 1):
         prompts = [[r.randrange(vocab) for _ in range(prompt)] for _ in range(requests)]
-        lengths = [greedy(r.randint(answer // 2, 3 * answer // 2)) for _ in prompts]
+        lengths = [greedy(r.randint(answer // 2, 3 * answer // 2) if drawn else answer) for _ in prompts]
         taken: dict[bool, tuple[float, float]] = {}
         for on in (True, False) if i % 2 else (False, True):
             before = time.process_time(), time.perf_counter()
@@ -102,14 +105,14 @@ def cost(name: str, model: CausalLM, memory: float, shape: tuple[int, int, int],
     held = sides[True].engine().gauges()
     result: dict[str, Any] = {
         "model": name, "parameters": sum(p.numel() for p in model.parameters()), "pairs": pairs, "requests": requests,
-        "prompt": prompt, "answer": answer, "snapshots": held.slots_cached, "slots_free": held.slots_free,
+        "prompt": prompt, "answer": answer, "lengths": "drawn" if drawn else "all the same", "snapshots": held.slots_cached, "slots_free": held.slots_free,
     }  # fmt: skip
     for kind, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)
         result[f"{kind}_time"] = {"median": middle, "quartiles": [low, high]}
     own = result["process_time"]
     print(
-        f"nothing to reuse, {name}: time with the cache over time without {own['median']:.3f} "
+        f"nothing to reuse, {name}, lengths {result['lengths']}: time with the cache over time without {own['median']:.3f} "
         f"({own['quartiles'][0]:.3f} .. {own['quartiles'][1]:.3f}; of the wall {result['wall_time']['median']:.3f}), "
         f"{pairs} pairs of {requests} requests, {prompt} in, {answer} out on average, {held.slots_cached} snapshots held"
     )
@@ -238,11 +241,15 @@ def main() -> int:
         found["resend"] = resend(many[:: 60 if quick else 1])
         is_good &= not any(row["wrong"] for row in found["resend"])
     if options.only in (None, "cost"):
-        found["cost"] = [cost("tiny hybrid", build("hybrid"), 0.05, (24, 96, 32), 3 if quick else 31)]
+        tiny, pairs = build("hybrid"), 3 if quick else 31
+        found["cost"] = [cost("tiny hybrid", tiny, 0.05, (24, 96, 32), pairs, drawn) for drawn in (False, True)]
         if not quick:
             dense = registry.build(HybridConfig.model_validate(DENSE))
             dense.init_weights(0)
-            found["cost"].append(cost("dense hybrid of 48M", dense.eval(), 1.0, (8, 128, 16), 9))
+            dense.eval()
+            found["cost"] += [
+                cost("dense hybrid of 48M", dense, 1.0, (8, 128, 16), 9, drawn) for drawn in (False, True)
+            ]
             is_good &= all(row["process_time"]["median"] <= 1 + MOST_COST for row in found["cost"])
     if options.only in (None, "chats"):
         from pydoc_data.topics import topics
