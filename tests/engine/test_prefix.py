@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from alloy.engine.core import LLM
-from alloy.engine.engine import Engine
-from alloy.engine.prefix import PrefixCache
+from alloy.engine.engine import LEAST_BRANCH, Engine
+from alloy.engine.prefix import PrefixCache, Snapshot
 from alloy.engine.request import Output, Request, SamplingParams
 from alloy.engine.speculate import DraftLength
 from alloy.models.base import CausalLM
@@ -35,7 +35,7 @@ def check(engine: Engine) -> None:
     pool, cache = engine.pool, engine._cache
     held = engine.gauges()
     live = engine._live()
-    nodes = list(cache._nodes()) if cache is not None else []
+    nodes = list(cache._used) if cache is not None else []
     snapshots = [n.snapshot.slot for n in nodes if n.snapshot is not None and n.snapshot.slot >= 0]
     slots = [s.slot for s in live] + snapshots + pool._free_slots
     assert sorted(slots) == list(range(pool.slots))
@@ -374,6 +374,34 @@ def test_least_recently_used_leaves_go_first() -> None:
     cache.evict_blocks(pool.blocks_free + 2)
     assert [cache.match([first] * 70, 70).length for first in (1, 2, 3)] == [70, 0, 70]
     assert pool.blocks_free == pool.blocks - 2 * blocks_of(70)
+
+
+def test_states_on_the_way_go_first_then_the_least_recently_used() -> None:
+    """Three prompts with states, the first used again, and one on the way of the last."""
+    cache, pool = tree()
+    for first, end, kind in ((1, 30, "kept"), (2, 30, "kept"), (3, 30, "way"), (3, 40, "kept")):
+        slot = held(pool, end)
+        cache.keep(cache.insert([first] * end, slot), Snapshot(pool.open_apart(), kind))
+        pool.close([slot])
+    slot = pool.open(1)[0]
+    cache.begin(slot, cache.match([1] * 31, 30))
+    pool.close([slot])
+    left, gone = [(1, 30), (2, 30), (3, 30), (3, 40)], []
+    while cache.evict_slot():
+        gone += [(first, end) for first, end in left if cache.match([first] * end, end).length != end]
+        left = [place for place in left if place not in gone]
+    assert gone == [(3, 30), (2, 30), (3, 40), (1, 30)]
+    assert pool.slots_free == pool.slots
+    assert pool.blocks_free == pool.blocks
+
+
+def test_a_beginning_of_a_few_tokens_leaves_no_state() -> None:
+    """Prompts that share less than a state is worth are computed in one piece, and the third finds nothing."""
+    llm = LLM(build("hybrid"))
+    for common, want in ((LEAST_BRANCH - 1, 0), (LEAST_BRANCH, LEAST_BRANCH)):
+        beginning = [common] * common
+        outs = [llm.generate([[*beginning, tail, *WORDS[0]]], greedy(1))[0] for tail in (101, 102, 103)]
+        assert [out.cached_tokens for out in outs] == [0, 0, want]
 
 
 def _common(a: list[int], b: list[int]) -> int:

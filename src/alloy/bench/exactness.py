@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from alloy.bench.tiny import build, byte_tokenizer, teach
 from alloy.engine.codec import Codec
 from alloy.engine.core import LLM
+from alloy.engine.engine import LEAST_BRANCH
 from alloy.engine.request import Request, SamplingParams
 from alloy.errors import AlloyError, DataError
 from alloy.models import sizes
@@ -118,7 +119,8 @@ class Cell:
     """One way with one family: counts, and what shows that the way was taken.
 
     Attributes:
-        ties: each as a sentence
+        close: answers with a position at which the reference's two best logits are within 1e-5, whatever was answered
+        ties: answers that differ where the reference cannot decide, each as a sentence
         differing: each as a sentence
         missing: what should have happened and did not
     """
@@ -127,6 +129,7 @@ class Cell:
     family: str
     answers: int = 0
     tokens: int = 0
+    close: int = 0
     ties: list[str] = field(default_factory=list[str])
     differing: list[str] = field(default_factory=list[str])
     missing: list[str] = field(default_factory=list[str])
@@ -197,6 +200,8 @@ def check(cell: Cell, model: CausalLM, answer: Answer) -> None:
         cell.need(thought <= max(answer.budget.tokens, answer.budget.opened(prompt) or 0), "a budget was exceeded")
     logits, closest = whole_pass(model, [*prompt, *tokens[:-1]])
     logits, closest = logits[len(prompt) - 1 :], closest[len(prompt) - 1 :]
+    two = logits.topk(2).values
+    cell.close += bool((two[:, 0] - two[:, 1] < TIE).any())
     best = logits.max(-1)
     behind = best.values - logits[torch.arange(len(tokens)), torch.tensor(tokens)]
     is_tie = False
@@ -334,7 +339,7 @@ def branch_hit(cell: Cell, subject: Subject, r: random.Random, count: int, specu
     """The third and fourth prompt with one beginning: the second left the state where it parted from the first."""
     llm = LLM(subject.model, max_model_len=LONGEST, max_seqs=8, speculate=speculate)
     is_recurrent = sizes.state_bytes(subject.model.config, 1) > 0
-    shared = [size for size in r.sample(range(1, 100), -(-count // 2)) for _ in range(2)]
+    shared = [size for size in r.sample(range(LEAST_BRANCH, 100), -(-count // 2)) for _ in range(2)]
     asked: list[list[Request]] = [[], [], []]
     for i, size in enumerate(shared[::2]):
         beginning = subject.prompt(r, size)

@@ -21,6 +21,8 @@ from alloy.ops.attention import BLOCK
 
 # a request that was put back so often is not put back again while others can be
 MOST_PREEMPTIONS = 3
+# a state that saves others fewer tokens is worth neither its slot nor the stop
+LEAST_BRANCH = 16
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,8 @@ class Engine:
         kinds: dict[int, Kind] = {}
         if self._cache is not None and self._recurrent:
             kinds |= dict.fromkeys(range(self.checkpoint_every, target, self.checkpoint_every), "way")
-            kinds |= dict.fromkeys((match.shared, *sequence.request.keep_at), "kept")
+            branch = [match.shared] if match.shared - match.length >= LEAST_BRANCH else []
+            kinds |= dict.fromkeys((*branch, *sequence.request.keep_at), "kept")
         kinds[target] = "kept"
         return sorted((at, kind) for at, kind in kinds.items() if match.length < at <= target)
 
@@ -337,7 +340,7 @@ class Engine:
             return
         slot = self.pool.open_apart()
         self.pool.copy_states(sequence.slot, slot)
-        node.snapshot = Snapshot(slot, kind, sequence.behind, sequence.hidden)
+        cache.keep(node, Snapshot(slot, kind, sequence.behind, sequence.hidden))
 
     def _leave(self, sequence: Sequence) -> None:
         """Give back what a sequence has: to the prefix cache or, after an error, to all."""

@@ -5,7 +5,7 @@ long as the deepest node, within what the prompt shares, that has a snapshot (of
 what it shares). Keys compare tokens, never hashes. serving.md section 4.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -44,7 +44,6 @@ class Node:
         start: tokens before the run
         blocks: blocks of keys that hold the run, the first of which may begin before it; and the same of multi-token
             prediction
-        used: when a request last began here
     """
 
     start: int
@@ -54,7 +53,6 @@ class Node:
     mtp_blocks: list[int] = field(default_factory=list[int])
     children: dict[int, "Node"] = field(default_factory=dict[int, "Node"])
     snapshot: Snapshot | None = None
-    used: int = 0
 
     @property
     def end(self) -> int:
@@ -91,7 +89,9 @@ class PrefixCache:
     def __init__(self, pool: PagedCache, recurrent: bool, lag: int = 0) -> None:
         self.pool, self.recurrent, self.lag = pool, recurrent, lag
         self._roots: dict[str, Node] = {}
-        self._clock = 0
+        # all nodes, and by kind those whose snapshot has a slot; least recently used first
+        self._used: dict[Node, None] = {}
+        self._held: dict[Kind, dict[Node, None]] = {"way": {}, "kept": {}}
 
     def match(self, tokens: Sequence[int], limit: int, salt: str = "") -> Match:
         """The longest reusable part of `tokens`, at most `limit` of them."""
@@ -113,13 +113,12 @@ class PrefixCache:
 
     def begin(self, slot: int, match: Match) -> Snapshot | None:
         """Let an empty slot begin with what was matched; returns the snapshot that was read."""
-        self._clock += 1
         node = match.node
         if not match.length:
             return None
         for other in reversed(match.path):
             if other.start < match.length:
-                other.used = self._clock
+                self._touch(other)
                 break
         snapshot = None if node is None else node.snapshot
         lag = 0 if snapshot is None or snapshot.hidden is None else len(snapshot.hidden)
@@ -134,7 +133,6 @@ class PrefixCache:
 
     def insert(self, tokens: Sequence[int], slot: int, salt: str = "", with_mtp: bool = False) -> Node:
         """The node that ends with `tokens`, all of which the slot holds; blocks that are new to the tree are held."""
-        self._clock += 1
         node, at = self._root(salt), 0
         while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
             same = _common(child.tokens, tokens, at)
@@ -146,35 +144,35 @@ class PrefixCache:
                 leaf.mtp_blocks = self.pool.mtp.hold(slot, self._mtp_first(at))
             node.children[tokens[at]] = leaf
             node = leaf
-        node.used = self._clock
+        self._touch(node)
         return node
+
+    def keep(self, node: Node, snapshot: Snapshot) -> None:
+        """Enter the state after a node's last token."""
+        node.snapshot = snapshot
+        if snapshot.slot >= 0:
+            self._held[snapshot.kind][node] = None
 
     def evict_blocks(self, wanted: int) -> None:
         """Free blocks until `wanted` are free or nothing is left: least recently used leaves first."""
         pools = [self.pool] if self.pool.mtp is None else [self.pool, self.pool.mtp]
         while any(pool.blocks_free < wanted for pool in pools):
-            leaves = sorted((n for n in self._nodes() if not n.children), key=lambda n: n.used)
-            if not leaves:
+            leaf = next((node for node in self._used if not node.children), None)
+            if leaf is None:
                 return
-            for leaf in leaves:
-                self._remove(leaf)
-                if all(pool.blocks_free >= wanted for pool in pools):
-                    return
+            self._remove(leaf)
 
     def evict_slot(self) -> bool:
         """Free the slot of one snapshot: of those on the way the least recently used, then of all; False: there is none."""
-        held = [n for n in self._nodes() if n.snapshot is not None and n.snapshot.slot >= 0]
-        if not held:
+        node = next((node for held in self._held.values() for node in held), None)
+        if node is None:
             return False
-        node = min(held, key=lambda n: (n.snapshot is not None and n.snapshot.kind != "way", n.used))
         self.forget(node)
         return True
 
     def forget(self, node: Node) -> None:
         """Drop a node's snapshot, and the node with it if nothing else needs its keys."""
-        if node.snapshot is not None and node.snapshot.slot >= 0:
-            self.pool.close([node.snapshot.slot])
-        node.snapshot = None
+        self._drop_snapshot(node)
         # keys behind the last snapshot of a path cannot be used any more
         while self.recurrent and node.parent is not None and not node.children and node.snapshot is None:
             parent = node.parent
@@ -183,9 +181,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        for node in list(self._nodes()):
-            if node.snapshot is not None and node.snapshot.slot >= 0:
-                self.pool.close([node.snapshot.slot])
+        for node in list(self._used):
             self._drop(node)
         self._roots = {}
 
@@ -203,19 +199,22 @@ class PrefixCache:
     def _root(self, salt: str) -> Node:
         return self._roots.setdefault(salt, Node(0, (), None))
 
-    def _nodes(self) -> Iterator[Node]:
-        todo = [child for root in self._roots.values() for child in root.children.values()]
-        while todo:
-            node = todo.pop()
-            yield node
-            todo += node.children.values()
+    def _touch(self, node: Node) -> None:
+        """It was used now."""
+        self._used.pop(node, None)
+        self._used[node] = None
+        if node.snapshot is not None and node.snapshot.slot >= 0:
+            held = self._held[node.snapshot.kind]
+            del held[node]
+            held[node] = None
 
     def _split(self, node: Node, size: int) -> Node:
         """Cut a run after `size` tokens; returns the upper part."""
         middle = node.start + size
         parent = node.parent
         assert parent is not None, "a root has no run"
-        upper = Node(node.start, node.tokens[:size], parent, used=node.used)
+        upper = Node(node.start, node.tokens[:size], parent)
+        self._touch(upper)
         pools = [(self.pool, node.start // BLOCK, middle // BLOCK, node.blocks, upper.blocks)]
         if self.pool.mtp is not None:
             ends = self._mtp_first(node.start), self._mtp_first(middle)
@@ -233,14 +232,19 @@ class PrefixCache:
 
     def _remove(self, node: Node) -> None:
         """Take a leaf out."""
-        if node.snapshot is not None and node.snapshot.slot >= 0:
-            self.pool.close([node.snapshot.slot])
-        node.snapshot = None
         self._drop(node)
         if node.parent is not None:
             del node.parent.children[node.tokens[0]]
 
+    def _drop_snapshot(self, node: Node) -> None:
+        if node.snapshot is not None and node.snapshot.slot >= 0:
+            del self._held[node.snapshot.kind][node]
+            self.pool.close([node.snapshot.slot])
+        node.snapshot = None
+
     def _drop(self, node: Node) -> None:
+        self._drop_snapshot(node)
+        del self._used[node]
         self.pool.drop(node.blocks)
         if self.pool.mtp is not None:
             self.pool.mtp.drop(node.mtp_blocks)

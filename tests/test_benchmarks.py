@@ -1,0 +1,41 @@
+"""The scripts in benchmarks/ whose figures the documents quote run, in small, and say what they should."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script: str, out: Path) -> dict[str, Any]:
+    """What `--quick` writes; an exit code other than 0 fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_exactness(tmp_path: Path) -> None:
+    """Nine ways, four families, no answer that differs, and each way was taken."""
+    result = run("exactness.py", tmp_path / "out.json")
+    assert len(result["cells"]) == 9 * 4
+    assert all(cell["answers"] >= 2 and not cell["missing"] for cell in result["cells"])
+    assert result["differing"] == 0
+    assert result["answers"] == sum(cell["answers"] for cell in result["cells"])
+
+
+@pytest.mark.slow
+def test_prefix_cache(tmp_path: Path) -> None:
+    """Every resend finds all but one token; a bounded cache serves no more than one that never evicts."""
+    result = run("prefix_cache.py", tmp_path / "out.json")
+    assert [row["wrong"] for row in result["resend"]["rows"]] == [[], []]
+    assert all(row["process_time"]["median"] > 0 for row in result["cost"]["rows"])
+    assert {row["template"] for row in result["chats"]["rows"]} == {"keeps history", "drops thoughts"}
+    assert all(0 < row["served"] <= row["unbounded"] < row["prompt_tokens"] for row in result["chats"]["rows"])
