@@ -74,6 +74,8 @@ class Engine:
         self._recurrent = bool(pool.states.layers)
         lag = 0 if length is None else MOST_PENDING + 1 + length.longest
         self._cache = PrefixCache(pool, self._recurrent, lag) if prefix_cache else None
+        # where slots abound, snapshots leave the first ones alone: rows whose slots follow each other are read in place
+        self._most_snapshots = pool.slots - max_seqs if pool.slots >= 2 * max_seqs else pool.slots
         # (priority, order, index), and the sequence
         self._waiting: list[tuple[int, int, int, Sequence]] = []
         # whose prompts are being computed, oldest first
@@ -332,7 +334,8 @@ class Engine:
         if cache is None or not sequence.computed:
             return
         # a slot first: what goes for it may take the nodes above it along
-        has_slot = self._recurrent and (self.pool.slots_free or cache.evict_slot())
+        is_spare = cache.snapshots < self._most_snapshots and self.pool.slots_free
+        has_slot = self._recurrent and (is_spare or cache.evict_slot())
         node = cache.insert(
             sequence.known[: sequence.computed], sequence.slot, sequence.request.salt, sequence.hidden is not None
         )

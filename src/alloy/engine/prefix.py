@@ -162,6 +162,11 @@ class PrefixCache:
                 return
             self._remove(leaf)
 
+    @property
+    def snapshots(self) -> int:
+        """Snapshots that are held."""
+        return sum(map(len, self._held.values()))
+
     def evict_slot(self) -> bool:
         """Free the slot of one snapshot: of those on the way the least recently used, then of all; False: there is none."""
         node = next((node for held in self._held.values() for node in held), None)
