@@ -122,7 +122,16 @@ def served_rates(
         load += ["--input-len", str(INPUT), "--output-len", str(OUTPUT), "--no-ignore-eos"]
         for run in range(runs + 1):
             for streams in STREAMS:
-                more = ["--max-concurrency", str(streams), "--percentiles", "95", "--num-prompts", str(requests * streams), "--seed", str(run)]
+                more = [
+                    "--max-concurrency",
+                    str(streams),
+                    "--percentiles",
+                    "95",
+                    "--num-prompts",
+                    str(requests * streams),
+                    "--seed",
+                    str(run),
+                ]
                 done = subprocess.run([*load, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                 if done.returncode:
                     raise SystemExit(f"alloy bench serve failed: {done.stderr[-2000:]}")
@@ -168,9 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repeats, for a look")
     parser.add_argument("--only", choices=MODELS, help="one model")
-    parser.add_argument(
-        "--peer", action=argparse.BooleanOptionalAction, default=find_spec("accelerate") is not None
-    )
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=find_spec("accelerate") is not None)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     chosen = parser.parse_args()
     print(f"{'model':7} {'way':40} {'1 tok/s':>8} {'8 tok/s':>8} {'ratio':>7}")
