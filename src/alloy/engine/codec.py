@@ -55,9 +55,9 @@ class Codec:
         encode = partial(self.encode, name="a marker", add_special_tokens=False)
         if start in known and end in known:
             single = {known[start]: start, known[end]: end}
-            self.markers = ThinkingMarkers(start, end, tuple(single), lambda token: single.get(token, ""), encode)
-        elif is_table(reasoning) or end in self.chat_template:
-            self.markers = ThinkingMarkers(start, end, (), cache(self._piece), encode)
+            self.markers = ThinkingMarkers(start, end, tuple(single), self.ends, lambda i: single.get(i, ""), encode)
+        elif is_table(reasoning) or start in self.chat_template or end in self.chat_template:
+            self.markers = ThinkingMarkers(start, end, (), self.ends, cache(self._piece), encode)
 
     @property
     def has_chat_template(self) -> bool:
@@ -76,10 +76,9 @@ class Codec:
     def _marker(self, named: Mapping[str, Any], key: str) -> str:
         """Text of a marker that is given as text, as ids, or as lists of ids that all mean it."""
         value: Any = named.get(key)
-        if is_list(value) and value and is_list(value[0]):
-            value = value[0]
-        if is_list(value) and all(isinstance(token, int) for token in value):
-            value = self.decode(value)
+        ids: Any = value[0] if is_list(value) and value and is_list(value[0]) else value
+        if is_list(ids) and all(isinstance(token, int) for token in ids):
+            value = self.decode(ids)
         if not isinstance(value, str) or not value.strip():
             raise CheckpointError(f"generation_config.json: reasoning.{key} must be the text or the ids of a marker")
         return value.strip()

@@ -436,13 +436,9 @@ class LLM:
         if codec is None or codec.markers is None:
             raise RequestError(f"thinking_budget = {params.thinking_budget}, but {NO_MARKERS}; leave it out")
         text = params.thinking_close_text
-        close = codec.encode(text, "thinking_close_text", add_special_tokens=False) if text else []
+        ids = codec.encode(text, "thinking_close_text", add_special_tokens=False) if text else []
         return ThinkingBudget(
-            params.thinking_budget,
-            params.thinking_grace,
-            close,
-            codec.markers,
-            lambda token: "\n" in codec.decode([token]),
+            params.thinking_budget, params.thinking_grace, ids, codec.markers, lambda i: "\n" in codec.decode([i])
         )
 
     def _need_codec(self, what: str) -> Codec:

@@ -128,12 +128,10 @@ class GrammarState:
         self.words = grammar.words
         self._matcher = grammar.matcher.deep_copy()
         self._spills = grammar.spills
-        self._thought: Thought | None = None
-        control = {grammar.end, *ends}
-        if grammar.markers is not None:
-            self._thought = Thought(grammar.markers, prompt)
-            # some tokenizers have them as plain text, which a JSON string could hold
-            control |= set(grammar.markers.ids)
+        markers = grammar.markers
+        self._thought = Thought(markers, prompt) if markers is not None else None
+        # some tokenizers have markers as plain tokens, which a JSON string could hold
+        control = {grammar.end, *ends, *(markers.ids if markers is not None else ())}
         self._control = _bits(control, self.words)
         self._end_bits = _bits(ends, self.words)
 

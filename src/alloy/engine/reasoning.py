@@ -19,6 +19,7 @@ class ThinkingMarkers:
         start: its text
         end: its text
         ids: both as single tokens; empty if they are several
+        turns: ids that end a turn, and so a thought in what came before
         piece: text of a token; where the markers are single tokens, all others have none
         encode: ids of a text
     """
@@ -26,6 +27,7 @@ class ThinkingMarkers:
     start: str
     end: str
     ids: tuple[int, ...]
+    turns: frozenset[int]
     piece: Callable[[int], str]
     encode: Callable[[str], Sequence[int]]
 
@@ -33,6 +35,8 @@ class ThinkingMarkers:
         """Index of the token in which the marker of a prompt's open thought begins; the length if none is open."""
         longest, text = max(len(self.start), len(self.end)), ""
         for i in reversed(range(len(prompt))):
+            if prompt[i] in self.turns:
+                break
             text = self.piece(prompt[i]) + text[:longest]
             if self.start in text or self.end in text:
                 return i if text.rfind(self.start) > text.rfind(self.end) else len(prompt)
@@ -73,24 +77,29 @@ class Thought:
     def __init__(self, markers: ThinkingMarkers, prompt: Sequence[int] = (), inside: bool = False) -> None:
         self._markers = markers
         self.inside, self.used, self.held = inside, 0, ""
-        self._is_answer = False
+        # in a prompt, and as single tokens, markers count wherever they stand
+        self._is_answer, self._anywhere = False, True
         # where the tokens that are counted, and hold `held` alone, begin in it
         self._begins: list[int] = []
         for token in prompt[markers.opening(prompt) :]:
             self.push(token)
-            # text that the first token holds before the marker is the prompt's
-            self._is_answer = False
+        self._anywhere = bool(markers.ids)
 
     def push(self, token: int, counts: bool = True) -> None:
         """Take the next token; `counts`: inside a thought it is a part of it."""
         if self._is_answer:
             return
         text, begins = self.held + self._markers.piece(token), self._begins
+        if not text:
+            self.used += self.inside and counts
+            return
         if self.inside and counts:
             self.used += 1
             begins = [*begins, len(self.held)]
         was_inside = self.inside
         while (at := text.find(mark := self._markers.end if self.inside else self._markers.start)) >= 0:
+            if not (self.inside or self._anywhere) and text[:at].strip():
+                break
             self.used -= sum(begin >= at for begin in begins)
             text, begins = text[at + len(mark) :], []
             self.inside = not self.inside
@@ -98,7 +107,7 @@ class Thought:
         self.held = text[len(text) - size :]
         self._begins = [b + size - len(text) for b in begins if b >= len(text) - size] if size else []
         is_text = was_inside or len(text.lstrip()) > size
-        self._is_answer = is_text and not self.inside and not self._markers.ids
+        self._is_answer = is_text and not (self.inside or self._anywhere)
 
 
 class ThinkingBudget:
@@ -137,13 +146,12 @@ class ThinkingBudget:
 
     def observe(self, token: int, is_forced: bool) -> tuple[int, ...]:
         """Take the next token; ids to force from the next position on."""
-        before = self.thought.used
-        self.thought.push(token, counts=not is_forced)
-        used = self.thought.used
-        if is_forced or not self.thought.inside:
+        thought, before = self.thought, self.thought.used
+        thought.push(token, counts=not is_forced)
+        if is_forced or not thought.inside:
             return ()
-        lands = used > before and used > self._soft and self._has_newline(token)
-        return self._force() if lands or used >= self._budget else ()
+        lands = thought.used > max(before, self._soft) and self._has_newline(token)
+        return self._force() if lands or thought.used >= self._budget else ()
 
     def _force(self) -> tuple[int, ...]:
         """The end marker: what is missing of it, or after the closing text all of it."""
