@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -66,6 +66,7 @@ def partly(text: str) -> int:
 
 
 @given(STREAMS | NEAR)
+@example(spell("a</think>\n<think>b"))
 def test_a_thought_ends_where_its_text_does(tokens: list[int]) -> None:
     """After every token: open, length and what is held are those of the whole text; the split of the text agrees."""
     thought, split = Thought(MARKERS, inside=True), Split((START, END), is_inside=True)
