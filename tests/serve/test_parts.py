@@ -5,13 +5,25 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from alloy.engine.core import LLM
+from alloy.engine.detokenizer import Detokenizer
+from alloy.engine.request import Completion, Request, SamplingParams
+from alloy.serve.answer import Choice, Layout
+from alloy.serve.model import ServedModel
 from alloy.serve.reasoning import Split
+from alloy.serve.settings import ServerSettings
 from alloy.serve.tools import FORMATS, Call, ToolParser, format_of
+from tests.engine.conftest import SPECIAL, build, byte_tokenizer
 
 THINK = ("<think>", "</think>")
+# models without and with single tokens for the markers
+SERVED = [
+    ServedModel(LLM(build("attention"), byte_tokenizer(special)), ["m"], ServerSettings())
+    for special in (SPECIAL[:3], SPECIAL)
+]
 # whatever a value holds, except the end of its own call
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.floats(allow_nan=False, allow_infinity=False),
@@ -176,3 +188,28 @@ def test_the_template_shows_the_format() -> None:
     assert format_of("<tool_call>{{ x }}") == "hermes"
     assert format_of("<TOOLCALL>") == "nemotron"
     assert format_of("<|python_tag|>") == "llama_json"
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "</", "think>", "\n", "a", "é", "<"]), max_size=10).map("".join),
+       st.lists(st.integers(0, 80), max_size=6), st.booleans(), st.booleans())  # fmt: skip
+def test_tokens_of_thought_are_those_of_its_text(text: str, cuts: list[int], inside: bool, single: bool) -> None:
+    """However an answer is cut into increments, its count is that of the tokens between its markers, of which the answer
+    knows the text; markers of one token and of several."""
+    model = SERVED[single]
+    codec = model.llm.codec
+    assert codec is not None
+    ids = codec.encode(text, "text", add_special_tokens=False)
+    choice = Choice(0, Request(id="1", token_ids=[1], params=SamplingParams()), Layout(model, is_inside=inside))
+    detokenizer, at = Detokenizer(codec.decode, codec.skipped), 0
+    for cut in sorted({*cuts, len(ids)}):
+        new = ids[at:cut]
+        choice.feed(Completion(0, "".join(detokenizer.push(i) for i in new), new))
+        at = max(at, cut)
+    opened = text if inside else text.lstrip().removeprefix(THINK[0])
+    has_thought = inside or opened != text.lstrip()
+    thought = opened.partition(THINK[1])[0] if has_thought else ""
+    # a single token counts as a marker also where the text has it as text
+    assume(not single or THINK[0] not in opened)
+    assert choice.reasoning_tokens == len(codec.encode(thought, "text", add_special_tokens=False))
+    choice.feed(Completion(0, detokenizer.finish(), [], finish_reason="stop"))
+    assert choice.thought == thought.strip("\n")

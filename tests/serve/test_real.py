@@ -12,9 +12,9 @@ from alloy.engine.request import SamplingParams
 from alloy.models.configs import HybridConfig
 from alloy.models.hybrid import HybridLM
 from alloy.models.llama import DecoderLM
-from tests.engine.conftest import MODELS, byte_tokenizer
+from tests.engine.conftest import MODELS, SPECIAL, byte_tokenizer
 from tests.serve.conftest import TOOL_TEMPLATE, serving
-from tests.serve.test_chat import ask, events
+from tests.serve.test_chat import ask, events, joined
 from tests.serve.test_errors import check
 from tests.serve.test_life import port_of, raw_post
 
@@ -262,3 +262,44 @@ def test_absurd_parameters_are_400(site) -> None:
         assert response.status_code == 400, (body, response.text)
         assert response.json()["error"]["param"].partition(".")[0] in (*body, "messages")
     assert ask(site, max_tokens=2).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def spelled():
+    """A server of a random model with drafts, whose tokenizer has no tokens for the markers of thoughts."""
+    tokenizer = byte_tokenizer(SPECIAL[:3])
+    model = HybridLM(MODELS["mtp"]().model_copy(update={"max_positions": 700}))
+    model.init_weights(0)
+    llm = LLM(model.eval(), tokenizer, max_seqs=4)
+    with serving(llm, llm.engine()) as running:
+        yield running
+
+
+def test_a_budget_is_exact_where_markers_are_several_tokens(spelled) -> None:
+    """As many tokens of thought as the budget has, the newline of the prompt counted, then its marker and the answer; whole
+    and streamed."""
+    asked = {"thinking_token_budget": 12, "max_tokens": 40, "seed": 3, "ignore_eos": True, "return_token_ids": True}
+    body = ask(spelled, **asked).json()
+    chunks = events(ask(spelled, stream=True, stream_options={"include_usage": True}, **asked))
+    choice, usage = body["choices"][0], body["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 12
+    assert usage["completion_tokens"] == 40
+    assert bytes(choice["token_ids"][11:19]) == b"</think>"
+    codec = byte_tokenizer(SPECIAL[:3])
+    assert choice["message"]["reasoning"] == codec.decode(choice["token_ids"][:11]).strip("\n")
+    assert choice["message"]["content"]
+    assert choice["message"]["content"] == codec.decode(choice["token_ids"][19:]).lstrip("\n")
+    assert joined(chunks, "reasoning") == choice["message"]["reasoning"]
+    assert joined(chunks, "content") == choice["message"]["content"]
+    assert chunks[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 12
+
+
+def test_a_shape_holds_after_a_thought_of_several_tokens(spelled) -> None:
+    """The thought is no JSON, the answer is."""
+    shape = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": shape}}
+    body = ask(spelled, response_format=format, thinking_token_budget=9, seed=5, max_tokens=400).json()
+    message = body["choices"][0]["message"]
+    assert json.loads(message["content"])["a"] in (1, 2)
+    assert message["reasoning"]
+    assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == 9

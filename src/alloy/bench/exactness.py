@@ -379,14 +379,15 @@ def budgeted(cell: Cell, subject: Subject, r: random.Random, count: int) -> list
     llm = LLM(subject.model, subject.tokenizer, max_model_len=LONGEST, max_seqs=4, speculate=r.randint(1, 4))
     codec = llm.codec
     assert codec is not None, "a tokenizer was given"
-    assert codec.markers is not None, "the tokenizers here have markers"
+    assert codec.markers is not None, "the tokenizers here have markers of one token"
+    opens, closes = codec.markers.ids
     newlines = frozenset(i for i in range(len(subject.tokenizer)) if "\n" in codec.decode([i]))
     requests, budgets = list[Request](), list[Budget]()
     for i in range(count):
-        prompt = [*subject.prompt(r, r.randint(1, 80)), codec.markers.start, *subject.prompt(r, r.randint(1, 8))]
+        prompt = [*subject.prompt(r, r.randint(1, 80)), opens, *subject.prompt(r, r.randint(1, 8))]
         budget, grace = r.randint(0, 24), r.choice([0, 0, 5])
         close = r.choice(["", "\nSo:\n"])
-        ids = [*(codec.encode(close, "close", add_special_tokens=False) if close else []), codec.markers.end]
+        ids = [*(codec.encode(close, "close", add_special_tokens=False) if close else []), closes]
         params = SamplingParams(
             temperature=0,
             max_tokens=r.randint(16, 40),
@@ -396,7 +397,7 @@ def budgeted(cell: Cell, subject: Subject, r: random.Random, count: int) -> list
             thinking_close_text=close,
         )
         requests.append(Request(id=str(i), token_ids=prompt, params=params))
-        budgets.append(Budget(budget, grace, codec.markers.start, ids, newlines))
+        budgets.append(Budget(budget, grace, opens, ids, newlines))
     answers, _ = drive(llm, requests)
     for answer, budget in zip(answers, budgets, strict=True):
         answer.budget = budget

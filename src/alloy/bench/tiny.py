@@ -93,13 +93,13 @@ def teach(model: CausalLM, period: Sequence[int]) -> CausalLM:
     return model.eval()
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Single bytes and the special tokens of a chat."""
-    alphabet = {c: i for i, c in enumerate(_byte_order())}
-    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+def byte_tokenizer(special: Sequence[str] = SPECIAL, merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """Single bytes, pairs that are merged into one token (byte-level characters), and the special tokens of a chat."""
+    pieces = [*_byte_order(), *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pieces)}, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    backend.add_special_tokens([AddedToken(t, special=True) for t in special])
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     fast.chat_template = TEMPLATE
     return fast

@@ -1,19 +1,20 @@
 """Who answers in `alloy chat`: a model in this process, or one behind an OpenAI-compatible server."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from alloy.cli.generate import stats_line
 from alloy.core.client import ChatServer, Usage
+from alloy.engine.reasoning import Thought
 from alloy.errors import RequestError
 
 if TYPE_CHECKING:
     from alloy.engine.core import LLM
     from alloy.engine.request import SamplingParams
 
-OPEN, CLOSE = "<think>", "</think>"
+MARKERS = ("<think>", "</think>")
 Messages = list[dict[str, Any]]
 
 
@@ -70,7 +71,9 @@ class LocalModel:
         budget = thinking.budget if thinking.enabled else None
         longest = min(self.params.max_tokens or room, room)
         params = replace(self.params, max_tokens=longest, thinking_budget=budget)
-        split = ThoughtSplitter(self.has_chat_template and self._ends_inside_thought(ids))
+        markers = self.llm.codec.markers if self.llm.codec else None
+        is_thought = self.has_chat_template and markers is not None and Thought(markers, ids).inside
+        split = ThoughtSplitter(is_thought, (markers.start, markers.end) if markers is not None else MARKERS)
         stream = self.llm.generate([ids], params, stream=True)
         try:
             for news in stream:
@@ -83,13 +86,6 @@ class LocalModel:
     def stats_line(self) -> str:
         """Prompt, answer and drafts."""
         return stats_line(self.llm.stats)
-
-    def _ends_inside_thought(self, ids: Sequence[int]) -> bool:
-        markers = self.llm.codec.markers if self.llm.codec else None
-        if markers is None:
-            return False
-        last = next((i for i in reversed(ids) if i in (markers.start, markers.end)), markers.end)
-        return last == markers.start
 
 
 class RemoteModel:
@@ -150,10 +146,12 @@ class ThoughtSplitter:
 
     Args:
         is_thought: whether the text begins inside a thought
+        markers: what opens and closes one
     """
 
-    def __init__(self, is_thought: bool) -> None:
+    def __init__(self, is_thought: bool, markers: tuple[str, str] = MARKERS) -> None:
         self._is_thought = is_thought
+        self._markers = markers
         self._held = ""
 
     def feed(self, text: str) -> Iterator[tuple[str, bool]]:
@@ -161,17 +159,17 @@ class ThoughtSplitter:
         text = self._held + text
         while True:
             # the other marker changes nothing where it stands, and is no text either
-            found = [(text.find(marker), marker) for marker in (OPEN, CLOSE) if marker in text]
+            found = [(text.find(marker), marker) for marker in self._markers if marker in text]
             if not found:
                 break
             at, marker = min(found)
             if at:
                 yield text[:at], self._is_thought
-            self._is_thought = marker == OPEN
+            self._is_thought = marker == self._markers[0]
             text = text[at + len(marker) :]
-        longest = min(len(text), len(CLOSE) - 1)
+        longest = min(len(text), max(map(len, self._markers)) - 1)
         keep = next(
-            n for n in range(longest, -1, -1) if any(m.startswith(text[len(text) - n :]) for m in (OPEN, CLOSE))
+            n for n in range(longest, -1, -1) if any(m.startswith(text[len(text) - n :]) for m in self._markers)
         )
         self._held = text[len(text) - keep :]
         if len(text) > keep:

@@ -4,18 +4,21 @@ Special tokens have no text, except the markers of thoughts and tool calls: with
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from alloy.core.toml import is_list, is_table
 from alloy.engine.reasoning import ThinkingMarkers
-from alloy.errors import RequestError
+from alloy.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]
 
 THINK = ("<think>", "</think>")
+NO_MARKERS = f"the tokenizer has no single tokens {THINK[0]} and {THINK[1]} and its chat template does not write them"
 # special tokens with text, because what stands between them has a meaning
 KEPT = (*THINK, "<tool_call>", "</tool_call>", "<TOOLCALL>", "</TOOLCALL>")
 # special tokens that end a turn in the chat layouts that models are released with
@@ -28,22 +31,33 @@ class Codec:
     Attributes:
         skipped: ids without text
         ends: ids that end an answer
-        markers: ids that open and close a thought, if both are single tokens
+        markers: what opens and closes a thought, if the model says
+
+    Args:
+        tokenizer: of the model
+        reasoning: what the model's generation_config.json says under that key: its markers, or nothing
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: object = None) -> None:
         # transformers types its tokenizers too loosely to check
         self._tokenizer: Any = tokenizer
         self._backend: Any = self._tokenizer.backend_tokenizer
         special = {token.content: i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         known: dict[str, int] = self._tokenizer.get_vocab()
-        self.skipped = frozenset[int](i for content, i in special.items() if content not in KEPT)
+        start, end = [self._marker(reasoning, k) for k in ("start", "end")] if is_table(reasoning) else THINK
+        self.skipped = frozenset[int](i for content, i in special.items() if content not in (*KEPT, start, end))
         ends: set[int] = {special[content] for content in TURN_ENDS if content in special}
         eos: int | None = self._tokenizer.eos_token_id
         self.ends = frozenset(ends if eos is None else ends | {eos})
         # compilers of grammars by width of the logits, see grammar.py
         self.grammars: dict[int, object] = {}
-        self.markers = ThinkingMarkers(known[THINK[0]], known[THINK[1]]) if all(m in known for m in THINK) else None
+        self.markers: ThinkingMarkers | None = None
+        encode = partial(self.encode, name="a marker", add_special_tokens=False)
+        if start in known and end in known:
+            single = {known[start]: start, known[end]: end}
+            self.markers = ThinkingMarkers(start, end, tuple(single), self.ends, lambda i: single.get(i, ""), encode)
+        elif is_table(reasoning) or start in self.chat_template or end in self.chat_template:
+            self.markers = ThinkingMarkers(start, end, (), self.ends, cache(self._piece), encode)
 
     @property
     def has_chat_template(self) -> bool:
@@ -53,6 +67,21 @@ class Codec:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out; incomplete UTF-8 as U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def _piece(self, token: int) -> str:
+        """Text of a token inside a text: some decoders take a space from the first one."""
+        before = self.encode("a", "a text", add_special_tokens=False)
+        return "" if token in self.skipped else self.decode([*before, token])[len(self.decode(before)) :]
+
+    def _marker(self, named: Mapping[str, Any], key: str) -> str:
+        """Text of a marker that is given as text, as ids, or as lists of ids that all mean it."""
+        value: Any = named.get(key)
+        ids: Any = value[0] if is_list(value) and value and is_list(value[0]) else value
+        if is_list(ids) and all(isinstance(token, int) for token in ids):
+            value = self.decode(ids)
+        if not isinstance(value, str) or not value.strip():
+            raise CheckpointError(f"generation_config.json: reasoning.{key} must be the text or the ids of a marker")
+        return value.strip()
 
     def serialize(self, extra: str) -> tuple[str, int]:
         """The tokenizer as the JSON of the tokenizers library with `extra` as one more special token, and its id."""

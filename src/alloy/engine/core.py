@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from alloy.core.device import resolve_device
-from alloy.engine.codec import THINK, Codec, Message
+from alloy.engine.codec import NO_MARKERS, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
 from alloy.engine.engine import Engine
 from alloy.engine.grammar import CompiledGrammar, compile_grammar
@@ -149,7 +149,7 @@ class LLM:
         self._draft_length = DraftLength(self.speculate) if self.speculate else None
         # counters of the latest call
         self.stats = EngineStats()
-        self.codec = None if tokenizer is None else Codec(tokenizer)
+        self.codec = None if tokenizer is None else Codec(tokenizer, self.model.generation.get("reasoning"))
         self._eos_ids = frozenset(config.eos_ids) | (self.codec.ends if self.codec else frozenset[int]())
 
     @property
@@ -435,18 +435,11 @@ class LLM:
             return None
         codec = self.codec
         if codec is None or codec.markers is None:
-            raise RequestError(
-                f"thinking_budget = {params.thinking_budget}, but the tokenizer has no single tokens {THINK[0]} and "
-                f"{THINK[1]}; leave it out"
-            )
+            raise RequestError(f"thinking_budget = {params.thinking_budget}, but {NO_MARKERS}; leave it out")
         text = params.thinking_close_text
-        close = codec.encode(text, "thinking_close_text", add_special_tokens=False) if text else []
+        ids = codec.encode(text, "thinking_close_text", add_special_tokens=False) if text else []
         return ThinkingBudget(
-            params.thinking_budget,
-            params.thinking_grace,
-            [*close, codec.markers.end],
-            codec.markers,
-            lambda token: "\n" in codec.decode([token]),
+            params.thinking_budget, params.thinking_grace, ids, codec.markers, lambda i: "\n" in codec.decode([i])
         )
 
     def _need_codec(self, what: str) -> Codec:

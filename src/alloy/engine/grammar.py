@@ -19,6 +19,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Items
+from copy import copy
 from dataclasses import dataclass
 from threading import Lock, Thread
 from time import monotonic
@@ -29,11 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alloy.core.toml import is_list, is_table
+from alloy.engine.reasoning import ThinkingMarkers, Thought
 from alloy.errors import RequestError
 
 if TYPE_CHECKING:
     from alloy.engine.codec import Codec
-    from alloy.engine.reasoning import ThinkingMarkers
 
 Kind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 # bit masks: one bit a token, (words,) uint32
@@ -99,12 +100,14 @@ class CompiledGrammar:
         words: uint32 words of a mask, at least the vocabulary's
         end: id of `END`
         markers: what opens and closes a thought
+        spills: by what is held of the marker that closes it, tokens that would do so and begin the answer
     """
 
     matcher: Any
     words: int
     end: int
-    markers: "ThinkingMarkers | None"
+    markers: ThinkingMarkers | None
+    spills: Mapping[str, Words]
 
     def start(self, prompt: Items[int], ends: frozenset[int], tokens: Items[int] = ()) -> "GrammarState":
         """The state of a sequence after `tokens`, which were accepted earlier.
@@ -126,31 +129,28 @@ class GrammarState:
     def __init__(self, grammar: CompiledGrammar, prompt: Items[int], ends: frozenset[int]) -> None:
         self.words = grammar.words
         self._matcher = grammar.matcher.deep_copy()
-        self._close = -1 if grammar.markers is None else grammar.markers.end
-        self._inside = False
-        control = {grammar.end, *ends}
-        if grammar.markers is not None:
-            opened = {grammar.markers.start: True, grammar.markers.end: False}
-            self._inside = next((opened[t] for t in reversed(prompt) if t in opened), False)
-            # some tokenizers have them as plain text, which a JSON string could hold
-            control |= set(opened)
+        self._spills = grammar.spills
+        markers = grammar.markers
+        self._thought = Thought(markers, prompt) if markers is not None else None
+        # some tokenizers have markers as plain tokens, which a JSON string could hold
+        control = {grammar.end, *ends, *(markers.ids if markers is not None else ())}
         self._control = _bits(control, self.words)
         self._end_bits = _bits(ends, self.words)
 
     @property
     def may_stop(self) -> bool:
         """Whether the text so far meets the grammar."""
-        return not self._inside and self._matcher.is_accepting()
+        return (self._thought is None or not self._thought.inside) and self._matcher.is_accepting()
 
     @property
     def done(self) -> bool:
         """Whether the text meets the grammar and nothing can follow."""
-        return not self._inside and self._matcher.is_stopped() and self._matcher.is_accepting()
+        return self.may_stop and self._matcher.is_stopped()
 
     def advance(self, token: int) -> bool:
         """Take the next token, which is not an end; False, with nothing changed, when the grammar forbids it."""
-        if self._inside:
-            self._inside = token != self._close
+        if self._thought is not None and self._thought.inside:
+            self._thought.push(token)
             return True
         return self._matcher.try_consume_tokens([token]) == 1
 
@@ -161,18 +161,19 @@ class GrammarState:
             out: (positions, words)
             drafts: the tokens between the positions; after one that cannot be accepted every token is allowed
         """
-        inside, taken = self._inside, 0
+        thought, taken = copy(self._thought), 0
         for j in range(len(out)):
-            if inside:
+            if thought is not None and thought.inside:
                 # an end inside the thought would leave the answer out
-                out[j] = ~self._end_bits
+                out[j] = ~(self._end_bits | self._spills.get(thought.held, 0))
             else:
                 self._fill(out[j])
             if j == len(drafts):
                 break
             token = drafts[j]
-            if inside:
-                inside, is_open = token != self._close, True
+            if thought is not None and thought.inside:
+                thought.push(token)
+                is_open = True
             else:
                 is_open = self._matcher.try_consume_tokens([token]) == 1
                 taken += is_open
@@ -224,6 +225,8 @@ class _Compiler:
             raise RequestError(f"grammars do not work with the model's tokenizer: {_line(str(error))}") from error
         self._words = (width + 31) // 32
         self._markers = codec.markers
+        spills = self._markers.spills(vocab) if self._markers is not None else {}
+        self._spills = {held: _bits(ids, self._words) for held, ids in spills.items()}
         self._lock = Lock()
         self._cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
 
@@ -279,7 +282,7 @@ class _Compiler:
         if not np.any(mask & ~_bits({self._end}, len(mask))):
             rest = "admits the empty answer alone" if matcher.is_accepting() else "cannot be met by any answer"
             raise RequestError(f"{grammar.kind} {rest}; change it")
-        return CompiledGrammar(matcher, self._words, self._end, self._markers)
+        return CompiledGrammar(matcher, self._words, self._end, self._markers, self._spills)
 
 
 def _bits(ids: Iterable[int], words: int) -> Words:

@@ -118,15 +118,16 @@ class Sequence:
         Returns:
             the token that was appended, or `sampled` where none could be
         """
-        if self.forced:
+        is_forced = bool(self.forced)
+        if is_forced:
             token = self.forced.popleft()
         elif sampled < 0:
             self._finish("error")
             return sampled
         else:
             token = sampled
-            if self._thinking is not None:
-                self.forced.extend(self._thinking.observe(token))
+        if self._thinking is not None:
+            self.forced.extend(self._thinking.observe(token, is_forced))
         is_end = token in self.stop_ids and len(self.tokens) >= self.params.min_tokens
         if self.grammar is not None and not is_end and not self.grammar.advance(token):
             # every token that the grammar allows was banned or had no finite logit
@@ -166,7 +167,7 @@ class Sequence:
             stop_reason=self.stop_reason,
             drafted=self.drafted,
             accepted=self.accepted,
-            reasoning_tokens=self._thinking.used if self._thinking is not None else 0,
+            reasoning_tokens=self._thinking.thought.used if self._thinking is not None else 0,
             timings=self.timings,
         )
 

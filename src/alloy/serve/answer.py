@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from alloy.engine.reasoning import Thought
 from alloy.engine.request import Completion, Request, TokenLogprobs
 from alloy.serve.errors import SERVER, ApiError
 from alloy.serve.model import ServedModel, logprob
@@ -61,7 +62,8 @@ class Choice:
         self.reasoning_tokens = 0
         self._parser = ToolParser(**layout.tools) if layout.tools is not None else None
         codec = layout.model.llm.codec
-        self._markers = codec.markers if codec is not None and layout.has_thoughts else None
+        markers = codec.markers if codec is not None and layout.has_thoughts else None
+        self._thought = Thought(markers, inside=layout.is_inside) if markers is not None else None
         ends = self._parser.opens if self._parser is not None else ()
         self._split = Split(layout.model.markers if layout.has_thoughts else None, layout.is_inside, ends)
 
@@ -70,13 +72,18 @@ class Choice:
         if completion.finish_reason == "error":
             message = "no token could be chosen: the scores are not numbers (NaN), or all are ruled out; try other sampling values"
             raise ApiError(500, message, "model_error", kind=SERVER)
-        was_inside = self._split.is_inside
+        was_answer = self._split.is_answer
         delta = Delta()
         self._place(self._split.push(completion.text), delta)
         self.token_ids += completion.token_ids
         self.logprobs += completion.logprobs or []
         self.drafted, self.accepted = completion.drafted, completion.accepted
-        self._count(completion, was_inside)
+        if self.request.params.thinking_budget is not None:
+            self.reasoning_tokens = completion.reasoning_tokens
+        elif self._thought is not None and not was_answer:
+            for token in completion.token_ids:
+                self._thought.push(token)
+            self.reasoning_tokens = self._thought.used
         if completion.finish_reason is not None:
             self._place(self._split.finish(), delta)
             if self._parser is not None:
@@ -102,18 +109,6 @@ class Choice:
                 delta.calls.append(piece)
             else:
                 delta.text += piece
-
-    def _count(self, completion: Completion, was_inside: bool) -> None:
-        """Thought tokens: the engine's count where it keeps one, else those before the end marker."""
-        markers, ids = self._markers, completion.token_ids
-        if completion.reasoning_tokens:
-            self.reasoning_tokens = completion.reasoning_tokens
-            return
-        has_start = markers is not None and markers.start in ids
-        if was_inside or self._split.is_inside or has_start:
-            start = ids.index(markers.start) + 1 if markers and has_start else 0
-            end = ids.index(markers.end) if markers and markers.end in ids else len(ids)
-            self.reasoning_tokens += max(0, end - start)
 
 
 def chat_logprobs(model: ServedModel, entries: Sequence[TokenLogprobs], top: int) -> Json:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
-from alloy.core.toml import is_table
-from alloy.engine.codec import THINK
+from alloy.engine.codec import NO_MARKERS
 from alloy.engine.grammar import Grammar, Kind, compile_grammar
 from alloy.engine.request import Request, SamplingParams
 from alloy.errors import RecipeError, RequestError
@@ -80,13 +79,10 @@ class ServedModel:
         template = codec.chat_template if codec else ""
         self.variables = _variables(template)
         self.tool_format = settings.tool_format or format_of(template)
-        self.markers = self._markers(generation.get("reasoning"), template)
+        self.markers = (codec.markers.start, codec.markers.end) if codec and codec.markers else None
         for limit in ("thinking_budget", "max_thinking_budget"):
-            if getattr(settings, limit) is not None and (codec is None or codec.markers is None):
-                raise RecipeError(
-                    f"serve.{limit} = {getattr(settings, limit)}, but the tokenizer has no single tokens "
-                    f"{THINK[0]} and {THINK[1]}; leave it out"
-                )
+            if getattr(settings, limit) is not None and self.markers is None:
+                raise RecipeError(f"serve.{limit} = {getattr(settings, limit)}, but {NO_MARKERS}; leave it out")
         try:
             SamplingParams(**self.defaults)
         except RequestError as error:
@@ -269,14 +265,6 @@ class ServedModel:
         except _TEMPLATE_FAULTS as error:
             what = type(error).__name__
             raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
-
-    def _markers(self, named: Any, template: str) -> tuple[str, str] | None:
-        if is_table(named):
-            start, end = named.get("start"), named.get("end")
-            if isinstance(start, str) and isinstance(end, str) and start and end:
-                return start, end
-        known = self.llm.codec is not None and self.llm.codec.markers is not None
-        return THINK if known or THINK[1] in template else None
 
 
 def logprob(value: float | None) -> float | None:

@@ -6,6 +6,8 @@ Whether an answer begins inside a thought is decided by what the prompt ends wit
 from collections.abc import Sequence
 from typing import Literal
 
+from alloy.engine.reasoning import held_back
+
 Part = tuple[Literal["thought", "answer"], str]
 
 
@@ -37,9 +39,9 @@ class Split:
         self._has_thought = False
 
     @property
-    def is_inside(self) -> bool:
-        """Whether the thought is open still."""
-        return self._state == "thought"
+    def is_answer(self) -> bool:
+        """Whether the answer has begun."""
+        return self._state == "answer"
 
     def push(self, text: str) -> list[Part]:
         """The parts of `text`; what may be the beginning of a marker waits."""
@@ -101,11 +103,3 @@ class Split:
         if text:
             self._has_thought = True
             parts.append(("thought", text))
-
-
-def held_back(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark`."""
-    for size in range(min(len(mark) - 1, len(text)), 0, -1):
-        if mark.startswith(text[-size:]):
-            return size
-    return 0
