@@ -67,8 +67,7 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
             grammar = model.calls_grammar(tools, named, parallel)
             # what the grammar lets through is a list of calls, or the arguments of one
             parser = {**parser, "format": "llama_json", "named": named}
-    if grammar is not None:
-        settings["grammar"] = grammar
+    settings["grammar"] = grammar
     request = model.request(body, prompt.ids, "messages", settings, prompt.keep_at)
     return Prepared(request, Layout(model, prompt.is_inside, tools=parser), prompt.warnings)
 

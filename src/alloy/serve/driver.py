@@ -136,19 +136,15 @@ class Backend(Protocol):
 
     def start(self, driver: "Driver") -> None:
         """Begin; from now on `driver.stepped` and `driver.died` are called on the running event loop."""
-        ...
 
     def add(self, request: Request) -> None:
         """Compute a request."""
-        ...
 
     def tell(self, kind: Told, request_id: str) -> None:
         """End a request, let it hold nothing for a while, or go on with it."""
-        ...
 
     async def close(self) -> None:
         """Stop, and give back everything."""
-        ...
 
 
 class Driver:
@@ -172,8 +168,8 @@ class Driver:
         self._settings = settings
         self._on_step = on_step
         self._on_death = on_death
+        # whose each open request is
         self._owners: dict[str, Ticket] = {}
-        self._tickets: set[Ticket] = set()
         # requests handed to the backend, and those that it has taken up
         self._sent = 0
         self._taken = 0
@@ -206,6 +202,10 @@ class Driver:
         return len(self._tickets)
 
     @property
+    def _tickets(self) -> set[Ticket]:
+        return set(self._owners.values())
+
+    @property
     def queued(self) -> int:
         """Requests that have not begun: on their way to the engine, or waiting in it."""
         return self._sent - self._taken + self.gauges.waiting
@@ -226,7 +226,6 @@ class Driver:
         waiting = sum(t.prompt_tokens for t in self._tickets if t.first_output is None) if self.queued else 0
         if limits.max_queue_tokens and waiting and waiting + ticket.prompt_tokens > limits.max_queue_tokens:
             raise overloaded(f"{waiting:,} prompt tokens are waiting; try again in {RETRY_S} s", RETRY_S)
-        self._tickets.add(ticket)
         self._idle.clear()
         self._owners.update(dict.fromkeys(ticket.requests, ticket))
         self._sent += len(requests)
@@ -237,11 +236,9 @@ class Driver:
     def cancel(self, ticket: Ticket, error: ApiError | None = None) -> None:
         """End a ticket; nothing happens to one that is done. `error` is what its reader is told."""
         self._tell("cancel", ticket)
-        for request_id in ticket.open_ids:
-            self._owners.pop(request_id, None)
+        self._forget(*ticket.open_ids)
         if error is not None:
             ticket.fail(error)
-        self._forget(ticket)
 
     def note_read(self, ticket: Ticket) -> None:
         """Its reader took an output: a ticket that was paused goes on once half is read."""
@@ -259,7 +256,7 @@ class Driver:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            for ticket in list(self._tickets):
+            for ticket in self._tickets:
                 message = "the server is shutting down and could not finish this answer; ask again"
                 self.cancel(ticket, ApiError(503, message, "server_shutdown", kind=SERVER))
 
@@ -297,10 +294,8 @@ class Driver:
                 continue
             gaps += ticket.put(output)
             if output.finished:
-                del self._owners[output.id]
-                if ticket.is_done:
-                    self._forget(ticket)
-        for ticket in list(self._tickets):
+                self._forget(output.id)
+        for ticket in self._tickets:
             self._watch_reader(ticket)
         if self._on_step is not None:
             self._on_step(gauges, stats, gaps)
@@ -318,14 +313,15 @@ class Driver:
     def died(self) -> None:
         """The backend has failed and comes back no more."""
         self.is_dead = True
-        for ticket in list(self._tickets):
+        for ticket in self._tickets:
             self.cancel(ticket, engine_dead(500))
         if self._on_death is not None:
             self._on_death()
 
-    def _forget(self, ticket: Ticket) -> None:
-        self._tickets.discard(ticket)
-        if not self._tickets:
+    def _forget(self, *request_ids: str) -> None:
+        for request_id in request_ids:
+            self._owners.pop(request_id, None)
+        if not self._owners:
             self._idle.set()
 
 
@@ -343,8 +339,9 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         # requests that the engine has seen
         self._taken = 0
-        self._driver: Driver | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        # known from the start on
+        self._driver: Driver
+        self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def gauges(self) -> "Gauges":
@@ -371,7 +368,6 @@ class EngineThread:
             await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        assert self._driver is not None, "the thread starts after the driver is known"
         engine = self._engine
         try:
             while True:
@@ -389,7 +385,6 @@ class EngineThread:
     def _take(self, block: bool) -> list[tuple[str, ApiError]] | None:
         """Everything in the inbox goes to the engine: the requests that it refused, or None to stop."""
         refused: list[tuple[str, ApiError]] = []
-        calls = {"cancel": self._engine.cancel, "pause": self._engine.pause, "resume": self._engine.resume}
         while True:
             try:
                 kind, value = self._inbox.get(block, IDLE_S if block else None)
@@ -399,7 +394,8 @@ class EngineThread:
             if kind == "stop":
                 return None
             if kind != "add":
-                calls[kind](value)
+                # "cancel", "pause" or "resume"
+                getattr(self._engine, kind)(value)
                 continue
             self._taken += 1
             try:
@@ -408,7 +404,6 @@ class EngineThread:
                 refused.append((value.id, bad(value.id.partition("-")[0], str(error))))
 
     def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None, "the thread starts after the loop is known"
         # the loop may be gone when the process ends
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(call, *arguments)

@@ -4,6 +4,7 @@ Messages name the field and the mend; they never hold prompts, paths or tracebac
 """
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,10 +30,11 @@ _SAID = {
 }
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer that is an error: status, and the four keys of its body.
 
-    Args:
+    Attributes:
         status: HTTP status
         message: what is wrong, with the values, and what to do
         code: a word for programs; None when the type says it all
@@ -41,26 +43,15 @@ class ApiError(Exception):
         headers: to send beside the body
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str = INVALID,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.kind = kind
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    kind: str = INVALID
+    headers: Mapping[str, str] | None = None
 
-    def __reduce__(self) -> tuple[type["ApiError"], tuple[Any, ...]]:
-        """From one process to another."""
-        return ApiError, (self.status, self.message, self.code, self.param, self.kind, self.headers)
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:

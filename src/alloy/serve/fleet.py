@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -20,7 +21,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -116,10 +117,12 @@ class Replica:
         # the front has admitted what comes here
         settings = settings.model_copy(update={"max_queue": 0, "max_queue_tokens": 0})
         self._thread = EngineThread(self._engine)
-        self._driver = Driver(self._thread, settings, on_death=_exit)
+        # an engine that failed ends its process: who waits for it learns so, and Ray starts another
+        self._driver = Driver(self._thread, settings, on_death=partial(os._exit, 1))
         self._describe = describe
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._has_started = False
+        # Ray makes replicas on the event loop that calls them
+        self._driver.start()
 
     async def describe(self) -> tuple[int, dict[str, str]]:
         """What the front must know: max_model_len, and rows of the start-up table."""
@@ -130,15 +133,12 @@ class Replica:
         gauges = replace(self._driver.gauges, waiting=self._driver.queued)
         return Report(self._name, gauges, self._engine.stats)
 
-    async def tell(self, kind: Told, request_id: str) -> None:
-        """Pause or resume a request, if it is here."""
+    async def tell(self, request_id: str, name: str | None, kind: Told) -> None:
+        """Pause or resume a request, if it is here. `name` is the router's."""
         self._thread.tell(kind, request_id)
 
     async def answer(self, request: Request, name: str | None) -> AsyncGenerator[Report]:
         """Outputs of a request as they come; the first report only says that it was taken up. `name` is the router's."""
-        if not self._has_started:
-            self._has_started = True
-            self._driver.start()
         # compiles its grammar, for which the engine's thread has no time
         await asyncio.to_thread(self._llm.check, request)
         ticket = self._driver.submit([request])
@@ -182,10 +182,10 @@ class Fleet:
         self.rows = {"replicas": f"{size}, each with", **rows}
         self._handle = handle
         self._size = size
-        self._driver: Driver | None = None
-        self._watch: asyncio.Task[None] | None = None
+        # known from the start on
+        self._driver: Driver
+        # of open requests, and the one that watches replicas
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._calls: set[asyncio.Task[Any]] = set()
         self._sent = 0
         # ids that no replica has taken up yet
         self._unseen: set[str] = set()
@@ -214,7 +214,7 @@ class Fleet:
     def start(self, driver: Driver) -> None:
         """Begin to ask replicas what they hold."""
         self._driver = driver
-        self._watch = asyncio.create_task(self._watch_replicas())
+        self._tasks["watch"] = asyncio.create_task(self._watch_replicas())
 
     def add(self, request: Request) -> None:
         """Send a request to a replica."""
@@ -225,10 +225,7 @@ class Fleet:
     def tell(self, kind: Told, request_id: str) -> None:
         """End, pause or resume a request, wherever it is."""
         if kind != "cancel":
-            call = self._handle.broadcast("tell", kind, request_id).results_async(return_exceptions=True)
-            asking = asyncio.create_task(call)
-            self._calls.add(asking)
-            asking.add_done_callback(self._calls.discard)
+            self._handle.tell.remote(request_id, self._places.get(request_id), kind)
             return
         self._unseen.discard(request_id)
         if (task := self._tasks.pop(request_id, None)) is not None:
@@ -236,7 +233,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop everything; the replicas end with `launch`."""
-        tasks = [*self._tasks.values(), *([self._watch] if self._watch else [])]
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -273,11 +270,8 @@ class Fleet:
 
     def _place(self, request: Request) -> str | None:
         """Choose a replica for a request."""
-        loads = dict.fromkeys(self.replicas, 0)
-        for name in self._places.values():
-            if name in loads:
-                loads[name] += 1
-        name = self._affinity.choose(request, loads)
+        loads = Counter(self._places.values())
+        name = self._affinity.choose(request, {name: loads[name] for name in self.replicas})
         if name is not None:
             self._places[request.id] = name
             self._affinity.note(request, name)
@@ -291,12 +285,10 @@ class Fleet:
         self._tell(outputs, [(request.id, report.refused)] if report.refused else [])
 
     def _tell(self, outputs: Sequence[Output], failed: Sequence[tuple[str, ApiError]]) -> None:
-        assert self._driver is not None, "nothing runs before the start"
         self._driver.stepped(outputs, failed, self._sent - len(self._unseen), self.gauges(), self.stats)
 
     async def _watch_replicas(self) -> None:
         """Ask replicas what they hold, again and again; without Ray the server ends."""
-        assert self._driver is not None, "it has started"
         try:
             while True:
                 await self._ask_replicas()
@@ -404,8 +396,3 @@ def _total(parts: Sequence[Numbers]) -> Numbers:
         is_list = isinstance(column[0], list)
         sums[field.name] = [sum(at) for at in zip_longest(*column, fillvalue=0)] if is_list else sum(column)
     return type(parts[0])(**sums)
-
-
-def _exit() -> NoReturn:
-    """An engine that failed ends its process: who waits for it learns so, and Ray starts another."""
-    os._exit(1)

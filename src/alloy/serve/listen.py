@@ -80,7 +80,7 @@ class Listener(uvicorn.Server):
             if sig == signal.SIGINT:
                 self.should_exit = self.force_exit = True
             return
-        seconds = self.server.service.settings.shutdown_s
+        seconds = self.server.service.model.settings.shutdown_s
         log.info("finishing %d answers, at most %g s", self.server.driver.in_flight, seconds)
         self._drain = asyncio.create_task(self._drained(seconds))
 

@@ -8,13 +8,13 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
 from alloy.core.toml import is_table
-from alloy.engine.codec import THINK
+from alloy.engine.codec import THINK, Codec
 from alloy.engine.grammar import Grammar, Kind, compile_grammar
 from alloy.engine.request import Request, SamplingParams
 from alloy.errors import RecipeError, RequestError
@@ -32,11 +32,7 @@ _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "bos_tok
 # what a request may tell the renderer of templates itself
 SPECIAL = {"add_generation_prompt", "continue_final_message"}
 # fields of a request that the engine knows by the same name
-PLAIN = {
-    "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "stop",
-    "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs",
-    "skip_special_tokens", "thinking_grace", "thinking_close_text",
-}  # fmt: skip
+PLAIN = {field.name for field in fields(SamplingParams)} & Sampled.model_fields.keys()
 # structured outputs by what the engine calls them
 KINDS: dict[str, Kind] = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
 _TEMPLATE_FAULTS = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
@@ -104,9 +100,22 @@ class ServedModel:
             raise ApiError(404, f'no model "{name[:256]}" here; this server has {listed}', "model_not_found", "model")
         return name or self.name
 
-    def decode(self, token: int) -> str:
-        """Text of one token."""
-        return self.llm.codec.decode([token]) if self.llm.codec else ""
+    def codec(self, param: str) -> Codec:
+        """The tokenizer; 400 without one."""
+        if self.llm.codec is None:
+            raise bad(param, f"{param} needs a tokenizer, and this model has none; send token ids to /v1/completions")
+        return self.llm.codec
+
+    def encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        try:
+            return self.codec(param).encode(text, param, add_special_tokens)
+        except RequestError as error:
+            raise bad(param, str(error)) from error
+
+    def decode(self, *tokens: int) -> str:
+        """Text of tokens; none without a tokenizer."""
+        return self.llm.codec.decode(tokens) if self.llm.codec else ""
 
     def chat_prompt(
         self, messages: Sequence[ChatMessage], asked: Conversation, chat_template: str | None = None
@@ -126,12 +135,12 @@ class ServedModel:
             if listed[-1]["role"] != "assistant":
                 raise bad("continue_final_message", "continue_final_message needs an assistant message at the end")
             variables["add_generation_prompt"] = False
-        text = self._render(listed, variables)
+        text = _render(codec, listed, variables)
         ids = codec.encode(text, "a message", add_special_tokens=False)
         keep_at: tuple[int, ...] = ()
         tail = text[-64:]
         if variables.get("add_generation_prompt", True):
-            base = self._render(listed, {**variables, "add_generation_prompt": False})
+            base = _render(codec, listed, {**variables, "add_generation_prompt": False})
             if text.startswith(base) and len(text) > len(base):
                 tail = text[len(base) :]
                 tail_ids = codec.encode(tail, "the generation prompt", add_special_tokens=False)
@@ -207,9 +216,7 @@ class ServedModel:
 
     def grammar(self, param: str, kind: Kind, value: Any) -> Grammar:
         """A compiled grammar of the engine's from its text or JSON; 400 with the place of what cannot be compiled."""
-        codec = self.llm.codec
-        if codec is None:
-            raise bad(param, f"{param} needs a tokenizer, and this model has none")
+        codec = self.codec(param)
         try:
             grammar = Grammar(kind, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
             compile_grammar(grammar, codec, self.llm.model.config.vocab)
@@ -259,17 +266,6 @@ class ServedModel:
             variables.pop("thinking_budget", None)
         return variables
 
-    def _render(self, messages: Sequence[Json], variables: Mapping[str, Any]) -> str:
-        codec = self.llm.codec
-        assert codec is not None, "the caller has looked"
-        try:
-            return codec.render_chat(messages, variables)
-        except RequestError as error:
-            raise bad("messages", str(error)) from error
-        except _TEMPLATE_FAULTS as error:
-            what = type(error).__name__
-            raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
-
     def _markers(self, named: Any, template: str) -> tuple[str, str] | None:
         if is_table(named):
             start, end = named.get("start"), named.get("end")
@@ -277,6 +273,16 @@ class ServedModel:
                 return start, end
         known = self.llm.codec is not None and self.llm.codec.markers is not None
         return THINK if known or THINK[1] in template else None
+
+
+def _render(codec: Codec, messages: Sequence[Json], variables: Mapping[str, Any]) -> str:
+    try:
+        return codec.render_chat(messages, variables)
+    except RequestError as error:
+        raise bad("messages", str(error)) from error
+    except _TEMPLATE_FAULTS as error:
+        what = type(error).__name__
+        raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
 
 
 def logprob(value: float | None) -> float | None:

@@ -85,7 +85,7 @@ class Output:
             self.items.append({"id": new_id(prefix), "type": kind, **item, "status": "in_progress", "content": []})
             yield self._item("added")
             self.items[-1]["content"].append({**part, "text": ""})
-            yield self._part("content_part.added", part=self.items[-1]["content"][0])
+            yield self._at("content_part.added", content_index=0, part=self.items[-1]["content"][0])
         part = self.items[-1]["content"][0]
         part["text"] += text
         yield self._text("delta", delta=text)
@@ -96,30 +96,28 @@ class Output:
             self.items[-1]["status"] = status
             part = self.items[-1]["content"][0]
             yield self._text("done", text=part["text"])
-            yield self._part("content_part.done", part=part)
+            yield self._at("content_part.done", content_index=0, part=part)
             yield self._item("done")
 
     def _call(self, call: Call) -> Iterator[Json]:
         whole = {"call_id": call.id, "name": call.name, "arguments": call.arguments, "status": "completed"}
         self.items.append({"id": new_id("fc_"), "type": "function_call", **whole})
-        at = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         yield self._item("added", arguments="", status="in_progress")
-        yield self.event("function_call_arguments.delta", **at, delta=call.arguments)
-        yield self.event("function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
+        yield self._at("function_call_arguments.delta", delta=call.arguments)
+        yield self._at("function_call_arguments.done", name=call.name, arguments=call.arguments)
         yield self._item("done")
 
     def _item(self, what: str, **changes: Any) -> Json:
         item = {**self.items[-1], **changes}
         return self.event(f"output_item.{what}", output_index=len(self.items) - 1, item=item)
 
-    def _part(self, kind: str, **data: Any) -> Json:
-        at = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
-        return self.event(kind, **at, **data)
+    def _at(self, kind: str, **data: Any) -> Json:
+        return self.event(kind, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **data)
 
     def _text(self, what: str, **data: str) -> Json:
         kind = self.items[-1]["content"][0]["type"]
         logprobs: Json = {"logprobs": []} if kind == "output_text" else {}
-        return self._part(f"{kind}.{what}", **data, **logprobs)
+        return self._at(f"{kind}.{what}", content_index=0, **data, **logprobs)
 
 
 class Responses:
@@ -159,11 +157,11 @@ class Responses:
 
         return await run.respond(http, framed() if body.stream else None, whole, stored.stop)
 
-    def get(self, response_id: str) -> Json:
+    async def get(self, response_id: str) -> Json:
         """A stored response."""
         return self._find(response_id).body
 
-    def delete(self, response_id: str) -> Json:
+    async def delete(self, response_id: str) -> Json:
         """Forget a response; one that runs is stopped."""
         stored = self._find(response_id)
         stored.stop(ApiError(404, "the response was deleted", "response_not_found", "response_id"))
@@ -192,7 +190,7 @@ class Responses:
 
     def _keep(self, stored: Stored) -> None:
         self._stored[stored.body["id"]] = stored
-        while len(self._stored) > self._service.settings.max_responses:
+        while len(self._stored) > self._service.model.settings.max_responses:
             _, old = self._stored.popitem(last=False)
             if old.task is not None:
                 old.task.cancel()
@@ -320,7 +318,6 @@ async def _finish(stored: Stored, run: Run) -> None:
 
 def _frame(body: ResponseRequest, name: str) -> Json:
     """The response before it says anything: what was asked for, with the defaults of the API."""
-    asked = {k: default if (value := getattr(body, k)) is None else value for k, default in DEFAULTS.items()}
     shape = body.text.format if body.text else None
     return {
         "id": new_id("resp_"),
@@ -334,5 +331,6 @@ def _frame(body: ResponseRequest, name: str) -> Json:
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "text": {"format": shape.model_dump(by_alias=True, exclude_none=True) if shape else {"type": "text"}},
         "usage": None,
-        **asked,
+        **DEFAULTS,
+        **body.model_dump(include=set(DEFAULTS), exclude_none=True),
     }

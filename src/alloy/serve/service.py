@@ -14,7 +14,6 @@ from alloy.serve.errors import ApiError
 from alloy.serve.metrics import Metrics
 from alloy.serve.model import ServedModel
 from alloy.serve.protocol import Json, Sampled
-from alloy.serve.settings import ServerSettings
 from alloy.serve.sse import DONE, EventStream, event, unless_gone
 
 
@@ -34,7 +33,6 @@ class Service:
     model: ServedModel
     driver: Driver
     metrics: Metrics
-    settings: ServerSettings
 
     def run(self, requests: Sequence[Request], layout: Layout) -> "Run":
         """Submit requests; ApiError if they are not admitted."""
@@ -145,7 +143,7 @@ class Run:
         close: Callable[[], None] | None = None,
     ) -> Response:
         """A stream of `events` from the first output on, or without them the `whole` body; `close` ends either."""
-        keepalive_s = self._service.settings.keepalive_s
+        keepalive_s = self._service.model.settings.keepalive_s
         close = close or self.cancel
         try:
             if events is None:

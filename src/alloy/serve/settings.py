@@ -34,15 +34,12 @@ class EngineSettings(Config):
     prefix_cache: bool | None = None
     checkpoint_every: int | None = Field(default=None, ge=1)
     speculate: int | Literal["auto"] | None = None
-    cuda_graphs: bool | None = None
+    cuda_graphs: bool | None = Field(default=None, serialization_alias="graphs")
 
     @property
     def chosen(self) -> dict[str, Any]:
         """Arguments of `alloy.LLM` that were set."""
-        values = self.model_dump(exclude_none=True)
-        if "cuda_graphs" in values:
-            values["graphs"] = values.pop("cuda_graphs")
-        return values
+        return self.model_dump(exclude_none=True, by_alias=True)
 
 
 class ServerSettings(Config):
