@@ -3,12 +3,13 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -21,7 +22,7 @@ from alloy.serve.completions import answer_completion
 from alloy.serve.driver import Backend, Driver
 from alloy.serve.errors import ApiError, bad, internal, timed_out
 from alloy.serve.guard import Guard, Keys
-from alloy.serve.metrics import CONTENT_TYPE, Metrics
+from alloy.serve.metrics import Metrics
 from alloy.serve.model import ServedModel
 from alloy.serve.protocol import (
     AnyBody,
@@ -91,8 +92,6 @@ class Server:
             yield
         finally:
             status.cancel()
-            with suppress(asyncio.CancelledError):
-                await status
             await self.responses.close()
             await self.driver.close()
 
@@ -111,7 +110,7 @@ class Server:
         except TimeoutError as error:
             raise timed_out(limits.request_timeout_s) from error
         body = parse_body(kind, raw)
-        warnings = cast(list[str], request.state.warnings)
+        warnings: list[str] = request.state.warnings
         names = [ascii(name)[1:-1][:64] for name in unknown_fields(body)]
         if names:
             warnings.append(f"unknown fields left alone: {', '.join(names[:16])}")
@@ -141,7 +140,7 @@ class Server:
 
         @app.get("/metrics")
         async def metrics() -> Response:
-            return Response(self.service.metrics.text(), media_type=CONTENT_TYPE)
+            return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
         @app.get("/v1/models")
         async def models() -> Json:

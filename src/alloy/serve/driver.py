@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from alloy.core.logging import get_logger
 from alloy.engine.request import Output, Request
 from alloy.errors import RequestError
-from alloy.serve.errors import SERVER, ApiError, bad, engine_dead, overloaded, timed_out
+from alloy.serve.errors import ApiError, bad, engine_dead, overloaded, timed_out
 from alloy.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Ticket:
         self.last_output: float | None = None
         self._driver = driver
         self._timeout_s = timeout_s
-        self._open = set(self.requests)
+        # requests without an end
+        self.open_ids = set(self.requests)
         self._ready: deque[Output] = deque()
         self._error: ApiError | None = None
         self._wake = asyncio.Event()
@@ -61,7 +62,7 @@ class Ticket:
     @property
     def is_done(self) -> bool:
         """Whether the engine has nothing more to say."""
-        return not self._open or self._error is not None
+        return not self.open_ids or self._error is not None
 
     def __aiter__(self) -> "Ticket":
         return self
@@ -74,7 +75,7 @@ class Ticket:
         while not self._ready:
             if self._error is not None:
                 raise self._error
-            if not self._open:
+            if not self.open_ids:
                 raise StopAsyncIteration
             self._wake.clear()
             try:
@@ -105,7 +106,7 @@ class Ticket:
         self._ready.append(output)
         self.unread_tokens += _tokens(output)
         if output.finished:
-            self._open.discard(output.id)
+            self.open_ids.discard(output.id)
         self._wake.set()
         return gaps
 
@@ -115,11 +116,6 @@ class Ticket:
             self._error = error
             self._ready.clear()
         self._wake.set()
-
-    @property
-    def open_ids(self) -> list[str]:
-        """Requests without an end."""
-        return list(self._open)
 
 
 class Backend(Protocol):
@@ -258,7 +254,7 @@ class Driver:
         except TimeoutError:
             for ticket in self._tickets:
                 message = "the server is shutting down and could not finish this answer; ask again"
-                self.cancel(ticket, ApiError(503, message, "server_shutdown", kind=SERVER))
+                self.cancel(ticket, ApiError(503, message, "server_shutdown"))
 
     def _tell(self, kind: Told, ticket: Ticket) -> None:
         for request_id in ticket.open_ids:
@@ -308,7 +304,7 @@ class Driver:
                 self._tell("pause", ticket)
         elif now - ticket.behind_since > self._settings.slow_reader_s:
             message = f"the client read nothing for {self._settings.slow_reader_s:g} s; read the stream as it comes"
-            self.cancel(ticket, ApiError(408, message, "slow_reader", kind="timeout"))
+            self.cancel(ticket, ApiError(408, message, "slow_reader"))
 
     def died(self) -> None:
         """The backend has failed and comes back no more."""

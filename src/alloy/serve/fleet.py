@@ -42,7 +42,7 @@ from alloy.engine.runner import EngineStats
 from alloy.errors import AlloyError, RecipeError, ResourceError
 from alloy.serve.affinity import Affinity
 from alloy.serve.driver import Driver, EngineThread, Told
-from alloy.serve.errors import SERVER, ApiError, internal
+from alloy.serve.errors import ApiError, internal
 from alloy.serve.settings import ServerSettings
 
 log = get_logger(__name__)
@@ -107,7 +107,7 @@ class Replica:
         setup(console=False)
         torch.set_num_threads(threads)
         try:
-            self._llm, self._rows = load()
+            self._llm, rows = load()
             self._engine = self._llm.engine()
         except AlloyError as error:
             # all that Ray passes on is a traceback
@@ -119,14 +119,14 @@ class Replica:
         self._thread = EngineThread(self._engine)
         # an engine that failed ends its process: who waits for it learns so, and Ray starts another
         self._driver = Driver(self._thread, settings, on_death=partial(os._exit, 1))
-        self._describe = describe
+        self._facts = self._llm.max_model_len, describe(self._llm, self._driver.gauges) | rows
         self._name = serve.get_replica_context().replica_id.unique_id
         # Ray makes replicas on the event loop that calls them
         self._driver.start()
 
     async def describe(self) -> tuple[int, dict[str, str]]:
         """What the front must know: max_model_len, and rows of the start-up table."""
-        return self._llm.max_model_len, self._describe(self._llm, self._driver.gauges) | self._rows
+        return self._facts
 
     async def report(self) -> Report:
         """What is held now."""
@@ -240,7 +240,7 @@ class Fleet:
 
     async def _run(self, request: Request) -> None:
         """Have a request computed; once more if its replica died before it said anything."""
-        error = ApiError(500, "the replica that computed this answer died; ask again", "replica_died", kind=SERVER)
+        error = ApiError(500, "the replica that computed this answer died; ask again", "replica_died")
         try:
             for _ in range(ATTEMPTS):
                 heard = False

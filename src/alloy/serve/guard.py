@@ -83,7 +83,7 @@ class RateLimit:
             wait_s = int(full_at - now - MINUTE_S) + 1
             message = f"more than {self._per_minute} requests a minute; try again in {wait_s} s"
             after = {"Retry-After": str(wait_s)}
-            raise ApiError(429, message, "rate_limit_exceeded", kind="rate_limit_error", headers=after)
+            raise ApiError(429, message, "rate_limit_exceeded", headers=after)
         self._full_at[key] = full_at
 
 

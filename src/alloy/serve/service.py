@@ -53,8 +53,6 @@ class Run:
         self._layout = layout
         self._choices: dict[tuple[str, int], Choice] = {}
         self._cached: dict[str, int] = {}
-        # place of each request among those asked for
-        self._places = {request_id: i for i, request_id in enumerate(ticket.requests)}
 
     @property
     def choices(self) -> list[Choice]:
@@ -97,7 +95,8 @@ class Run:
                     is_first = key not in self._choices
                     if is_first:
                         request = self._ticket.requests[output.id]
-                        index = self._places[output.id] * request.params.n + completion.index
+                        place = list(self._ticket.requests).index(output.id)
+                        index = place * request.params.n + completion.index
                         self._choices[key] = Choice(index, request, self._layout)
                     timings = completion.timings
                     choice = self._choices[key]
