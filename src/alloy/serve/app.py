@@ -34,7 +34,6 @@ from alloy.serve.protocol import (
     ResponseRequest,
     TokenizeRequest,
     parse_body,
-    unknown_fields,
 )
 from alloy.serve.responses import Responses
 from alloy.serve.service import Service
@@ -111,7 +110,7 @@ class Server:
             raise timed_out(limits.request_timeout_s) from error
         body = parse_body(kind, raw)
         warnings: list[str] = request.state.warnings
-        names = [ascii(name)[1:-1][:64] for name in unknown_fields(body)]
+        names = sorted(ascii(name)[1:-1][:64] for name, value in (body.model_extra or {}).items() if value is not None)
         if names:
             warnings.append(f"unknown fields left alone: {', '.join(names[:16])}")
         for name in names:

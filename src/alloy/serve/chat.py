@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,30 +16,24 @@ from alloy.serve.protocol import ChatRequest, Json, NamedTool, refuse_unserved
 from alloy.serve.service import Service, Step
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request ready for the engine, how its answer is taken apart, and what to warn of."""
-
-    request: Request
-    layout: Layout
-    warnings: list[str]
-
-
 async def answer_chat(service: Service, http: HttpRequest, body: ChatRequest, warnings: list[str]) -> Response:
     """Answer one chat request."""
     model, kind = service.model, "chat.completion.chunk" if body.stream else "chat.completion"
     name = model.check_name(body.model)
-    prepared = await asyncio.to_thread(prepare, model, body)
-    warnings += prepared.warnings
+    request, layout = await asyncio.to_thread(prepare, model, body, warnings)
     head = new_head(kind, f"chatcmpl-{body.request_id[:128]}" if body.request_id else new_id("chatcmpl-"), name)
     if not body.stream and (body.prompt_logprobs is not None or body.return_token_ids):
-        head["prompt_token_ids"] = list(prepared.request.token_ids)
-    run = service.run([prepared.request], prepared.layout)
+        head["prompt_token_ids"] = list(request.token_ids)
+    run = service.run([request], layout)
     return await run.complete(http, body, head, partial(_chunks, model, body), partial(_choice, model, body))
 
 
-def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
-    """Check what the fields say together, lay the conversation out, and compile what the answer must look like."""
+def prepare(model: ServedModel, body: ChatRequest, warnings: list[str]) -> tuple[Request, Layout]:
+    """Check what the fields say together, lay the conversation out, and compile what the answer must look like.
+
+    Returns:
+        the request, ready for the engine, and how its answer is taken apart
+    """
     refuse_unserved(body, model.settings.trust_request_template)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", "top_logprobs needs logprobs = true")
@@ -48,6 +41,7 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
     if choice not in (None, "none", "auto") and not tools:
         raise bad("tool_choice", "tool_choice asks for a call, but tools is empty; declare the functions in tools")
     prompt = model.chat_prompt(body.messages, body, body.chat_template)
+    warnings += prompt.warnings
     settings: dict[str, Any] = {"n": body.n or 1}
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if limit is not None:
@@ -69,7 +63,7 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
             parser = {**parser, "format": "llama_json", "named": named}
     settings["grammar"] = grammar
     request = model.request(body, prompt.ids, "messages", settings, prompt.keep_at)
-    return Prepared(request, Layout(model, prompt.is_inside, tools=parser), prompt.warnings)
+    return request, Layout(model, prompt.is_inside, tools=parser)
 
 
 def _choice(model: ServedModel, body: ChatRequest, choice: Choice) -> Json:

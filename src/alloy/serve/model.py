@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
@@ -21,7 +21,7 @@ from alloy.errors import RecipeError, RequestError
 from alloy.serve.errors import ApiError, bad, from_request_error
 from alloy.serve.protocol import ChatMessage, Conversation, Json, ResponseFormat, Sampled, StructuredOutputs
 from alloy.serve.reasoning import ends_inside
-from alloy.serve.settings import SAMPLING, ServerSettings
+from alloy.serve.settings import Sampling, ServerSettings
 from alloy.serve.tools import calls_schema, format_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class ServedModel:
         self.settings = settings
         self.created = int(time.time())
         generation = cast(dict[str, Any], llm.model.generation)
-        self.defaults = {k: v for k, v in generation.items() if k in SAMPLING and k != "max_tokens" and v is not None}
+        known = {*get_args(Sampling)} - {"max_tokens"}
+        self.defaults = {k: v for k, v in generation.items() if k in known and v is not None}
         self.defaults.update({k: int(v) if k in ("top_k", "max_tokens") else v for k, v in settings.default.items()})
         codec = llm.codec
         template = codec.chat_template if codec else ""

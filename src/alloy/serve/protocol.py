@@ -223,12 +223,10 @@ class CompletionRequest(Sampled):
     response_format: ResponseFormat | None = None
 
 
-class TextFormat(Body):
+class TextFormat(JsonSchema):
     """Shape of the text of a response."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    schema_: Json | None = Field(None, alias="schema")
 
 
 class ResponseText(Body):
@@ -291,14 +289,6 @@ REFUSED = {
 }
 
 
-def parse_body(model: type[AnyBody], raw: bytes) -> AnyBody:
-    """A request from its bytes; every complaint is a 400 that names the field."""
-    data = parse_json(raw)
-    if not is_table(data):
-        raise bad(None, "the body must be a JSON object")
-    return validated(model, data)
-
-
 def validated(model: type[AnyBody], data: Json) -> AnyBody:
     """A request from its parsed body."""
     try:
@@ -307,10 +297,10 @@ def validated(model: type[AnyBody], data: Json) -> AnyBody:
         raise from_validation(error, data) from error
 
 
-def parse_json(raw: bytes) -> object:
-    """JSON as the standard has it: UTF-8, finite numbers, whole characters."""
+def parse_body(model: type[AnyBody], raw: bytes) -> AnyBody:
+    """A request from its bytes, JSON as the standard has it; every complaint is a 400 that names the field."""
     try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        data: object = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise bad(None, f"the body is not UTF-8 at byte {error.start}; encode it as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -326,7 +316,9 @@ def parse_json(raw: bytes) -> object:
             name = ".".join(path)
             where = f"{name or 'the body'} holds a lone surrogate at character {half.start()}"
             raise bad(name or None, f"{where}, which is not text; remove it")
-    return data
+    if not is_table(data):
+        raise bad(None, "the body must be a JSON object")
+    return validated(model, data)
 
 
 def refuse_unserved(body: Body, trust_template: bool = False) -> None:
@@ -341,11 +333,6 @@ def refuse_unserved(body: Body, trust_template: bool = False) -> None:
     modalities = getattr(body, "modalities", None)
     if modalities is not None and modalities != ["text"]:
         raise bad("modalities", 'modalities must be ["text"]: this model answers in text')
-
-
-def unknown_fields(body: Body) -> list[str]:
-    """Names that no API of ours has."""
-    return sorted(name for name, value in (body.model_extra or {}).items() if value is not None)
 
 
 def _finite(text: str) -> float:
