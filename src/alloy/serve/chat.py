@@ -15,6 +15,9 @@ from alloy.serve.model import ServedModel
 from alloy.serve.protocol import ChatRequest, Json, NamedTool, refuse_unserved
 from alloy.serve.service import Service, Step
 
+# a request ready for the engine, and how its answer is taken apart
+Prepared = tuple[Request, Layout]
+
 
 async def answer_chat(service: Service, http: HttpRequest, body: ChatRequest, warnings: list[str]) -> Response:
     """Answer one chat request."""
@@ -28,12 +31,8 @@ async def answer_chat(service: Service, http: HttpRequest, body: ChatRequest, wa
     return await run.complete(http, body, head, partial(_chunks, model, body), partial(_choice, model, body))
 
 
-def prepare(model: ServedModel, body: ChatRequest, warnings: list[str]) -> tuple[Request, Layout]:
-    """Check what the fields say together, lay the conversation out, and compile what the answer must look like.
-
-    Returns:
-        the request, ready for the engine, and how its answer is taken apart
-    """
+def prepare(model: ServedModel, body: ChatRequest, warnings: list[str]) -> Prepared:
+    """Check what the fields say together, lay the conversation out, and compile what the answer must look like."""
     refuse_unserved(body, model.settings.trust_request_template)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", "top_logprobs needs logprobs = true")
@@ -62,7 +61,7 @@ def prepare(model: ServedModel, body: ChatRequest, warnings: list[str]) -> tuple
             # what the grammar lets through is a list of calls, or the arguments of one
             parser = {**parser, "format": "llama_json", "named": named}
     settings["grammar"] = grammar
-    request = model.request(body, prompt.ids, "messages", settings, prompt.keep_at)
+    request = model.request(body, prompt, "messages", settings)
     return request, Layout(model, prompt.is_inside, tools=parser)
 
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from alloy.engine.request import Request, TokenLogprobs
 from alloy.serve.answer import Choice, Layout, new_head, new_id, text_logprobs
 from alloy.serve.errors import bad
-from alloy.serve.model import ServedModel
+from alloy.serve.model import Prompt, ServedModel
 from alloy.serve.protocol import CompletionRequest, Json, refuse_unserved
 from alloy.serve.service import Run, Service, Step
 
@@ -49,7 +49,7 @@ def prepare(model: ServedModel, body: CompletionRequest) -> list[Request]:
         settings["logprobs"] = body.logprobs
         if body.echo:
             settings["prompt_logprobs"] = body.logprobs
-    return [model.request(body, ids, "prompt", settings) for ids in prompts]
+    return [model.request(body, Prompt(ids), "prompt", settings) for ids in prompts]
 
 
 def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:

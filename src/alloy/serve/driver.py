@@ -32,6 +32,8 @@ IDLE_S = 1.0
 RETRY_S = 5
 
 Told = Literal["cancel", "pause", "resume"]
+# ids of requests that end with an error
+Failed = Sequence[tuple[str, ApiError]]
 
 
 class Ticket:
@@ -261,14 +263,7 @@ class Driver:
             if request_id in self._owners:
                 self._backend.tell(kind, request_id)
 
-    def stepped(
-        self,
-        outputs: Sequence[Output],
-        failed: Sequence[tuple[str, ApiError]],
-        taken: int,
-        gauges: "Gauges",
-        stats: Any,
-    ) -> None:
+    def stepped(self, outputs: Sequence[Output], failed: Failed, taken: int, gauges: "Gauges", stats: Any) -> None:
         """Hand a round's outputs to their tickets.
 
         Args:
@@ -285,12 +280,10 @@ class Driver:
                 self.cancel(ticket, error)
         gaps: list[float] = []
         for output in outputs:
-            ticket = self._owners.get(output.id)
-            if ticket is None:
-                continue
-            gaps += ticket.put(output)
-            if output.finished:
-                self._forget(output.id)
+            if (ticket := self._owners.get(output.id)) is not None:
+                gaps += ticket.put(output)
+                if output.finished:
+                    self._forget(output.id)
         for ticket in self._tickets:
             self._watch_reader(ticket)
         if self._on_step is not None:

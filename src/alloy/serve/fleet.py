@@ -41,7 +41,7 @@ from alloy.engine.request import Output, Request
 from alloy.engine.runner import EngineStats
 from alloy.errors import AlloyError, RecipeError, ResourceError
 from alloy.serve.affinity import Affinity
-from alloy.serve.driver import Driver, EngineThread, Told
+from alloy.serve.driver import Driver, EngineThread, Failed, Told
 from alloy.serve.errors import ApiError, internal
 from alloy.serve.settings import ServerSettings
 
@@ -64,6 +64,9 @@ QUIET = LoggingConfig(enable_access_log=False, log_level="CRITICAL")
 NOTHING = Gauges(0, 0, 0, 0, 0, 0, 0, 0)
 
 Numbers = TypeVar("Numbers", Gauges, EngineStats)
+# rows of the start-up table
+Rows = Mapping[str, str]
+Describe = Callable[[LLM, Gauges], Rows]
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,10 @@ class Replica:
 
     def __init__(
         self,
-        load: Callable[[], tuple[LLM, dict[str, str]]],
+        load: Callable[[], tuple[LLM, Rows]],
         settings: ServerSettings,
         threads: int,
-        describe: Callable[[LLM, Gauges], dict[str, str]],
+        describe: Describe,
         failure: Path,
     ) -> None:
         setup(console=False)
@@ -119,12 +122,12 @@ class Replica:
         self._thread = EngineThread(self._engine)
         # an engine that failed ends its process: who waits for it learns so, and Ray starts another
         self._driver = Driver(self._thread, settings, on_death=partial(os._exit, 1))
-        self._facts = self._llm.max_model_len, describe(self._llm, self._driver.gauges) | rows
+        self._facts = self._llm.max_model_len, {**describe(self._llm, self._driver.gauges), **rows}
         self._name = serve.get_replica_context().replica_id.unique_id
         # Ray makes replicas on the event loop that calls them
         self._driver.start()
 
-    async def describe(self) -> tuple[int, dict[str, str]]:
+    async def describe(self) -> tuple[int, Rows]:
         """What the front must know: max_model_len, and rows of the start-up table."""
         return self._facts
 
@@ -177,7 +180,7 @@ class Fleet:
         rows: of the start-up table
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], size: int, max_model_len: int, rows: Mapping[str, str]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], size: int, max_model_len: int, rows: Rows) -> None:
         self.max_model_len = max_model_len
         self.rows = {"replicas": f"{size}, each with", **rows}
         self._handle = handle
@@ -284,7 +287,7 @@ class Fleet:
         outputs = [replace(o, prompt_token_ids=request.token_ids) for o in report.outputs]
         self._tell(outputs, [(request.id, report.refused)] if report.refused else [])
 
-    def _tell(self, outputs: Sequence[Output], failed: Sequence[tuple[str, ApiError]]) -> None:
+    def _tell(self, outputs: Sequence[Output], failed: Failed) -> None:
         self._driver.stepped(outputs, failed, self._sent - len(self._unseen), self.gauges(), self.stats)
 
     async def _watch_replicas(self) -> None:
@@ -299,9 +302,8 @@ class Fleet:
 
     async def _ask_replicas(self) -> None:
         try:
-            said: list[Any] = await self._handle.broadcast("report").results_async(
-                timeout_s=ANSWER_S, return_exceptions=True
-            )
+            call = self._handle.broadcast("report")
+            said: list[Any] = await call.results_async(timeout_s=ANSWER_S, return_exceptions=True)
         except DeploymentUnavailableError:
             said = []
         except TimeoutError:
@@ -321,10 +323,7 @@ class Fleet:
 
 @contextmanager
 def launch(
-    load: Callable[[Mapping[str, Any]], tuple[LLM, dict[str, str]]],
-    arguments: Mapping[str, Any],
-    settings: ServerSettings,
-    describe: Callable[[LLM, Gauges], dict[str, str]],
+    load: Callable[..., tuple[LLM, Rows]], arguments: Mapping[str, Any], settings: ServerSettings, describe: Describe
 ) -> Generator[Fleet]:
     """Replicas that have loaded the model; all their processes end with the context, or with this process.
 

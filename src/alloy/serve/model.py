@@ -153,44 +153,37 @@ class ServedModel:
         unknown = [f"template variable {name} is unknown to this model" for name in given if name not in variables]
         return Prompt(ids, keep_at, is_inside, unknown)
 
-    def request(
-        self,
-        body: Sampled,
-        ids: Sequence[int],
-        prompt: str,
-        settings: Mapping[str, Any],
-        keep_at: Sequence[int] = (),
-    ) -> Request:
-        """The engine's request; `prompt` is what errors call the prompt, `settings` are this route's own parameters."""
+    def request(self, body: Sampled, prompt: Prompt, param: str, settings: Mapping[str, Any]) -> Request:
+        """The engine's request; `param` is what errors call the prompt, `settings` are this route's own parameters."""
         values = {**self.defaults, **body.model_dump(include=PLAIN, exclude_none=True)}
         # -1 turns it off as well
         values["top_k"] = max(0, values.get("top_k", 0))
         values["logit_bias"] = {_token(k): v for k, v in (body.logit_bias or {}).items()}
         values["thinking_budget"] = self.thinking_budget(body)
         values.update(settings)
-        room = self.llm.max_model_len - len(ids)
+        room = self.llm.max_model_len - len(prompt.ids)
         limit = values.get("max_tokens")
         if "max_tokens" not in settings and limit is not None:
             # a default never makes a prompt too long
             limit = values["max_tokens"] = max(1, min(limit, room))
         if (limit is not None and limit > room) or room < 1:
             message = (
-                f"{prompt} has {len(ids):,} tokens and max_tokens is {limit or 1:,}; "
+                f"{param} has {len(prompt.ids):,} tokens and max_tokens is {limit or 1:,}; "
                 f"together they exceed max_model_len = {self.llm.max_model_len:,}"
             )
-            raise bad(prompt, message, "context_length_exceeded")
+            raise bad(param, message, "context_length_exceeded")
         try:
             request = Request(
-                id=f"{prompt}-{uuid.uuid4().hex}",
-                token_ids=ids,
+                id=f"{param}-{uuid.uuid4().hex}",
+                token_ids=prompt.ids,
                 params=SamplingParams(**values),
                 priority=body.priority or 0,
                 salt=body.cache_salt or "",
-                keep_at=tuple(keep_at),
+                keep_at=prompt.keep_at,
             )
-            self.llm.check(request, prompt)
+            self.llm.check(request, param)
         except RequestError as error:
-            raise from_request_error(error, body.model_fields_set, prompt) from error
+            raise from_request_error(error, body.model_fields_set, param) from error
         return request
 
     def thinking_budget(self, body: Sampled) -> int | None:

@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from alloy.core.logging import get_logger
 from alloy.core.toml import is_list, is_table
-from alloy.engine.request import Request
-from alloy.serve.answer import Layout, new_id
-from alloy.serve.chat import prepare
+from alloy.serve.answer import new_id
+from alloy.serve.chat import Prepared, prepare
 from alloy.serve.errors import ApiError, bad, internal
+from alloy.serve.model import ServedModel
 from alloy.serve.protocol import ChatRequest, Json, ResponseRequest, refuse_unserved, validated
 from alloy.serve.service import Run, Service, Step
 from alloy.serve.sse import event
@@ -136,7 +136,7 @@ class Responses:
         if body.background and body.store is False:
             raise bad("store", "a background response must be stored; leave store out")
         messages = self._messages(body)
-        request, layout = await asyncio.to_thread(_prepare, self._service, body, messages, warnings)
+        request, layout = await asyncio.to_thread(_prepare, self._service.model, body, messages, warnings)
         run = self._service.run([request], layout)
         stored = Stored(_frame(body, name), messages, run)
         if body.store is not False:
@@ -214,9 +214,7 @@ class Responses:
         return past + _items(items, "input")
 
 
-def _prepare(
-    service: Service, body: ResponseRequest, messages: list[Json], warnings: list[str]
-) -> tuple[Request, Layout]:
+def _prepare(model: ServedModel, body: ResponseRequest, messages: list[Json], warnings: list[str]) -> Prepared:
     refuse_unserved(body)
     if body.instructions is not None:
         messages = [{"role": "system", "content": body.instructions}, *messages]
@@ -243,7 +241,7 @@ def _prepare(
     # extensions of the chat route pass through
     data |= {k: v for k, v in (body.model_extra or {}).items() if k in ChatRequest.model_fields and k not in data}
     try:
-        return prepare(service.model, validated(ChatRequest, data), warnings)
+        return prepare(model, validated(ChatRequest, data), warnings)
     except ApiError as error:
         if error.param is not None and error.param.startswith("messages"):
             error.param = "input"

@@ -26,6 +26,10 @@ class Step(NamedTuple):
     is_first: bool
 
 
+# what an increment adds to a stream
+Chunks = Callable[[Step], Iterator[Json]]
+
+
 @dataclass(frozen=True)
 class Service:
     """One served model."""
@@ -110,12 +114,7 @@ class Run:
         self._service.metrics.answered(self._ticket, reasons, self.usage, timings)
 
     async def complete(
-        self,
-        http: HttpRequest,
-        body: Sampled,
-        head: Json,
-        chunks: Callable[[Step], Iterator[Json]],
-        choice: Callable[[Choice], Json],
+        self, http: HttpRequest, body: Sampled, head: Json, chunks: Chunks, choice: Callable[[Choice], Json]
     ) -> Response:
         """The answer of chat and completions.
 
@@ -157,9 +156,7 @@ class Run:
         """Give back what the engine holds for it; nothing happens to one that is done. `error` is what its reader is told."""
         self._service.driver.cancel(self._ticket, error)
 
-    async def _stream(
-        self, body: Sampled, head: Json, chunks: Callable[[Step], Iterator[Json]]
-    ) -> AsyncGenerator[bytes]:
+    async def _stream(self, body: Sampled, head: Json, chunks: Chunks) -> AsyncGenerator[bytes]:
         options = body.stream_options
         has_usage = options is not None and bool(options.include_usage)
         is_running_usage = options is not None and bool(options.continuous_usage_stats)
