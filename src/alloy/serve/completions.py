@@ -41,7 +41,7 @@ def prepare(model: ServedModel, body: CompletionRequest) -> list[Request]:
         raise bad("max_tokens", "max_tokens = 0 asks for nothing; set echo = true to score the prompt")
     prompts = _prompts(model, body)
     # the default of the API, as far as there is room
-    default = min(16, model.llm.max_model_len - max(map(len, prompts)))
+    default = min(16, model.llm.max_model_len - max(map(len, prompts.values())))
     limit = default if body.max_tokens is None else body.max_tokens
     grammar = model.shape(body.response_format, body.structured_outputs)
     settings: dict[str, Any] = {"n": body.n or 1, "max_tokens": max(1, limit), "grammar": grammar}
@@ -49,21 +49,18 @@ def prepare(model: ServedModel, body: CompletionRequest) -> list[Request]:
         settings["logprobs"] = body.logprobs
         if body.echo:
             settings["prompt_logprobs"] = body.logprobs
-    return [model.request(body, Prompt(ids), "prompt", settings) for ids in prompts]
+    return [model.request(body, Prompt(ids), name, settings) for name, ids in prompts.items()]
 
 
-def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
-    """Token ids of each prompt."""
+def _prompts(model: ServedModel, body: CompletionRequest) -> dict[str, list[int]]:
+    """Token ids of each prompt, by what errors call it."""
     prompt = body.prompt or ""
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     listed: list[Any] = [prompt] if is_one else list(prompt)
-    found: list[list[int]] = []
+    found: dict[str, list[int]] = {}
     for i, one in enumerate(listed):
         name = "prompt" if len(listed) == 1 else f"prompt.{i}"
-        ids: list[int] = model.encode(one, name) if isinstance(one, str) else one
-        if not ids:
-            raise bad(name, f"{name} is empty; a model needs at least one token to continue")
-        found.append(ids)
+        found[name] = model.encode(one, name) if isinstance(one, str) else one
     return found
 
 

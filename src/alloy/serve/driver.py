@@ -61,18 +61,13 @@ class Ticket:
         # when the reader that the engine waits for read last; None: it does not wait
         self.behind_since: float | None = None
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the engine has nothing more to say."""
-        return not self.open_ids or self._error is not None
-
     def __aiter__(self) -> "Ticket":
         return self
 
     async def __anext__(self) -> Output:
         """The next increment; ApiError when the request cannot be finished."""
         # an engine that is always ahead of its reader leaves nothing to wait for
-        if not self.is_done and perf_counter() > self.deadline:
+        if self.open_ids and self._error is None and perf_counter() > self.deadline:
             self._driver.cancel(self, timed_out(self._timeout_s))
         while not self._ready:
             if self._error is not None:

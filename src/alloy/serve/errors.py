@@ -89,8 +89,8 @@ def internal() -> ApiError:
 def from_request_error(error: RequestError, fields: Set[str], prompt: str) -> ApiError:
     """The engine's refusal; its first word is the field at fault where the request has one of that name."""
     word = str(error).partition(" ")[0].partition("[")[0].rstrip(":,")
-    param = word if word in fields else prompt if word in ("prompt", "a") else None
-    return bad(param, str(error))
+    param = word if word in fields else prompt if word in (prompt, "prompt", "a") else None
+    return bad(param, str(error), "context_length_exceeded" if "max_model_len" in str(error) else None)
 
 
 def from_validation(error: ValidationError, data: object) -> ApiError:

@@ -67,6 +67,7 @@ class ServedModel:
     def __init__(self, llm: "LLM", names: Sequence[str], settings: ServerSettings) -> None:
         self.llm = llm
         self.names = list(names)
+        self.name = self.names[0]
         self.settings = settings
         self.created = int(time.time())
         generation = cast(dict[str, Any], llm.model.generation)
@@ -88,11 +89,6 @@ class ServedModel:
             SamplingParams(**self.defaults)
         except RequestError as error:
             raise RecipeError(f"serve.default with the model's generation_config.json: {error}") from error
-
-    @property
-    def name(self) -> str:
-        """The model's first name."""
-        return self.names[0]
 
     def check_name(self, name: str | None) -> str:
         """The name that the answer carries; 404 for another model."""
@@ -162,16 +158,9 @@ class ServedModel:
         values["thinking_budget"] = self.thinking_budget(body)
         values.update(settings)
         room = self.llm.max_model_len - len(prompt.ids)
-        limit = values.get("max_tokens")
-        if "max_tokens" not in settings and limit is not None:
+        if "max_tokens" not in settings and "max_tokens" in values:
             # a default never makes a prompt too long
-            limit = values["max_tokens"] = max(1, min(limit, room))
-        if (limit is not None and limit > room) or room < 1:
-            message = (
-                f"{param} has {len(prompt.ids):,} tokens and max_tokens is {limit or 1:,}; "
-                f"together they exceed max_model_len = {self.llm.max_model_len:,}"
-            )
-            raise bad(param, message, "context_length_exceeded")
+            values["max_tokens"] = max(1, min(values["max_tokens"], room))
         try:
             request = Request(
                 id=f"{param}-{uuid.uuid4().hex}",

@@ -167,6 +167,7 @@ class Sampled(Asked):
     max_tokens: Count = None
     stop: Stop | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
@@ -203,7 +204,6 @@ class ChatRequest(Sampled, Conversation, Recorded):
     n: Annotated[int | None, Field(ge=1, le=16)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    response_format: ResponseFormat | None = None
     include_reasoning: bool | None = None
     prompt_cache_retention: str | None = None
     verbosity: str | None = None
@@ -220,7 +220,6 @@ class CompletionRequest(Sampled):
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     suffix: str | None = None
-    response_format: ResponseFormat | None = None
 
 
 class TextFormat(JsonSchema):
