@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -37,7 +37,7 @@ from alloy.serve.protocol import (
 )
 from alloy.serve.responses import Responses
 from alloy.serve.service import Service
-from alloy.serve.sse import ClientGone
+from alloy.serve.sse import ClientGone, end
 
 log = get_logger(__name__)
 
@@ -78,7 +78,10 @@ class Server:
         self._warned: set[str] = set()
         routes = FastAPI(title="alloy", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None)
         self._add_routes(routes)
-        self._document(routes)
+        # OpenAPI of the routes, with the bodies that they parse by hand
+        kinds = [(kind, "validation") for kind in BODIES]
+        _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+        routes.openapi()["components"]["schemas"].update(schemas["$defs"])
         for kind in (ApiError, HTTPException, ClientGone, ClientDisconnect, Exception):
             routes.add_exception_handler(kind, _answer)
         self.app = Guard(routes, self.keys, settings, metrics.refused)
@@ -90,7 +93,7 @@ class Server:
         try:
             yield
         finally:
-            status.cancel()
+            await end(status)
             await self.responses.close()
             await self.driver.close()
 
@@ -139,7 +142,7 @@ class Server:
 
         @app.get("/metrics")
         async def metrics() -> Response:
-            return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+            return Response(generate_latest(self.service.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
         @app.get("/v1/models")
         async def models() -> Json:
@@ -181,14 +184,6 @@ class Server:
         @app.post(path, name=path.strip("/"), openapi_extra=_takes(kind), response_model=None)
         async def endpoint(request: Request) -> Any:
             return await answer(request, *await self._read(kind, request))
-
-    def _document(self, app: FastAPI) -> None:
-        """OpenAPI of the routes, with the bodies that they parse by hand."""
-        document: Json = app.openapi()
-        _, schemas = models_json_schema(
-            [(kind, "validation") for kind in BODIES], ref_template="#/components/schemas/{model}"
-        )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
 
 
 async def read_body(request: Request, limit: int) -> bytes:

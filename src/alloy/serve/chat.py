@@ -12,7 +12,7 @@ from alloy.engine.request import Request
 from alloy.serve.answer import Choice, Layout, chat_logprobs, new_head, new_id
 from alloy.serve.errors import bad
 from alloy.serve.model import ServedModel
-from alloy.serve.protocol import ChatRequest, Json, NamedTool, refuse_unserved
+from alloy.serve.protocol import ChatRequest, Json, Tool, refuse_unserved
 from alloy.serve.service import Service, Step
 
 # a request ready for the engine, and how its answer is taken apart
@@ -53,10 +53,10 @@ def prepare(model: ServedModel, body: ChatRequest, warnings: list[str]) -> Prepa
         schemas: dict[str, Json] = {t["name"]: t.get("parameters") or {} for t in tools}
         parallel = body.parallel_tool_calls is not False
         parser = {"format": model.tool_format, "schemas": schemas, "parallel": parallel}
-        if choice == "required" or isinstance(choice, NamedTool):
+        if choice == "required" or isinstance(choice, Tool):
             if grammar is not None:
                 raise bad("tool_choice", "tool_choice and response_format both shape the answer; send one of them")
-            named = choice.function.name if isinstance(choice, NamedTool) else None
+            named = choice.function.name if isinstance(choice, Tool) else None
             grammar = model.calls_grammar(tools, named, parallel)
             # what the grammar lets through is a list of calls, or the arguments of one
             parser = {**parser, "format": "llama_json", "named": named}

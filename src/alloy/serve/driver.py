@@ -279,20 +279,20 @@ class Driver:
                 gaps += ticket.put(output)
                 if output.finished:
                     self._forget(output.id)
-        for ticket in self._tickets:
-            self._watch_reader(ticket)
+        self._watch_readers()
         if self._on_step is not None:
             self._on_step(gauges, stats, gaps)
 
-    def _watch_reader(self, ticket: Ticket) -> None:
-        now = perf_counter()
-        if ticket.behind_since is None:
-            if ticket.unread_tokens > self._settings.slow_reader_tokens * ticket.samples:
-                ticket.behind_since = now
-                self._tell("pause", ticket)
-        elif now - ticket.behind_since > self._settings.slow_reader_s:
-            message = f"the client read nothing for {self._settings.slow_reader_s:g} s; read the stream as it comes"
-            self.cancel(ticket, ApiError(408, message, "slow_reader"))
+    def _watch_readers(self) -> None:
+        now, limits = perf_counter(), self._settings
+        for ticket in self._tickets:
+            if ticket.behind_since is None:
+                if ticket.unread_tokens > limits.slow_reader_tokens * ticket.samples:
+                    ticket.behind_since = now
+                    self._tell("pause", ticket)
+            elif now - ticket.behind_since > limits.slow_reader_s:
+                message = f"the client read nothing for {limits.slow_reader_s:g} s; read the stream as it comes"
+                self.cancel(ticket, ApiError(408, message, "slow_reader"))
 
     def died(self) -> None:
         """The backend has failed and comes back no more."""

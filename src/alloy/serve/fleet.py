@@ -44,6 +44,7 @@ from alloy.serve.affinity import Affinity
 from alloy.serve.driver import Driver, EngineThread, Failed, Told
 from alloy.serve.errors import ApiError, internal
 from alloy.serve.settings import ServerSettings
+from alloy.serve.sse import end
 
 log = get_logger(__name__)
 
@@ -236,10 +237,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop everything; the replicas end with `launch`."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks.values())
 
     async def _run(self, request: Request) -> None:
         """Have a request computed; once more if its replica died before it said anything."""

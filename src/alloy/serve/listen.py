@@ -63,17 +63,15 @@ class Listener(uvicorn.Server):
 
     async def listen(self, bound: socket.socket) -> None:
         """Serve until told to stop."""
-        loop = asyncio.get_running_loop()
         if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self._reload_keys)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys)
         await self.serve([bound])
         if self.has_died:
             raise EngineDiedError("the engine failed; the log above says why")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and Ctrl-C drain; a second Ctrl-C stops at once."""
-        loop = asyncio.get_running_loop()
-        loop.call_soon_threadsafe(self._begin_drain, sig)
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin_drain, sig)
 
     def _begin_drain(self, sig: int) -> None:
         if self._drain is not None:

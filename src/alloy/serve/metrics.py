@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -41,7 +41,8 @@ class Metrics(Collector):
     def __init__(self, prefix: str, model: str) -> None:
         self._prefix = prefix
         self._model = model
-        self._registry = CollectorRegistry()
+        # what a scrape reads
+        registry = self.registry = CollectorRegistry()
         self._gauges: Gauges | None = None
         self._stats: Any = None
         self._tokens_seen = 0
@@ -50,7 +51,6 @@ class Metrics(Collector):
         self._success = self._counter("request_success", "Requests answered.", "finished_reason")
         self._rejected = self._counter("request_rejected", "Requests refused.", "code")
         self._errors = self._counter("request_error", "Requests that the model could not finish.")
-        registry = self._registry
         self._histograms = {
             name: Histogram(f"{prefix}:{name}", text, ["model_name"], registry=registry, buckets=buckets).labels(model)
             for name, (text, buckets) in HISTOGRAMS.items()
@@ -89,10 +89,6 @@ class Metrics(Collector):
     def failed(self) -> None:
         """Count a request with scores that are not numbers."""
         self._errors.labels(self._model).inc()
-
-    def text(self) -> bytes:
-        """What a scrape reads."""
-        return generate_latest(self._registry)
 
     def status_line(self) -> str | None:
         """One line about the time since the last call; None when nothing runs."""
@@ -145,7 +141,7 @@ class Metrics(Collector):
                 yield family
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{self._prefix}:{name}", text, ["model_name", *labels], registry=self._registry)
+        return Counter(f"{self._prefix}:{name}", text, ["model_name", *labels], registry=self.registry)
 
 
 def _used(total: int, free: int) -> float:

@@ -69,23 +69,10 @@ class Function(Body):
 
 
 class Tool(Body):
-    """A tool; functions are the only kind."""
+    """A tool; functions are the only kind. `tool_choice` names one in the same way."""
 
     type: Literal["function"]
     function: Function
-
-
-class FunctionName(Body):
-    """The function that must be called."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """`tool_choice` of one function."""
-
-    type: Literal["function"]
-    function: FunctionName
 
 
 class CalledFunction(Body):
@@ -148,7 +135,7 @@ class Conversation(Body):
     """What decides, beside the messages, how a conversation is laid out."""
 
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     reasoning_effort: Effort | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

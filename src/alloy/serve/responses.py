@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -18,7 +19,7 @@ from alloy.serve.errors import ApiError, bad, internal
 from alloy.serve.model import ServedModel
 from alloy.serve.protocol import ChatRequest, Json, ResponseRequest, refuse_unserved, validated
 from alloy.serve.service import Run, Service, Step
-from alloy.serve.sse import event
+from alloy.serve.sse import end, event
 from alloy.serve.tools import Call
 
 log = get_logger(__name__)
@@ -61,12 +62,11 @@ class Output:
     """The items of one response, growing; each change is also an event of its stream."""
 
     items: list[Json] = field(default_factory=list[Json])
-    _numbers: int = 0
+    _numbers: Iterator[int] = field(default_factory=count)
 
     def event(self, kind: str, **data: Any) -> Json:
         """An event with the next number."""
-        self._numbers += 1
-        return {"type": f"response.{kind}", "sequence_number": self._numbers - 1, **data}
+        return {"type": f"response.{kind}", "sequence_number": next(self._numbers), **data}
 
     def advance(self, step: Step) -> Iterator[Json]:
         """What one increment adds."""
@@ -145,17 +145,14 @@ class Responses:
             stored.task = asyncio.create_task(_finish(stored, run))
             return JSONResponse(stored.body)
 
-        async def framed() -> AsyncGenerator[bytes]:
-            async for data in _events(stored, run):
-                yield event(data, data["type"])
-
         async def whole() -> Json:
             await _finish(stored, run)
             if stored.error is not None:
                 raise stored.error
             return stored.body
 
-        return await run.respond(http, framed() if body.stream else None, whole, stored.stop)
+        framed = (event(data, data["type"]) async for data in _events(stored, run))
+        return await run.respond(http, framed if body.stream else None, whole, stored.stop)
 
     async def get(self, response_id: str) -> Json:
         """A stored response."""
@@ -175,18 +172,14 @@ class Responses:
         stored = self._find(response_id)
         if stored.task is None:
             raise bad("response_id", "only background responses can be cancelled")
-        stored.task.cancel()
-        await asyncio.gather(stored.task, return_exceptions=True)
+        await end(stored.task)
         # a task that had not begun has cleaned nothing up
         stored.stop()
         return stored.body
 
     async def close(self) -> None:
         """Stop what runs in the background."""
-        tasks = [s.task for s in self._stored.values() if s.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*(s.task for s in self._stored.values() if s.task is not None))
 
     def _keep(self, stored: Stored) -> None:
         self._stored[stored.body["id"]] = stored
