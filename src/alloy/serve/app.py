@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -79,7 +79,7 @@ class Server:
         routes = FastAPI(title="alloy", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None)
         self._add_routes(routes)
         # OpenAPI of the routes, with the bodies that they parse by hand
-        kinds = [(kind, "validation") for kind in BODIES]
+        kinds: list[tuple[type[Body], JsonSchemaMode]] = [(kind, "validation") for kind in BODIES]
         _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
         routes.openapi()["components"]["schemas"].update(schemas["$defs"])
         for kind in (ApiError, HTTPException, ClientGone, ClientDisconnect, Exception):
