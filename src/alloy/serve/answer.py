@@ -8,7 +8,7 @@ from typing import Any
 
 from alloy.engine.reasoning import Thought
 from alloy.engine.request import Completion, Request, TokenLogprobs
-from alloy.serve.errors import SERVER, ApiError
+from alloy.serve.errors import ApiError
 from alloy.serve.model import ServedModel, logprob
 from alloy.serve.protocol import Json
 from alloy.serve.reasoning import Split
@@ -71,7 +71,7 @@ class Choice:
         """Take an increment."""
         if completion.finish_reason == "error":
             message = "no token could be chosen: the scores are not numbers (NaN), or all are ruled out; try other sampling values"
-            raise ApiError(500, message, "model_error", kind=SERVER)
+            raise ApiError(500, message, "model_error")
         was_answer = self._split.is_answer
         delta = Delta()
         self._place(self._split.push(completion.text), delta)

@@ -3,25 +3,26 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic.json_schema import models_json_schema
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from alloy import __version__
 from alloy.core.logging import get_logger
-from alloy.errors import RequestError
 from alloy.serve.chat import answer_chat
 from alloy.serve.completions import answer_completion
 from alloy.serve.driver import Backend, Driver
 from alloy.serve.errors import ApiError, bad, internal, timed_out
-from alloy.serve.guard import Guard, Keys, RateLimit
-from alloy.serve.metrics import CONTENT_TYPE, Metrics
+from alloy.serve.guard import Guard, Keys
+from alloy.serve.metrics import Metrics
 from alloy.serve.model import ServedModel
 from alloy.serve.protocol import (
     AnyBody,
@@ -33,11 +34,10 @@ from alloy.serve.protocol import (
     ResponseRequest,
     TokenizeRequest,
     parse_body,
-    unknown_fields,
 )
 from alloy.serve.responses import Responses
 from alloy.serve.service import Service
-from alloy.serve.sse import ClientGone
+from alloy.serve.sse import ClientGone, end
 
 log = get_logger(__name__)
 
@@ -49,7 +49,11 @@ NOT_HERE = (
     "/v1/audio/speech", "/v1/images/generations", "/v1/images/edits", "/v1/images/variations",
 )  # fmt: skip
 PAGE = {"index.html": "text/html", "chat.js": "text/javascript", "style.css": "text/css"}
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 
 
 class Server:
@@ -69,20 +73,18 @@ class Server:
         self.keys = keys or Keys(())
         metrics = Metrics(settings.metrics_prefix, model.name)
         self.driver = Driver(backend, settings, metrics.stepped, on_death)
-        self.service = Service(model, self.driver, metrics, settings)
+        self.service = Service(model, self.driver, metrics)
         self.responses = Responses(self.service)
         self._warned: set[str] = set()
-        routes = FastAPI(
-            title="alloy", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None, openapi_url=None
-        )
+        routes = FastAPI(title="alloy", version=__version__, lifespan=self._lifespan, docs_url=None, redoc_url=None)
         self._add_routes(routes)
-        self._add_api(routes)
-        self._document(routes)
+        # OpenAPI of the routes, with the bodies that they parse by hand
+        kinds: list[tuple[type[Body], JsonSchemaMode]] = [(kind, "validation") for kind in BODIES]
+        _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+        routes.openapi()["components"]["schemas"].update(schemas["$defs"])
         for kind in (ApiError, HTTPException, ClientGone, ClientDisconnect, Exception):
             routes.add_exception_handler(kind, _answer)
-        self.routes = routes
-        rate = RateLimit(settings.rate_limit)
-        self.app = Guard(routes, self.keys, rate, settings.metrics_auth, metrics.refused, settings.cors)
+        self.app = Guard(routes, self.keys, settings, metrics.refused)
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
@@ -91,9 +93,7 @@ class Server:
         try:
             yield
         finally:
-            status.cancel()
-            with suppress(asyncio.CancelledError):
-                await status
+            await end(status)
             await self.responses.close()
             await self.driver.close()
 
@@ -105,15 +105,15 @@ class Server:
 
     async def _read(self, kind: type[AnyBody], request: Request) -> tuple[AnyBody, list[str]]:
         """The body as a request, and the list that collects warnings."""
-        limits = self.service.settings
+        limits = self.service.model.settings
         try:
             async with asyncio.timeout(limits.request_timeout_s):
                 raw = await read_body(request, int(limits.max_body_mb * 2**20))
         except TimeoutError as error:
             raise timed_out(limits.request_timeout_s) from error
         body = parse_body(kind, raw)
-        warnings = cast(list[str], request.state.warnings)
-        names = [ascii(name)[1:-1][:64] for name in unknown_fields(body)]
+        warnings: list[str] = request.state.warnings
+        names = sorted(ascii(name)[1:-1][:64] for name, value in (body.model_extra or {}).items() if value is not None)
         if names:
             warnings.append(f"unknown fields left alone: {', '.join(names[:16])}")
         for name in names:
@@ -142,11 +142,7 @@ class Server:
 
         @app.get("/metrics")
         async def metrics() -> Response:
-            return Response(self.service.metrics.text(), media_type=CONTENT_TYPE)
-
-        @app.get("/openapi.json")
-        async def document() -> Json:
-            return app.openapi()
+            return Response(generate_latest(self.service.metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
         @app.get("/v1/models")
         async def models() -> Json:
@@ -160,66 +156,34 @@ class Server:
         @app.get("/{name}", include_in_schema=False)
         async def page(name: str = "index.html") -> Response:
             found = files("alloy.serve").joinpath("page", name)
-            if not self.service.settings.page or name not in PAGE or not found.is_file():
+            if not model.settings.page or name not in PAGE or not found.is_file():
                 raise HTTPException(404)
-            headers = {
-                "Content-Security-Policy": POLICY,
-                "X-Content-Type-Options": "nosniff",
-                "Cache-Control": "no-cache",
-            }
-            return Response(found.read_bytes(), media_type=PAGE[name], headers=headers)
+            return Response(found.read_bytes(), media_type=PAGE[name], headers=PAGE_HEADERS)
 
-    def _add_api(self, app: FastAPI) -> None:
-        model = self.service.model
-
-        @app.post("/v1/chat/completions", openapi_extra=_takes(ChatRequest))
-        async def chat(request: Request) -> Response:
-            return await answer_chat(self.service, request, *await self._read(ChatRequest, request))
-
-        @app.post("/v1/completions", openapi_extra=_takes(CompletionRequest))
-        async def completions(request: Request) -> Response:
-            return await answer_completion(self.service, request, *await self._read(CompletionRequest, request))
-
-        @app.post("/v1/responses", openapi_extra=_takes(ResponseRequest))
-        async def responses(request: Request) -> Response:
-            return await self.responses.create(request, *await self._read(ResponseRequest, request))
-
-        @app.get("/v1/responses/{response_id}")
-        async def stored(response_id: str) -> Json:
-            return self.responses.get(response_id)
-
-        @app.delete("/v1/responses/{response_id}")
-        async def delete(response_id: str) -> Json:
-            return self.responses.delete(response_id)
-
-        @app.post("/v1/responses/{response_id}/cancel")
-        async def cancel(response_id: str) -> Json:
-            return await self.responses.cancel(response_id)
-
-        @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
-        async def tokenize(request: Request) -> Json:
-            body, warnings = await self._read(TokenizeRequest, request)
-            ids = await asyncio.to_thread(_tokenize, model, body, warnings)
-            return {"tokens": ids, "count": len(ids), "max_model_len": model.llm.max_model_len}
-
-        @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
-        async def detokenize(request: Request) -> Json:
-            body, _ = await self._read(DetokenizeRequest, request)
-            return {"prompt": await asyncio.to_thread(_detokenize, model, body)}
+        async def not_here() -> Response:
+            raise ApiError(404, f"the model {model.name} writes text; it cannot do this", "not_supported")
 
         for path in NOT_HERE:
+            app.post(path, include_in_schema=False)(not_here)
 
-            @app.api_route(path, methods=["POST"], include_in_schema=False)
-            async def not_here() -> Response:
-                raise ApiError(404, f"the model {model.name} writes text; it cannot do this", "not_supported")
+        app.get("/v1/responses/{response_id}")(self.responses.get)
+        app.delete("/v1/responses/{response_id}")(self.responses.delete)
+        app.post("/v1/responses/{response_id}/cancel")(self.responses.cancel)
+        post = partial(self._add_post, app)
+        post("/v1/chat/completions", ChatRequest, partial(answer_chat, self.service))
+        post("/v1/completions", CompletionRequest, partial(answer_completion, self.service))
+        post("/v1/responses", ResponseRequest, self.responses.create)
+        post("/tokenize", TokenizeRequest, partial(_tokenize, model))
+        post("/detokenize", DetokenizeRequest, partial(_detokenize, model))
 
-    def _document(self, app: FastAPI) -> None:
-        """OpenAPI of the routes, with the bodies that they parse by hand."""
-        document: Json = app.openapi()
-        _, schemas = models_json_schema(
-            [(kind, "validation") for kind in BODIES], ref_template="#/components/schemas/{model}"
-        )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
+    def _add_post(
+        self, app: FastAPI, path: str, kind: type[AnyBody], answer: Callable[[Request, AnyBody, list[str]], Any]
+    ) -> None:
+        """A route whose body is parsed by hand; `answer` gets it and the list that collects warnings."""
+
+        @app.post(path, name=path.strip("/"), openapi_extra=_takes(kind), response_model=None)
+        async def endpoint(request: Request) -> Any:
+            return await answer(request, *await self._read(kind, request))
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -262,32 +226,27 @@ def _entry(model: ServedModel, name: str) -> Json:
     }
 
 
-def _tokenize(model: ServedModel, body: TokenizeRequest, warnings: list[str]) -> list[int]:
+async def _tokenize(model: ServedModel, http: Request, body: TokenizeRequest, warnings: list[str]) -> Json:
     model.check_name(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad("prompt", "send either prompt or messages")
     if body.messages is not None:
-        prompt = model.chat_prompt(body.messages, body)
+        prompt = await asyncio.to_thread(model.chat_prompt, body.messages, body)
         warnings += prompt.warnings
-        return prompt.ids
-    codec = model.llm.codec
-    if codec is None:
-        raise bad("prompt", "this model has no tokenizer")
-    try:
-        return codec.encode(body.prompt or "", "prompt", body.add_special_tokens is not False)
-    except RequestError as error:
-        raise bad("prompt", str(error)) from error
+        ids = prompt.ids
+    else:
+        special = body.add_special_tokens is not False
+        ids = await asyncio.to_thread(model.encode, body.prompt or "", "prompt", special)
+    return {"tokens": ids, "count": len(ids), "max_model_len": model.llm.max_model_len}
 
 
-def _detokenize(model: ServedModel, body: DetokenizeRequest) -> str:
+async def _detokenize(model: ServedModel, http: Request, body: DetokenizeRequest, warnings: list[str]) -> Json:
     model.check_name(body.model)
     vocab = model.llm.model.config.vocab
     for i, token in enumerate(body.tokens):
         if token >= vocab:
             raise bad(f"tokens.{i}", f"tokens.{i} = {token} is outside the vocabulary of {vocab}")
-    if model.llm.codec is None:
-        raise bad("tokens", "this model has no tokenizer")
-    return model.llm.codec.decode(body.tokens)
+    return {"prompt": await asyncio.to_thread(model.codec("tokens").decode, body.tokens)}
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -295,18 +254,13 @@ async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientGone | ClientDisconnect):
         return Response(status_code=499)
     if isinstance(error, HTTPException):
-        error = _http_error(request, error)
+        path = json.dumps(request.url.path[:256])
+        said = {
+            404: (f"there is nothing at {path}; /openapi.json lists what there is", "not_found"),
+            405: (f"{path} does not take {request.method}", "method_not_allowed"),
+        }
+        message, code = said.get(error.status_code, (str(error.detail), "http_error"))
+        error = ApiError(error.status_code, message, code, headers=error.headers)
     known = error if isinstance(error, ApiError) else internal()
     request.state.refused = known.code or known.kind
     return JSONResponse(known.body, known.status, known.headers)
-
-
-def _http_error(request: Request, error: HTTPException) -> ApiError:
-    """Unknown paths and methods."""
-    path = json.dumps(request.url.path[:256])
-    said = {
-        404: (f"there is nothing at {path}; /openapi.json lists what there is", "not_found"),
-        405: (f"{path} does not take {request.method}", "method_not_allowed"),
-    }
-    message, code = said.get(error.status_code, (str(error.detail), "http_error"))
-    return ApiError(error.status_code, message, code, headers=error.headers)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,33 +12,26 @@ from alloy.engine.request import Request
 from alloy.serve.answer import Choice, Layout, chat_logprobs, new_head, new_id
 from alloy.serve.errors import bad
 from alloy.serve.model import ServedModel
-from alloy.serve.protocol import ChatRequest, Json, NamedTool, refuse_unserved
+from alloy.serve.protocol import ChatRequest, Json, Tool, refuse_unserved
 from alloy.serve.service import Service, Step
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request ready for the engine, how its answer is taken apart, and what to warn of."""
-
-    request: Request
-    layout: Layout
-    warnings: list[str]
+# a request ready for the engine, and how its answer is taken apart
+Prepared = tuple[Request, Layout]
 
 
 async def answer_chat(service: Service, http: HttpRequest, body: ChatRequest, warnings: list[str]) -> Response:
     """Answer one chat request."""
     model, kind = service.model, "chat.completion.chunk" if body.stream else "chat.completion"
     name = model.check_name(body.model)
-    prepared = await asyncio.to_thread(prepare, model, body)
-    warnings += prepared.warnings
+    request, layout = await asyncio.to_thread(prepare, model, body, warnings)
     head = new_head(kind, f"chatcmpl-{body.request_id[:128]}" if body.request_id else new_id("chatcmpl-"), name)
     if not body.stream and (body.prompt_logprobs is not None or body.return_token_ids):
-        head["prompt_token_ids"] = list(prepared.request.token_ids)
-    run = service.run([prepared.request], prepared.layout)
+        head["prompt_token_ids"] = list(request.token_ids)
+    run = service.run([request], layout)
     return await run.complete(http, body, head, partial(_chunks, model, body), partial(_choice, model, body))
 
 
-def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
+def prepare(model: ServedModel, body: ChatRequest, warnings: list[str]) -> Prepared:
     """Check what the fields say together, lay the conversation out, and compile what the answer must look like."""
     refuse_unserved(body, model.settings.trust_request_template)
     if body.top_logprobs is not None and not body.logprobs:
@@ -48,6 +40,7 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
     if choice not in (None, "none", "auto") and not tools:
         raise bad("tool_choice", "tool_choice asks for a call, but tools is empty; declare the functions in tools")
     prompt = model.chat_prompt(body.messages, body, body.chat_template)
+    warnings += prompt.warnings
     settings: dict[str, Any] = {"n": body.n or 1}
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if limit is not None:
@@ -60,17 +53,16 @@ def prepare(model: ServedModel, body: ChatRequest) -> Prepared:
         schemas: dict[str, Json] = {t["name"]: t.get("parameters") or {} for t in tools}
         parallel = body.parallel_tool_calls is not False
         parser = {"format": model.tool_format, "schemas": schemas, "parallel": parallel}
-        if choice == "required" or isinstance(choice, NamedTool):
+        if choice == "required" or isinstance(choice, Tool):
             if grammar is not None:
                 raise bad("tool_choice", "tool_choice and response_format both shape the answer; send one of them")
-            named = choice.function.name if isinstance(choice, NamedTool) else None
+            named = choice.function.name if isinstance(choice, Tool) else None
             grammar = model.calls_grammar(tools, named, parallel)
             # what the grammar lets through is a list of calls, or the arguments of one
             parser = {**parser, "format": "llama_json", "named": named}
-    if grammar is not None:
-        settings["grammar"] = grammar
-    request = model.request(body, prompt.ids, "messages", settings, prompt.keep_at)
-    return Prepared(request, Layout(model, prompt.is_inside, tools=parser), prompt.warnings)
+    settings["grammar"] = grammar
+    request = model.request(body, prompt, "messages", settings)
+    return request, Layout(model, prompt.is_inside, tools=parser)
 
 
 def _choice(model: ServedModel, body: ChatRequest, choice: Choice) -> Json:

@@ -10,10 +10,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from alloy.engine.request import Request, TokenLogprobs
-from alloy.errors import RequestError
 from alloy.serve.answer import Choice, Layout, new_head, new_id, text_logprobs
 from alloy.serve.errors import bad
-from alloy.serve.model import ServedModel
+from alloy.serve.model import Prompt, ServedModel
 from alloy.serve.protocol import CompletionRequest, Json, refuse_unserved
 from alloy.serve.service import Run, Service, Step
 
@@ -42,39 +41,27 @@ def prepare(model: ServedModel, body: CompletionRequest) -> list[Request]:
         raise bad("max_tokens", "max_tokens = 0 asks for nothing; set echo = true to score the prompt")
     prompts = _prompts(model, body)
     # the default of the API, as far as there is room
-    default = min(16, model.llm.max_model_len - max(map(len, prompts)))
+    default = min(16, model.llm.max_model_len - max(map(len, prompts.values())))
     limit = default if body.max_tokens is None else body.max_tokens
-    settings: dict[str, Any] = {"n": body.n or 1, "max_tokens": max(1, limit)}
+    grammar = model.shape(body.response_format, body.structured_outputs)
+    settings: dict[str, Any] = {"n": body.n or 1, "max_tokens": max(1, limit), "grammar": grammar}
     if body.logprobs is not None:
         settings["logprobs"] = body.logprobs
         if body.echo:
             settings["prompt_logprobs"] = body.logprobs
-    grammar = model.shape(body.response_format, body.structured_outputs)
-    if grammar is not None:
-        settings["grammar"] = grammar
-    return [model.request(body, ids, "prompt", settings) for ids in prompts]
+    return [model.request(body, Prompt(ids), name, settings) for name, ids in prompts.items()]
 
 
-def _prompts(model: ServedModel, body: CompletionRequest) -> list[list[int]]:
-    """Token ids of each prompt."""
+def _prompts(model: ServedModel, body: CompletionRequest) -> dict[str, list[int]]:
+    """Token ids of each prompt, by what errors call it."""
     prompt = body.prompt or ""
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
     listed: list[Any] = [prompt] if is_one else list(prompt)
-    found: list[list[int]] = []
+    found: dict[str, list[int]] = {}
     for i, one in enumerate(listed):
         name = "prompt" if len(listed) == 1 else f"prompt.{i}"
-        try:
-            ids: list[int] = model.llm.encode(one, name) if isinstance(one, str) else one
-        except RequestError as error:
-            raise bad(name, str(error)) from error
-        if not ids:
-            raise bad(name, f"{name} is empty; a model needs at least one token to continue")
-        found.append(ids)
+        found[name] = model.encode(one, name) if isinstance(one, str) else one
     return found
-
-
-def _prompt_text(model: ServedModel, request: Request) -> str:
-    return model.llm.codec.decode(request.token_ids) if model.llm.codec else ""
 
 
 def _choice(model: ServedModel, body: CompletionRequest, run: Run, choice: Choice) -> Json:
@@ -82,7 +69,7 @@ def _choice(model: ServedModel, body: CompletionRequest, run: Run, choice: Choic
     text, ids = choice.text, choice.token_ids
     entries: list[TokenLogprobs | None] = [*choice.logprobs]
     if body.echo:
-        text = _prompt_text(model, choice.request) + text
+        text = model.decode(*prompt) + text
         ids = [*prompt, *ids]
         entries = [*(scores or []), *entries]
     whole: Json = {
@@ -112,7 +99,8 @@ def _chunks(model: ServedModel, body: CompletionRequest, run: Run, said: Counter
 
     if step.is_first and body.echo:
         scores = run.scores.get(choice.request.id, [])
-        yield chunk(_prompt_text(model, choice.request), scores, choice.request.token_ids if scores else [])
+        prompt = choice.request.token_ids
+        yield chunk(model.decode(*prompt), scores, prompt if scores else [])
     if step.delta.text or (news.token_ids and (body.logprobs is not None or body.return_token_ids)):
         ids = {"token_ids": news.token_ids} if body.return_token_ids else {}
         yield chunk(step.delta.text, news.logprobs or [], news.token_ids, **ids)

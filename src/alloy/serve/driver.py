@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from alloy.core.logging import get_logger
 from alloy.engine.request import Output, Request
 from alloy.errors import RequestError
-from alloy.serve.errors import SERVER, ApiError, bad, engine_dead, overloaded, timed_out
+from alloy.serve.errors import ApiError, bad, engine_dead, overloaded, timed_out
 from alloy.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ IDLE_S = 1.0
 RETRY_S = 5
 
 Told = Literal["cancel", "pause", "resume"]
+# ids of requests that end with an error
+Failed = Sequence[tuple[str, ApiError]]
 
 
 class Ticket:
@@ -47,7 +49,8 @@ class Ticket:
         self.last_output: float | None = None
         self._driver = driver
         self._timeout_s = timeout_s
-        self._open = set(self.requests)
+        # requests without an end
+        self.open_ids = set(self.requests)
         self._ready: deque[Output] = deque()
         self._error: ApiError | None = None
         self._wake = asyncio.Event()
@@ -58,23 +61,18 @@ class Ticket:
         # when the reader that the engine waits for read last; None: it does not wait
         self.behind_since: float | None = None
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the engine has nothing more to say."""
-        return not self._open or self._error is not None
-
     def __aiter__(self) -> "Ticket":
         return self
 
     async def __anext__(self) -> Output:
         """The next increment; ApiError when the request cannot be finished."""
         # an engine that is always ahead of its reader leaves nothing to wait for
-        if not self.is_done and perf_counter() > self.deadline:
+        if self.open_ids and self._error is None and perf_counter() > self.deadline:
             self._driver.cancel(self, timed_out(self._timeout_s))
         while not self._ready:
             if self._error is not None:
                 raise self._error
-            if not self._open:
+            if not self.open_ids:
                 raise StopAsyncIteration
             self._wake.clear()
             try:
@@ -105,7 +103,7 @@ class Ticket:
         self._ready.append(output)
         self.unread_tokens += _tokens(output)
         if output.finished:
-            self._open.discard(output.id)
+            self.open_ids.discard(output.id)
         self._wake.set()
         return gaps
 
@@ -115,11 +113,6 @@ class Ticket:
             self._error = error
             self._ready.clear()
         self._wake.set()
-
-    @property
-    def open_ids(self) -> list[str]:
-        """Requests without an end."""
-        return list(self._open)
 
 
 class Backend(Protocol):
@@ -136,19 +129,15 @@ class Backend(Protocol):
 
     def start(self, driver: "Driver") -> None:
         """Begin; from now on `driver.stepped` and `driver.died` are called on the running event loop."""
-        ...
 
     def add(self, request: Request) -> None:
         """Compute a request."""
-        ...
 
     def tell(self, kind: Told, request_id: str) -> None:
         """End a request, let it hold nothing for a while, or go on with it."""
-        ...
 
     async def close(self) -> None:
         """Stop, and give back everything."""
-        ...
 
 
 class Driver:
@@ -172,8 +161,8 @@ class Driver:
         self._settings = settings
         self._on_step = on_step
         self._on_death = on_death
+        # whose each open request is
         self._owners: dict[str, Ticket] = {}
-        self._tickets: set[Ticket] = set()
         # requests handed to the backend, and those that it has taken up
         self._sent = 0
         self._taken = 0
@@ -206,6 +195,10 @@ class Driver:
         return len(self._tickets)
 
     @property
+    def _tickets(self) -> set[Ticket]:
+        return set(self._owners.values())
+
+    @property
     def queued(self) -> int:
         """Requests that have not begun: on their way to the engine, or waiting in it."""
         return self._sent - self._taken + self.gauges.waiting
@@ -226,7 +219,6 @@ class Driver:
         waiting = sum(t.prompt_tokens for t in self._tickets if t.first_output is None) if self.queued else 0
         if limits.max_queue_tokens and waiting and waiting + ticket.prompt_tokens > limits.max_queue_tokens:
             raise overloaded(f"{waiting:,} prompt tokens are waiting; try again in {RETRY_S} s", RETRY_S)
-        self._tickets.add(ticket)
         self._idle.clear()
         self._owners.update(dict.fromkeys(ticket.requests, ticket))
         self._sent += len(requests)
@@ -237,11 +229,9 @@ class Driver:
     def cancel(self, ticket: Ticket, error: ApiError | None = None) -> None:
         """End a ticket; nothing happens to one that is done. `error` is what its reader is told."""
         self._tell("cancel", ticket)
-        for request_id in ticket.open_ids:
-            self._owners.pop(request_id, None)
+        self._forget(*ticket.open_ids)
         if error is not None:
             ticket.fail(error)
-        self._forget(ticket)
 
     def note_read(self, ticket: Ticket) -> None:
         """Its reader took an output: a ticket that was paused goes on once half is read."""
@@ -259,23 +249,16 @@ class Driver:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            for ticket in list(self._tickets):
+            for ticket in self._tickets:
                 message = "the server is shutting down and could not finish this answer; ask again"
-                self.cancel(ticket, ApiError(503, message, "server_shutdown", kind=SERVER))
+                self.cancel(ticket, ApiError(503, message, "server_shutdown"))
 
     def _tell(self, kind: Told, ticket: Ticket) -> None:
         for request_id in ticket.open_ids:
             if request_id in self._owners:
                 self._backend.tell(kind, request_id)
 
-    def stepped(
-        self,
-        outputs: Sequence[Output],
-        failed: Sequence[tuple[str, ApiError]],
-        taken: int,
-        gauges: "Gauges",
-        stats: Any,
-    ) -> None:
+    def stepped(self, outputs: Sequence[Output], failed: Failed, taken: int, gauges: "Gauges", stats: Any) -> None:
         """Hand a round's outputs to their tickets.
 
         Args:
@@ -292,40 +275,37 @@ class Driver:
                 self.cancel(ticket, error)
         gaps: list[float] = []
         for output in outputs:
-            ticket = self._owners.get(output.id)
-            if ticket is None:
-                continue
-            gaps += ticket.put(output)
-            if output.finished:
-                del self._owners[output.id]
-                if ticket.is_done:
-                    self._forget(ticket)
-        for ticket in list(self._tickets):
-            self._watch_reader(ticket)
+            if (ticket := self._owners.get(output.id)) is not None:
+                gaps += ticket.put(output)
+                if output.finished:
+                    self._forget(output.id)
+        self._watch_readers()
         if self._on_step is not None:
             self._on_step(gauges, stats, gaps)
 
-    def _watch_reader(self, ticket: Ticket) -> None:
-        now = perf_counter()
-        if ticket.behind_since is None:
-            if ticket.unread_tokens > self._settings.slow_reader_tokens * ticket.samples:
-                ticket.behind_since = now
-                self._tell("pause", ticket)
-        elif now - ticket.behind_since > self._settings.slow_reader_s:
-            message = f"the client read nothing for {self._settings.slow_reader_s:g} s; read the stream as it comes"
-            self.cancel(ticket, ApiError(408, message, "slow_reader", kind="timeout"))
+    def _watch_readers(self) -> None:
+        now, limits = perf_counter(), self._settings
+        for ticket in self._tickets:
+            if ticket.behind_since is None:
+                if ticket.unread_tokens > limits.slow_reader_tokens * ticket.samples:
+                    ticket.behind_since = now
+                    self._tell("pause", ticket)
+            elif now - ticket.behind_since > limits.slow_reader_s:
+                message = f"the client read nothing for {limits.slow_reader_s:g} s; read the stream as it comes"
+                self.cancel(ticket, ApiError(408, message, "slow_reader"))
 
     def died(self) -> None:
         """The backend has failed and comes back no more."""
         self.is_dead = True
-        for ticket in list(self._tickets):
+        for ticket in self._tickets:
             self.cancel(ticket, engine_dead(500))
         if self._on_death is not None:
             self._on_death()
 
-    def _forget(self, ticket: Ticket) -> None:
-        self._tickets.discard(ticket)
-        if not self._tickets:
+    def _forget(self, *request_ids: str) -> None:
+        for request_id in request_ids:
+            self._owners.pop(request_id, None)
+        if not self._owners:
             self._idle.set()
 
 
@@ -343,8 +323,9 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         # requests that the engine has seen
         self._taken = 0
-        self._driver: Driver | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        # known from the start on
+        self._driver: Driver
+        self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def gauges(self) -> "Gauges":
@@ -371,7 +352,6 @@ class EngineThread:
             await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        assert self._driver is not None, "the thread starts after the driver is known"
         engine = self._engine
         try:
             while True:
@@ -389,7 +369,6 @@ class EngineThread:
     def _take(self, block: bool) -> list[tuple[str, ApiError]] | None:
         """Everything in the inbox goes to the engine: the requests that it refused, or None to stop."""
         refused: list[tuple[str, ApiError]] = []
-        calls = {"cancel": self._engine.cancel, "pause": self._engine.pause, "resume": self._engine.resume}
         while True:
             try:
                 kind, value = self._inbox.get(block, IDLE_S if block else None)
@@ -399,7 +378,8 @@ class EngineThread:
             if kind == "stop":
                 return None
             if kind != "add":
-                calls[kind](value)
+                # "cancel", "pause" or "resume"
+                getattr(self._engine, kind)(value)
                 continue
             self._taken += 1
             try:
@@ -408,7 +388,6 @@ class EngineThread:
                 refused.append((value.id, bad(value.id.partition("-")[0], str(error))))
 
     def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None, "the thread starts after the loop is known"
         # the loop may be gone when the process ends
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(call, *arguments)

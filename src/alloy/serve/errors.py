@@ -4,6 +4,7 @@ Messages name the field and the mend; they never hold prompts, paths or tracebac
 """
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,8 +13,7 @@ from pydantic_core import ErrorDetails
 from alloy.core.toml import is_list, is_table
 from alloy.errors import RequestError
 
-INVALID = "invalid_request_error"
-SERVER = "server_error"
+_KINDS = {408: "timeout", 429: "rate_limit_error"}
 # what pydantic calls them -> what a user of JSON calls them
 _SAID = {
     "string_type": "must be a string",
@@ -29,38 +29,31 @@ _SAID = {
 }
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer that is an error: status, and the four keys of its body.
 
-    Args:
+    Attributes:
         status: HTTP status
         message: what is wrong, with the values, and what to do
         code: a word for programs; None when the type says it all
         param: dotted path of the field at fault
-        kind: the body's "type"
         headers: to send beside the body
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str = INVALID,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.kind = kind
-        self.headers = dict(headers or {})
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] | None = None
 
-    def __reduce__(self) -> tuple[type["ApiError"], tuple[Any, ...]]:
-        """From one process to another."""
-        return ApiError, (self.status, self.message, self.code, self.param, self.kind, self.headers)
+    @property
+    def kind(self) -> str:
+        """The body's "type"."""
+        return _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:
@@ -75,35 +68,29 @@ def bad(param: str | None, message: str, code: str | None = None) -> ApiError:
 
 def overloaded(message: str, retry_s: int) -> ApiError:
     """The queue is full, or nothing new is taken."""
-    return ApiError(503, message, "server_overloaded", kind=SERVER, headers={"Retry-After": str(retry_s)})
+    return ApiError(503, message, "server_overloaded", headers={"Retry-After": str(retry_s)})
 
 
 def timed_out(seconds: float) -> ApiError:
     """The wall clock of one request ran out."""
-    return ApiError(
-        408, f"the request ran longer than {seconds:g} s; ask for fewer tokens, or try again", "timeout", kind="timeout"
-    )
+    return ApiError(408, f"the request ran longer than {seconds:g} s; ask for fewer tokens, or try again", "timeout")
 
 
 def engine_dead(status: int) -> ApiError:
     """The engine thread ended: 500 for what it was computing, 503 for all that comes after."""
-    return ApiError(
-        status, "the engine stopped after an internal error; the server restarts", "engine_dead", kind=SERVER
-    )
+    return ApiError(status, "the engine stopped after an internal error; the server restarts", "engine_dead")
 
 
 def internal() -> ApiError:
     """A fault of ours; the log has the traceback."""
-    return ApiError(
-        500, "internal error; the server's log says more under this request id", "internal_error", kind=SERVER
-    )
+    return ApiError(500, "internal error; the server's log says more under this request id", "internal_error")
 
 
 def from_request_error(error: RequestError, fields: Set[str], prompt: str) -> ApiError:
     """The engine's refusal; its first word is the field at fault where the request has one of that name."""
     word = str(error).partition(" ")[0].partition("[")[0].rstrip(":,")
-    param = word if word in fields else prompt if word in ("prompt", "a") else None
-    return bad(param, str(error))
+    param = word if word in fields else prompt if word in (prompt, "prompt", "a") else None
+    return bad(param, str(error), "context_length_exceeded" if "max_model_len" in str(error) else None)
 
 
 def from_validation(error: ValidationError, data: object) -> ApiError:

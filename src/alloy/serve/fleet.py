@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -20,7 +21,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -40,9 +41,10 @@ from alloy.engine.request import Output, Request
 from alloy.engine.runner import EngineStats
 from alloy.errors import AlloyError, RecipeError, ResourceError
 from alloy.serve.affinity import Affinity
-from alloy.serve.driver import Driver, EngineThread, Told
-from alloy.serve.errors import SERVER, ApiError, internal
+from alloy.serve.driver import Driver, EngineThread, Failed, Told
+from alloy.serve.errors import ApiError, internal
 from alloy.serve.settings import ServerSettings
+from alloy.serve.sse import end
 
 log = get_logger(__name__)
 
@@ -63,6 +65,9 @@ QUIET = LoggingConfig(enable_access_log=False, log_level="CRITICAL")
 NOTHING = Gauges(0, 0, 0, 0, 0, 0, 0, 0)
 
 Numbers = TypeVar("Numbers", Gauges, EngineStats)
+# rows of the start-up table
+Rows = Mapping[str, str]
+Describe = Callable[[LLM, Gauges], Rows]
 
 
 @dataclass(frozen=True)
@@ -97,16 +102,16 @@ class Replica:
 
     def __init__(
         self,
-        load: Callable[[], tuple[LLM, dict[str, str]]],
+        load: Callable[[], tuple[LLM, Rows]],
         settings: ServerSettings,
         threads: int,
-        describe: Callable[[LLM, Gauges], dict[str, str]],
+        describe: Describe,
         failure: Path,
     ) -> None:
         setup(console=False)
         torch.set_num_threads(threads)
         try:
-            self._llm, self._rows = load()
+            self._llm, rows = load()
             self._engine = self._llm.engine()
         except AlloyError as error:
             # all that Ray passes on is a traceback
@@ -116,29 +121,28 @@ class Replica:
         # the front has admitted what comes here
         settings = settings.model_copy(update={"max_queue": 0, "max_queue_tokens": 0})
         self._thread = EngineThread(self._engine)
-        self._driver = Driver(self._thread, settings, on_death=_exit)
-        self._describe = describe
+        # an engine that failed ends its process: who waits for it learns so, and Ray starts another
+        self._driver = Driver(self._thread, settings, on_death=partial(os._exit, 1))
+        self._facts = self._llm.max_model_len, {**describe(self._llm, self._driver.gauges), **rows}
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._has_started = False
+        # Ray makes replicas on the event loop that calls them
+        self._driver.start()
 
-    async def describe(self) -> tuple[int, dict[str, str]]:
+    async def describe(self) -> tuple[int, Rows]:
         """What the front must know: max_model_len, and rows of the start-up table."""
-        return self._llm.max_model_len, self._describe(self._llm, self._driver.gauges) | self._rows
+        return self._facts
 
     async def report(self) -> Report:
         """What is held now."""
         gauges = replace(self._driver.gauges, waiting=self._driver.queued)
         return Report(self._name, gauges, self._engine.stats)
 
-    async def tell(self, kind: Told, request_id: str) -> None:
-        """Pause or resume a request, if it is here."""
+    async def tell(self, request_id: str, name: str | None, kind: Told) -> None:
+        """Pause or resume a request, if it is here. `name` is the router's."""
         self._thread.tell(kind, request_id)
 
     async def answer(self, request: Request, name: str | None) -> AsyncGenerator[Report]:
         """Outputs of a request as they come; the first report only says that it was taken up. `name` is the router's."""
-        if not self._has_started:
-            self._has_started = True
-            self._driver.start()
         # compiles its grammar, for which the engine's thread has no time
         await asyncio.to_thread(self._llm.check, request)
         ticket = self._driver.submit([request])
@@ -177,15 +181,15 @@ class Fleet:
         rows: of the start-up table
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], size: int, max_model_len: int, rows: Mapping[str, str]) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], size: int, max_model_len: int, rows: Rows) -> None:
         self.max_model_len = max_model_len
         self.rows = {"replicas": f"{size}, each with", **rows}
         self._handle = handle
         self._size = size
-        self._driver: Driver | None = None
-        self._watch: asyncio.Task[None] | None = None
+        # known from the start on
+        self._driver: Driver
+        # of open requests, and the one that watches replicas
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._calls: set[asyncio.Task[Any]] = set()
         self._sent = 0
         # ids that no replica has taken up yet
         self._unseen: set[str] = set()
@@ -214,7 +218,7 @@ class Fleet:
     def start(self, driver: Driver) -> None:
         """Begin to ask replicas what they hold."""
         self._driver = driver
-        self._watch = asyncio.create_task(self._watch_replicas())
+        self._tasks["watch"] = asyncio.create_task(self._watch_replicas())
 
     def add(self, request: Request) -> None:
         """Send a request to a replica."""
@@ -225,10 +229,7 @@ class Fleet:
     def tell(self, kind: Told, request_id: str) -> None:
         """End, pause or resume a request, wherever it is."""
         if kind != "cancel":
-            call = self._handle.broadcast("tell", kind, request_id).results_async(return_exceptions=True)
-            asking = asyncio.create_task(call)
-            self._calls.add(asking)
-            asking.add_done_callback(self._calls.discard)
+            self._handle.tell.remote(request_id, self._places.get(request_id), kind)
             return
         self._unseen.discard(request_id)
         if (task := self._tasks.pop(request_id, None)) is not None:
@@ -236,14 +237,11 @@ class Fleet:
 
     async def close(self) -> None:
         """Stop everything; the replicas end with `launch`."""
-        tasks = [*self._tasks.values(), *([self._watch] if self._watch else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks.values())
 
     async def _run(self, request: Request) -> None:
         """Have a request computed; once more if its replica died before it said anything."""
-        error = ApiError(500, "the replica that computed this answer died; ask again", "replica_died", kind=SERVER)
+        error = ApiError(500, "the replica that computed this answer died; ask again", "replica_died")
         try:
             for _ in range(ATTEMPTS):
                 heard = False
@@ -273,11 +271,8 @@ class Fleet:
 
     def _place(self, request: Request) -> str | None:
         """Choose a replica for a request."""
-        loads = dict.fromkeys(self.replicas, 0)
-        for name in self._places.values():
-            if name in loads:
-                loads[name] += 1
-        name = self._affinity.choose(request, loads)
+        loads = Counter(self._places.values())
+        name = self._affinity.choose(request, {name: loads[name] for name in self.replicas})
         if name is not None:
             self._places[request.id] = name
             self._affinity.note(request, name)
@@ -290,13 +285,11 @@ class Fleet:
         outputs = [replace(o, prompt_token_ids=request.token_ids) for o in report.outputs]
         self._tell(outputs, [(request.id, report.refused)] if report.refused else [])
 
-    def _tell(self, outputs: Sequence[Output], failed: Sequence[tuple[str, ApiError]]) -> None:
-        assert self._driver is not None, "nothing runs before the start"
+    def _tell(self, outputs: Sequence[Output], failed: Failed) -> None:
         self._driver.stepped(outputs, failed, self._sent - len(self._unseen), self.gauges(), self.stats)
 
     async def _watch_replicas(self) -> None:
         """Ask replicas what they hold, again and again; without Ray the server ends."""
-        assert self._driver is not None, "it has started"
         try:
             while True:
                 await self._ask_replicas()
@@ -307,9 +300,8 @@ class Fleet:
 
     async def _ask_replicas(self) -> None:
         try:
-            said: list[Any] = await self._handle.broadcast("report").results_async(
-                timeout_s=ANSWER_S, return_exceptions=True
-            )
+            call = self._handle.broadcast("report")
+            said: list[Any] = await call.results_async(timeout_s=ANSWER_S, return_exceptions=True)
         except DeploymentUnavailableError:
             said = []
         except TimeoutError:
@@ -329,10 +321,7 @@ class Fleet:
 
 @contextmanager
 def launch(
-    load: Callable[[Mapping[str, Any]], tuple[LLM, dict[str, str]]],
-    arguments: Mapping[str, Any],
-    settings: ServerSettings,
-    describe: Callable[[LLM, Gauges], dict[str, str]],
+    load: Callable[..., tuple[LLM, Rows]], arguments: Mapping[str, Any], settings: ServerSettings, describe: Describe
 ) -> Generator[Fleet]:
     """Replicas that have loaded the model; all their processes end with the context, or with this process.
 
@@ -404,8 +393,3 @@ def _total(parts: Sequence[Numbers]) -> Numbers:
         is_list = isinstance(column[0], list)
         sums[field.name] = [sum(at) for at in zip_longest(*column, fillvalue=0)] if is_list else sum(column)
     return type(parts[0])(**sums)
-
-
-def _exit() -> NoReturn:
-    """An engine that failed ends its process: who waits for it learns so, and Ray starts another."""
-    os._exit(1)

@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from alloy.core.logging import get_logger
 from alloy.errors import RecipeError
 from alloy.serve.errors import ApiError
+from alloy.serve.settings import ServerSettings
 
 log = get_logger(__name__)
 
 PROTECTED = ("/v1/", "/tokenize", "/detokenize")
 MAX_ID = 128
-# buckets of keys not seen for a minute are full again and need not be kept
 MINUTE_S = 60.0
 
 
@@ -58,12 +58,8 @@ class Keys:
         found = [hmac.compare_digest(given, known) for known in self._known]
         if scheme.lower() != "bearer" or not any(found):
             message = "the API key is wrong" if header else "an API key is needed"
-            raise ApiError(
-                401,
-                f"{message}; send it as Authorization: Bearer KEY",
-                "invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+            message += "; send it as Authorization: Bearer KEY"
+            raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return given
 
 
@@ -72,25 +68,23 @@ class RateLimit:
 
     def __init__(self, per_minute: int) -> None:
         self._per_minute = per_minute
-        self._buckets: dict[bytes, tuple[float, float]] = {}
+        # when the bucket of a key will be full again
+        self._full_at: dict[bytes, float] = {}
 
     def take(self, key: bytes) -> None:
         """Count one request; ApiError when there were too many."""
         if not self._per_minute:
             return
         now = time.monotonic()
-        if len(self._buckets) > 10_000:
-            self._buckets = {k: b for k, b in self._buckets.items() if now - b[1] < MINUTE_S}
-        tokens, then = self._buckets.get(key, (float(self._per_minute), now))
-        tokens = min(self._per_minute, tokens + (now - then) * self._per_minute / MINUTE_S)
-        if tokens < 1:
-            wait_s = int((1 - tokens) * MINUTE_S / self._per_minute) + 1
-            self._buckets[key] = (tokens, now)
+        if len(self._full_at) > 10_000:
+            self._full_at = {k: then for k, then in self._full_at.items() if then > now}
+        full_at = max(now, self._full_at.get(key, now)) + MINUTE_S / self._per_minute
+        if full_at > now + MINUTE_S:
+            wait_s = int(full_at - now - MINUTE_S) + 1
             message = f"more than {self._per_minute} requests a minute; try again in {wait_s} s"
-            raise ApiError(
-                429, message, "rate_limit_exceeded", kind="rate_limit_error", headers={"Retry-After": str(wait_s)}
-            )
-        self._buckets[key] = (tokens - 1, now)
+            after = {"Retry-After": str(wait_s)}
+            raise ApiError(429, message, "rate_limit_exceeded", headers=after)
+        self._full_at[key] = full_at
 
 
 class Guard:
@@ -99,32 +93,22 @@ class Guard:
     Args:
         app: the routes
         keys: of protected paths; empty: none needed
-        rate: requests a minute
-        guards_metrics: /metrics needs a key too
+        settings: rate limit, whether /metrics needs a key too, and origins whose pages may ask
         refused: told the code of every refusal
-        cors: origins whose pages may ask
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: Keys,
-        rate: RateLimit,
-        guards_metrics: bool,
-        refused: Callable[[str], None],
-        cors: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, settings: ServerSettings, refused: Callable[[str], None]) -> None:
         self._app = app
         self._inner: ASGIApp = self._gate
-        if cors:
+        if settings.cors:
             self._inner = CORSMiddleware(
-                self._gate, allow_origins=cors, allow_methods=["*"], allow_headers=["*"],
+                self._gate, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"],
                 expose_headers=["x-request-id", "x-alloy-warning", "retry-after"],
             )  # fmt: skip
         self._keys = keys
-        self._rate = rate
+        self._rate = RateLimit(settings.rate_limit)
         self._on_refusal = refused
-        self._protected = (*PROTECTED, "/metrics") if guards_metrics else PROTECTED
+        self._protected = (*PROTECTED, "/metrics") if settings.metrics_auth else PROTECTED
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -136,7 +120,8 @@ class Guard:
         is_fit = 0 < len(given) <= MAX_ID and given.isascii() and given.isprintable()
         request_id = given if is_fit else uuid.uuid4().hex
         warnings: list[str] = []
-        scope.setdefault("state", {}).update(request_id=request_id, warnings=warnings)
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state.update(request_id=request_id, warnings=warnings)
         start, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -149,7 +134,6 @@ class Guard:
                     sent["x-alloy-warning"] = ascii("; ".join(warnings))[1:-1][:1024]
             await send(message)
 
-        state: dict[str, Any] = scope["state"]
         try:
             await self._inner(scope, receive, send_with_id)
         except Exception:

@@ -25,15 +25,15 @@ class EngineDiedError(AlloyError):
 
 def open_socket(host: str, port: int, has_keys: bool, insecure: bool) -> socket.socket:
     """A bound socket, before any model is loaded; refuses to serve other machines without a key."""
-    if not (has_keys or insecure or _is_loopback(host)):
-        raise RecipeError(
-            f'host = "{host}" can be reached from other machines, and no API key is set; give --api-key, '
-            "or serve.insecure=true to serve everyone"
-        )
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError, OverflowError) as error:
         raise RecipeError(f'host = "{host}" with port {port} is no address of this machine ({error})') from error
+    if not (has_keys or insecure or ipaddress.ip_address(info[4][0]).is_loopback):
+        raise RecipeError(
+            f'host = "{host}" can be reached from other machines, and no API key is set; give --api-key, '
+            "or serve.insecure=true to serve everyone"
+        )
     bound = socket.socket(*info[:3])
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -63,24 +63,22 @@ class Listener(uvicorn.Server):
 
     async def listen(self, bound: socket.socket) -> None:
         """Serve until told to stop."""
-        loop = asyncio.get_running_loop()
         if hasattr(signal, "SIGHUP"):
-            loop.add_signal_handler(signal.SIGHUP, self._reload_keys)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys)
         await self.serve([bound])
         if self.has_died:
             raise EngineDiedError("the engine failed; the log above says why")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and Ctrl-C drain; a second Ctrl-C stops at once."""
-        loop = asyncio.get_running_loop()
-        loop.call_soon_threadsafe(self._begin_drain, sig)
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin_drain, sig)
 
     def _begin_drain(self, sig: int) -> None:
         if self._drain is not None:
             if sig == signal.SIGINT:
                 self.should_exit = self.force_exit = True
             return
-        seconds = self.server.service.settings.shutdown_s
+        seconds = self.server.service.model.settings.shutdown_s
         log.info("finishing %d answers, at most %g s", self.server.driver.in_flight, seconds)
         self._drain = asyncio.create_task(self._drained(seconds))
 
@@ -98,12 +96,3 @@ class Listener(uvicorn.Server):
             log.info("read the API keys again: %d", len(self.server.keys))
         except RecipeError as error:
             log.warning("%s; the keys stay as they were", error)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

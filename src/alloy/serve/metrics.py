@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _SIZES = tuple(2**i for i in range(0, 21))
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("Arrival to first token.", _FAST),
+    "inter_token_latency_seconds": ("Between two tokens of one answer.", _FAST),
+    "e2e_request_latency_seconds": ("Arrival to last token.", _FAST),
+    "request_queue_time_seconds": ("Arrival to first computation.", _FAST),
+    "request_prefill_time_seconds": ("First computation to first token.", _FAST),
+    "request_decode_time_seconds": ("First to last token.", _FAST),
+    "request_prompt_tokens": ("Prompt tokens of a request.", _SIZES),
+    "request_generation_tokens": ("Tokens generated for a request.", _SIZES),
+    "iteration_tokens_total": ("Tokens computed in one step.", _SIZES),
+}
 
 
 class Metrics(Collector):
@@ -31,45 +41,29 @@ class Metrics(Collector):
     def __init__(self, prefix: str, model: str) -> None:
         self._prefix = prefix
         self._model = model
-        self._registry = CollectorRegistry()
+        # what a scrape reads
+        registry = self.registry = CollectorRegistry()
         self._gauges: Gauges | None = None
         self._stats: Any = None
-        self._steps_seen = (0, 0)
+        self._tokens_seen = 0
         self._status: tuple[float, int, int] = (perf_counter(), 0, 0)
         self._reasoning = self._counter("reasoning_tokens", "Tokens inside thoughts.")
         self._success = self._counter("request_success", "Requests answered.", "finished_reason")
         self._rejected = self._counter("request_rejected", "Requests refused.", "code")
         self._errors = self._counter("request_error", "Requests that the model could not finish.")
-        seconds = {
-            "time_to_first_token_seconds": "Arrival to first token.",
-            "inter_token_latency_seconds": "Between two tokens of one answer.",
-            "e2e_request_latency_seconds": "Arrival to last token.",
-            "request_queue_time_seconds": "Arrival to first computation.",
-            "request_prefill_time_seconds": "First computation to first token.",
-            "request_decode_time_seconds": "First to last token.",
-        }
-        sizes = {
-            "request_prompt_tokens": "Prompt tokens of a request.",
-            "request_generation_tokens": "Tokens generated for a request.",
-            "iteration_tokens_total": "Tokens computed in one step.",
-        }
         self._histograms = {
-            name: Histogram(f"{prefix}:{name}", text, ["model_name"], registry=self._registry, buckets=buckets).labels(
-                model
-            )
-            for group, buckets in ((seconds, _FAST), (sizes, _SIZES))
-            for name, text in group.items()
+            name: Histogram(f"{prefix}:{name}", text, ["model_name"], registry=registry, buckets=buckets).labels(model)
+            for name, (text, buckets) in HISTOGRAMS.items()
         }
-        self._registry.register(self)
+        registry.register(self)
 
     def stepped(self, gauges: "Gauges", stats: Any, gaps: Sequence[float]) -> None:
         """Take the engine's report of one round."""
         self._gauges, self._stats = gauges, stats
         for gap in gaps:
             self._histograms["inter_token_latency_seconds"].observe(gap)
-        seen = (stats.prompt_tokens - stats.cached_tokens, stats.generated_tokens)
-        new = sum(seen) - sum(self._steps_seen)
-        self._steps_seen = seen
+        seen = stats.prompt_tokens - stats.cached_tokens + stats.generated_tokens
+        new, self._tokens_seen = seen - self._tokens_seen, seen
         if new > 0:
             self._histograms["iteration_tokens_total"].observe(new)
 
@@ -95,10 +89,6 @@ class Metrics(Collector):
     def failed(self) -> None:
         """Count a request with scores that are not numbers."""
         self._errors.labels(self._model).inc()
-
-    def text(self) -> bytes:
-        """What a scrape reads."""
-        return generate_latest(self._registry)
 
     def status_line(self) -> str | None:
         """One line about the time since the last call; None when nothing runs."""
@@ -151,7 +141,7 @@ class Metrics(Collector):
                 yield family
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"{self._prefix}:{name}", text, ["model_name", *labels], registry=self._registry)
+        return Counter(f"{self._prefix}:{name}", text, ["model_name", *labels], registry=self.registry)
 
 
 def _used(total: int, free: int) -> float:

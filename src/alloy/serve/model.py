@@ -8,19 +8,19 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
-from alloy.engine.codec import NO_MARKERS
+from alloy.engine.codec import NO_MARKERS, Codec
 from alloy.engine.grammar import Grammar, Kind, compile_grammar
 from alloy.engine.request import Request, SamplingParams
 from alloy.errors import RecipeError, RequestError
 from alloy.serve.errors import ApiError, bad, from_request_error
 from alloy.serve.protocol import ChatMessage, Conversation, Json, ResponseFormat, Sampled, StructuredOutputs
 from alloy.serve.reasoning import ends_inside
-from alloy.serve.settings import SAMPLING, ServerSettings
+from alloy.serve.settings import Sampling, ServerSettings
 from alloy.serve.tools import calls_schema, format_of
 
 if TYPE_CHECKING:
@@ -31,11 +31,7 @@ _BUILT_IN = {"messages", "tools", "documents", "add_generation_prompt", "bos_tok
 # what a request may tell the renderer of templates itself
 SPECIAL = {"add_generation_prompt", "continue_final_message"}
 # fields of a request that the engine knows by the same name
-PLAIN = {
-    "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "stop",
-    "min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs",
-    "skip_special_tokens", "thinking_grace", "thinking_close_text",
-}  # fmt: skip
+PLAIN = {field.name for field in fields(SamplingParams)} & Sampled.model_fields.keys()
 # structured outputs by what the engine calls them
 KINDS: dict[str, Kind] = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
 _TEMPLATE_FAULTS = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RecursionError)
@@ -70,10 +66,12 @@ class ServedModel:
     def __init__(self, llm: "LLM", names: Sequence[str], settings: ServerSettings) -> None:
         self.llm = llm
         self.names = list(names)
+        self.name = self.names[0]
         self.settings = settings
         self.created = int(time.time())
         generation = cast(dict[str, Any], llm.model.generation)
-        self.defaults = {k: v for k, v in generation.items() if k in SAMPLING and k != "max_tokens" and v is not None}
+        known = {*get_args(Sampling)} - {"max_tokens"}
+        self.defaults = {k: v for k, v in generation.items() if k in known and v is not None}
         self.defaults.update({k: int(v) if k in ("top_k", "max_tokens") else v for k, v in settings.default.items()})
         codec = llm.codec
         template = codec.chat_template if codec else ""
@@ -88,11 +86,6 @@ class ServedModel:
         except RequestError as error:
             raise RecipeError(f"serve.default with the model's generation_config.json: {error}") from error
 
-    @property
-    def name(self) -> str:
-        """The model's first name."""
-        return self.names[0]
-
     def check_name(self, name: str | None) -> str:
         """The name that the answer carries; 404 for another model."""
         if name is not None and name not in self.names:
@@ -100,9 +93,22 @@ class ServedModel:
             raise ApiError(404, f'no model "{name[:256]}" here; this server has {listed}', "model_not_found", "model")
         return name or self.name
 
-    def decode(self, token: int) -> str:
-        """Text of one token."""
-        return self.llm.codec.decode([token]) if self.llm.codec else ""
+    def codec(self, param: str) -> Codec:
+        """The tokenizer; 400 without one."""
+        if self.llm.codec is None:
+            raise bad(param, f"{param} needs a tokenizer, and this model has none; send token ids to /v1/completions")
+        return self.llm.codec
+
+    def encode(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        try:
+            return self.codec(param).encode(text, param, add_special_tokens)
+        except RequestError as error:
+            raise bad(param, str(error)) from error
+
+    def decode(self, *tokens: int) -> str:
+        """Text of tokens; none without a tokenizer."""
+        return self.llm.codec.decode(tokens) if self.llm.codec else ""
 
     def chat_prompt(
         self, messages: Sequence[ChatMessage], asked: Conversation, chat_template: str | None = None
@@ -122,12 +128,12 @@ class ServedModel:
             if listed[-1]["role"] != "assistant":
                 raise bad("continue_final_message", "continue_final_message needs an assistant message at the end")
             variables["add_generation_prompt"] = False
-        text = self._render(listed, variables)
+        text = _render(codec, listed, variables)
         ids = codec.encode(text, "a message", add_special_tokens=False)
         keep_at: tuple[int, ...] = ()
         tail = text[-64:]
         if variables.get("add_generation_prompt", True):
-            base = self._render(listed, {**variables, "add_generation_prompt": False})
+            base = _render(codec, listed, {**variables, "add_generation_prompt": False})
             if text.startswith(base) and len(text) > len(base):
                 tail = text[len(base) :]
                 tail_ids = codec.encode(tail, "the generation prompt", add_special_tokens=False)
@@ -139,44 +145,30 @@ class ServedModel:
         unknown = [f"template variable {name} is unknown to this model" for name in given if name not in variables]
         return Prompt(ids, keep_at, is_inside, unknown)
 
-    def request(
-        self,
-        body: Sampled,
-        ids: Sequence[int],
-        prompt: str,
-        settings: Mapping[str, Any],
-        keep_at: Sequence[int] = (),
-    ) -> Request:
-        """The engine's request; `prompt` is what errors call the prompt, `settings` are this route's own parameters."""
+    def request(self, body: Sampled, prompt: Prompt, param: str, settings: Mapping[str, Any]) -> Request:
+        """The engine's request; `param` is what errors call the prompt, `settings` are this route's own parameters."""
         values = {**self.defaults, **body.model_dump(include=PLAIN, exclude_none=True)}
         # -1 turns it off as well
         values["top_k"] = max(0, values.get("top_k", 0))
         values["logit_bias"] = {_token(k): v for k, v in (body.logit_bias or {}).items()}
         values["thinking_budget"] = self.thinking_budget(body)
         values.update(settings)
-        room = self.llm.max_model_len - len(ids)
-        limit = values.get("max_tokens")
-        if "max_tokens" not in settings and limit is not None:
+        room = self.llm.max_model_len - len(prompt.ids)
+        if "max_tokens" not in settings and "max_tokens" in values:
             # a default never makes a prompt too long
-            limit = values["max_tokens"] = max(1, min(limit, room))
-        if (limit is not None and limit > room) or room < 1:
-            message = (
-                f"{prompt} has {len(ids):,} tokens and max_tokens is {limit or 1:,}; "
-                f"together they exceed max_model_len = {self.llm.max_model_len:,}"
-            )
-            raise bad(prompt, message, "context_length_exceeded")
+            values["max_tokens"] = max(1, min(values["max_tokens"], room))
         try:
             request = Request(
-                id=f"{prompt}-{uuid.uuid4().hex}",
-                token_ids=ids,
+                id=f"{param}-{uuid.uuid4().hex}",
+                token_ids=prompt.ids,
                 params=SamplingParams(**values),
                 priority=body.priority or 0,
                 salt=body.cache_salt or "",
-                keep_at=tuple(keep_at),
+                keep_at=prompt.keep_at,
             )
-            self.llm.check(request, prompt)
+            self.llm.check(request, param)
         except RequestError as error:
-            raise from_request_error(error, body.model_fields_set, prompt) from error
+            raise from_request_error(error, body.model_fields_set, param) from error
         return request
 
     def thinking_budget(self, body: Sampled) -> int | None:
@@ -203,9 +195,7 @@ class ServedModel:
 
     def grammar(self, param: str, kind: Kind, value: Any) -> Grammar:
         """A compiled grammar of the engine's from its text or JSON; 400 with the place of what cannot be compiled."""
-        codec = self.llm.codec
-        if codec is None:
-            raise bad(param, f"{param} needs a tokenizer, and this model has none")
+        codec = self.codec(param)
         try:
             grammar = Grammar(kind, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
             compile_grammar(grammar, codec, self.llm.model.config.vocab)
@@ -255,16 +245,15 @@ class ServedModel:
             variables.pop("thinking_budget", None)
         return variables
 
-    def _render(self, messages: Sequence[Json], variables: Mapping[str, Any]) -> str:
-        codec = self.llm.codec
-        assert codec is not None, "the caller has looked"
-        try:
-            return codec.render_chat(messages, variables)
-        except RequestError as error:
-            raise bad("messages", str(error)) from error
-        except _TEMPLATE_FAULTS as error:
-            what = type(error).__name__
-            raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
+
+def _render(codec: Codec, messages: Sequence[Json], variables: Mapping[str, Any]) -> str:
+    try:
+        return codec.render_chat(messages, variables)
+    except RequestError as error:
+        raise bad("messages", str(error)) from error
+    except _TEMPLATE_FAULTS as error:
+        what = type(error).__name__
+        raise bad("messages", f"the chat template cannot lay these messages out ({what}); simplify them") from error
 
 
 def logprob(value: float | None) -> float | None:

@@ -69,23 +69,10 @@ class Function(Body):
 
 
 class Tool(Body):
-    """A tool; functions are the only kind."""
+    """A tool; functions are the only kind. `tool_choice` names one in the same way."""
 
     type: Literal["function"]
     function: Function
-
-
-class FunctionName(Body):
-    """The function that must be called."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """`tool_choice` of one function."""
-
-    type: Literal["function"]
-    function: FunctionName
 
 
 class CalledFunction(Body):
@@ -148,7 +135,7 @@ class Conversation(Body):
     """What decides, beside the messages, how a conversation is laid out."""
 
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     reasoning_effort: Effort | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -167,6 +154,7 @@ class Sampled(Asked):
     max_tokens: Count = None
     stop: Stop | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
@@ -203,7 +191,6 @@ class ChatRequest(Sampled, Conversation, Recorded):
     n: Annotated[int | None, Field(ge=1, le=16)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    response_format: ResponseFormat | None = None
     include_reasoning: bool | None = None
     prompt_cache_retention: str | None = None
     verbosity: str | None = None
@@ -220,15 +207,12 @@ class CompletionRequest(Sampled):
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     suffix: str | None = None
-    response_format: ResponseFormat | None = None
 
 
-class TextFormat(Body):
+class TextFormat(JsonSchema):
     """Shape of the text of a response."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    schema_: Json | None = Field(None, alias="schema")
 
 
 class ResponseText(Body):
@@ -291,14 +275,6 @@ REFUSED = {
 }
 
 
-def parse_body(model: type[AnyBody], raw: bytes) -> AnyBody:
-    """A request from its bytes; every complaint is a 400 that names the field."""
-    data = parse_json(raw)
-    if not is_table(data):
-        raise bad(None, "the body must be a JSON object")
-    return validated(model, data)
-
-
 def validated(model: type[AnyBody], data: Json) -> AnyBody:
     """A request from its parsed body."""
     try:
@@ -307,10 +283,10 @@ def validated(model: type[AnyBody], data: Json) -> AnyBody:
         raise from_validation(error, data) from error
 
 
-def parse_json(raw: bytes) -> object:
-    """JSON as the standard has it: UTF-8, finite numbers, whole characters."""
+def parse_body(model: type[AnyBody], raw: bytes) -> AnyBody:
+    """A request from its bytes, JSON as the standard has it; every complaint is a 400 that names the field."""
     try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        data: object = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise bad(None, f"the body is not UTF-8 at byte {error.start}; encode it as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -326,7 +302,9 @@ def parse_json(raw: bytes) -> object:
             name = ".".join(path)
             where = f"{name or 'the body'} holds a lone surrogate at character {half.start()}"
             raise bad(name or None, f"{where}, which is not text; remove it")
-    return data
+    if not is_table(data):
+        raise bad(None, "the body must be a JSON object")
+    return validated(model, data)
 
 
 def refuse_unserved(body: Body, trust_template: bool = False) -> None:
@@ -341,11 +319,6 @@ def refuse_unserved(body: Body, trust_template: bool = False) -> None:
     modalities = getattr(body, "modalities", None)
     if modalities is not None and modalities != ["text"]:
         raise bad("modalities", 'modalities must be ["text"]: this model answers in text')
-
-
-def unknown_fields(body: Body) -> list[str]:
-    """Names that no API of ours has."""
-    return sorted(name for name, value in (body.model_extra or {}).items() if value is not None)
 
 
 def _finite(text: str) -> float:

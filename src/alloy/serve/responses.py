@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,9 +16,10 @@ from alloy.core.toml import is_list, is_table
 from alloy.serve.answer import new_id
 from alloy.serve.chat import Prepared, prepare
 from alloy.serve.errors import ApiError, bad, internal
+from alloy.serve.model import ServedModel
 from alloy.serve.protocol import ChatRequest, Json, ResponseRequest, refuse_unserved, validated
 from alloy.serve.service import Run, Service, Step
-from alloy.serve.sse import event
+from alloy.serve.sse import end, event
 from alloy.serve.tools import Call
 
 log = get_logger(__name__)
@@ -60,12 +62,11 @@ class Output:
     """The items of one response, growing; each change is also an event of its stream."""
 
     items: list[Json] = field(default_factory=list[Json])
-    _numbers: int = 0
+    _numbers: Iterator[int] = field(default_factory=count)
 
     def event(self, kind: str, **data: Any) -> Json:
         """An event with the next number."""
-        self._numbers += 1
-        return {"type": f"response.{kind}", "sequence_number": self._numbers - 1, **data}
+        return {"type": f"response.{kind}", "sequence_number": next(self._numbers), **data}
 
     def advance(self, step: Step) -> Iterator[Json]:
         """What one increment adds."""
@@ -85,7 +86,7 @@ class Output:
             self.items.append({"id": new_id(prefix), "type": kind, **item, "status": "in_progress", "content": []})
             yield self._item("added")
             self.items[-1]["content"].append({**part, "text": ""})
-            yield self._part("content_part.added", part=self.items[-1]["content"][0])
+            yield self._at("content_part.added", content_index=0, part=self.items[-1]["content"][0])
         part = self.items[-1]["content"][0]
         part["text"] += text
         yield self._text("delta", delta=text)
@@ -96,30 +97,28 @@ class Output:
             self.items[-1]["status"] = status
             part = self.items[-1]["content"][0]
             yield self._text("done", text=part["text"])
-            yield self._part("content_part.done", part=part)
+            yield self._at("content_part.done", content_index=0, part=part)
             yield self._item("done")
 
     def _call(self, call: Call) -> Iterator[Json]:
         whole = {"call_id": call.id, "name": call.name, "arguments": call.arguments, "status": "completed"}
         self.items.append({"id": new_id("fc_"), "type": "function_call", **whole})
-        at = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
         yield self._item("added", arguments="", status="in_progress")
-        yield self.event("function_call_arguments.delta", **at, delta=call.arguments)
-        yield self.event("function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
+        yield self._at("function_call_arguments.delta", delta=call.arguments)
+        yield self._at("function_call_arguments.done", name=call.name, arguments=call.arguments)
         yield self._item("done")
 
     def _item(self, what: str, **changes: Any) -> Json:
         item = {**self.items[-1], **changes}
         return self.event(f"output_item.{what}", output_index=len(self.items) - 1, item=item)
 
-    def _part(self, kind: str, **data: Any) -> Json:
-        at = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
-        return self.event(kind, **at, **data)
+    def _at(self, kind: str, **data: Any) -> Json:
+        return self.event(kind, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **data)
 
     def _text(self, what: str, **data: str) -> Json:
         kind = self.items[-1]["content"][0]["type"]
         logprobs: Json = {"logprobs": []} if kind == "output_text" else {}
-        return self._part(f"{kind}.{what}", **data, **logprobs)
+        return self._at(f"{kind}.{what}", content_index=0, **data, **logprobs)
 
 
 class Responses:
@@ -137,9 +136,8 @@ class Responses:
         if body.background and body.store is False:
             raise bad("store", "a background response must be stored; leave store out")
         messages = self._messages(body)
-        prepared = await asyncio.to_thread(_prepare, self._service, body, messages)
-        warnings += prepared.warnings
-        run = self._service.run([prepared.request], prepared.layout)
+        request, layout = await asyncio.to_thread(_prepare, self._service.model, body, messages, warnings)
+        run = self._service.run([request], layout)
         stored = Stored(_frame(body, name), messages, run)
         if body.store is not False:
             self._keep(stored)
@@ -147,23 +145,20 @@ class Responses:
             stored.task = asyncio.create_task(_finish(stored, run))
             return JSONResponse(stored.body)
 
-        async def framed() -> AsyncGenerator[bytes]:
-            async for data in _events(stored, run):
-                yield event(data, data["type"])
-
         async def whole() -> Json:
             await _finish(stored, run)
             if stored.error is not None:
                 raise stored.error
             return stored.body
 
-        return await run.respond(http, framed() if body.stream else None, whole, stored.stop)
+        framed = (event(data, data["type"]) async for data in _events(stored, run))
+        return await run.respond(http, framed if body.stream else None, whole, stored.stop)
 
-    def get(self, response_id: str) -> Json:
+    async def get(self, response_id: str) -> Json:
         """A stored response."""
         return self._find(response_id).body
 
-    def delete(self, response_id: str) -> Json:
+    async def delete(self, response_id: str) -> Json:
         """Forget a response; one that runs is stopped."""
         stored = self._find(response_id)
         stored.stop(ApiError(404, "the response was deleted", "response_not_found", "response_id"))
@@ -177,22 +172,18 @@ class Responses:
         stored = self._find(response_id)
         if stored.task is None:
             raise bad("response_id", "only background responses can be cancelled")
-        stored.task.cancel()
-        await asyncio.gather(stored.task, return_exceptions=True)
+        await end(stored.task)
         # a task that had not begun has cleaned nothing up
         stored.stop()
         return stored.body
 
     async def close(self) -> None:
         """Stop what runs in the background."""
-        tasks = [s.task for s in self._stored.values() if s.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*(s.task for s in self._stored.values() if s.task is not None))
 
     def _keep(self, stored: Stored) -> None:
         self._stored[stored.body["id"]] = stored
-        while len(self._stored) > self._service.settings.max_responses:
+        while len(self._stored) > self._service.model.settings.max_responses:
             _, old = self._stored.popitem(last=False)
             if old.task is not None:
                 old.task.cancel()
@@ -216,7 +207,7 @@ class Responses:
         return past + _items(items, "input")
 
 
-def _prepare(service: Service, body: ResponseRequest, messages: list[Json]) -> Prepared:
+def _prepare(model: ServedModel, body: ResponseRequest, messages: list[Json], warnings: list[str]) -> Prepared:
     refuse_unserved(body)
     if body.instructions is not None:
         messages = [{"role": "system", "content": body.instructions}, *messages]
@@ -243,7 +234,7 @@ def _prepare(service: Service, body: ResponseRequest, messages: list[Json]) -> P
     # extensions of the chat route pass through
     data |= {k: v for k, v in (body.model_extra or {}).items() if k in ChatRequest.model_fields and k not in data}
     try:
-        return prepare(service.model, validated(ChatRequest, data))
+        return prepare(model, validated(ChatRequest, data), warnings)
     except ApiError as error:
         if error.param is not None and error.param.startswith("messages"):
             error.param = "input"
@@ -320,7 +311,6 @@ async def _finish(stored: Stored, run: Run) -> None:
 
 def _frame(body: ResponseRequest, name: str) -> Json:
     """The response before it says anything: what was asked for, with the defaults of the API."""
-    asked = {k: default if (value := getattr(body, k)) is None else value for k, default in DEFAULTS.items()}
     shape = body.text.format if body.text else None
     return {
         "id": new_id("resp_"),
@@ -334,5 +324,6 @@ def _frame(body: ResponseRequest, name: str) -> Json:
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "text": {"format": shape.model_dump(by_alias=True, exclude_none=True) if shape else {"type": "text"}},
         "usage": None,
-        **asked,
+        **DEFAULTS,
+        **body.model_dump(include=set(DEFAULTS), exclude_none=True),
     }

@@ -14,7 +14,6 @@ from alloy.serve.errors import ApiError
 from alloy.serve.metrics import Metrics
 from alloy.serve.model import ServedModel
 from alloy.serve.protocol import Json, Sampled
-from alloy.serve.settings import ServerSettings
 from alloy.serve.sse import DONE, EventStream, event, unless_gone
 
 
@@ -27,6 +26,10 @@ class Step(NamedTuple):
     is_first: bool
 
 
+# what an increment adds to a stream
+Chunks = Callable[[Step], Iterator[Json]]
+
+
 @dataclass(frozen=True)
 class Service:
     """One served model."""
@@ -34,7 +37,6 @@ class Service:
     model: ServedModel
     driver: Driver
     metrics: Metrics
-    settings: ServerSettings
 
     def run(self, requests: Sequence[Request], layout: Layout) -> "Run":
         """Submit requests; ApiError if they are not admitted."""
@@ -55,8 +57,6 @@ class Run:
         self._layout = layout
         self._choices: dict[tuple[str, int], Choice] = {}
         self._cached: dict[str, int] = {}
-        # place of each request among those asked for
-        self._places = {request_id: i for i, request_id in enumerate(ticket.requests)}
 
     @property
     def choices(self) -> list[Choice]:
@@ -99,7 +99,8 @@ class Run:
                     is_first = key not in self._choices
                     if is_first:
                         request = self._ticket.requests[output.id]
-                        index = self._places[output.id] * request.params.n + completion.index
+                        place = list(self._ticket.requests).index(output.id)
+                        index = place * request.params.n + completion.index
                         self._choices[key] = Choice(index, request, self._layout)
                     timings = completion.timings
                     choice = self._choices[key]
@@ -113,12 +114,7 @@ class Run:
         self._service.metrics.answered(self._ticket, reasons, self.usage, timings)
 
     async def complete(
-        self,
-        http: HttpRequest,
-        body: Sampled,
-        head: Json,
-        chunks: Callable[[Step], Iterator[Json]],
-        choice: Callable[[Choice], Json],
+        self, http: HttpRequest, body: Sampled, head: Json, chunks: Chunks, choice: Callable[[Choice], Json]
     ) -> Response:
         """The answer of chat and completions.
 
@@ -145,7 +141,7 @@ class Run:
         close: Callable[[], None] | None = None,
     ) -> Response:
         """A stream of `events` from the first output on, or without them the `whole` body; `close` ends either."""
-        keepalive_s = self._service.settings.keepalive_s
+        keepalive_s = self._service.model.settings.keepalive_s
         close = close or self.cancel
         try:
             if events is None:
@@ -160,9 +156,7 @@ class Run:
         """Give back what the engine holds for it; nothing happens to one that is done. `error` is what its reader is told."""
         self._service.driver.cancel(self._ticket, error)
 
-    async def _stream(
-        self, body: Sampled, head: Json, chunks: Callable[[Step], Iterator[Json]]
-    ) -> AsyncGenerator[bytes]:
+    async def _stream(self, body: Sampled, head: Json, chunks: Chunks) -> AsyncGenerator[bytes]:
         options = body.stream_options
         has_usage = options is not None and bool(options.include_usage)
         is_running_usage = options is not None and bool(options.continuous_usage_stats)

@@ -1,21 +1,20 @@
 """Settings of `alloy serve` (serving.md section 1): `engine.*` for the engine, `serve.*` for the server."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, ValidationError
 
 from alloy.core.compose import compose_overrides
 from alloy.core.explain import explain
 from alloy.core.recipe import Config
 from alloy.errors import RecipeError
-from alloy.serve.tools import FORMATS
+from alloy.serve.tools import FormatName
 
 # names of sampling values that serve.default and generation_config.json may set
-SAMPLING = (
-    "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "max_tokens",
-)  # fmt: skip
+Sampling = Literal[
+    "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "max_tokens"
+]  # fmt: skip
 
 
 class EngineSettings(Config):
@@ -34,15 +33,12 @@ class EngineSettings(Config):
     prefix_cache: bool | None = None
     checkpoint_every: int | None = Field(default=None, ge=1)
     speculate: int | Literal["auto"] | None = None
-    cuda_graphs: bool | None = None
+    cuda_graphs: bool | None = Field(default=None, serialization_alias="graphs")
 
     @property
     def chosen(self) -> dict[str, Any]:
         """Arguments of `alloy.LLM` that were set."""
-        values = self.model_dump(exclude_none=True)
-        if "cuda_graphs" in values:
-            values["graphs"] = values.pop("cuda_graphs")
-        return values
+        return self.model_dump(exclude_none=True, by_alias=True)
 
 
 class ServerSettings(Config):
@@ -78,25 +74,13 @@ class ServerSettings(Config):
     # let a request bring its own chat template
     trust_request_template: bool = False
     # how the model writes tool calls; None: as its chat template shows
-    tool_format: str | None = None
+    tool_format: FormatName | None = None
     # sampling values of requests that set none, over those of generation_config.json
-    default: dict[str, float] = Field(default_factory=dict)
+    default: dict[Sampling, FiniteFloat] = Field(default_factory=dict[Sampling, float])
     thinking_budget: int | None = Field(default=None, ge=0)
     max_thinking_budget: int | None = Field(default=None, ge=0)
     # stored answers of the responses API
     max_responses: int = Field(default=1000, ge=1)
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        """Names that must be known."""
-        for name, value in self.default.items():
-            if name not in SAMPLING:
-                raise ValueError(f'serve.default has "{name}"; it takes {", ".join(SAMPLING)}')
-            if not math.isfinite(value):
-                raise ValueError(f"serve.default.{name} = {value} is not a finite number")
-        if self.tool_format is not None and self.tool_format not in FORMATS:
-            raise ValueError(f'serve.tool_format = "{self.tool_format}" is unknown; use one of {", ".join(FORMATS)}')
-        return self
 
 
 class Settings(Config):

@@ -96,9 +96,14 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
             return worker.result()
         raise ClientGone
     finally:
-        worker.cancel()
-        watcher.cancel()
-        await asyncio.gather(worker, watcher, return_exceptions=True)
+        await end(worker, watcher)
+
+
+async def end(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -13,7 +13,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -48,6 +48,7 @@ class _Written(BaseModel):
 
 _WRITTEN = TypeAdapter(list[_Written])
 Piece = str | Call
+FormatName = Literal["hermes", "qwen3_coder", "nemotron", "llama_json"]
 Schemas = Mapping[str, Mapping[str, Any]]
 
 
@@ -78,7 +79,7 @@ class ToolParser:
         named: the text is the arguments of this function, as a grammar has enforced
     """
 
-    def __init__(self, format: str, schemas: Schemas, parallel: bool = True, named: str | None = None) -> None:
+    def __init__(self, format: FormatName, schemas: Schemas, parallel: bool = True, named: str | None = None) -> None:
         self._format = FORMATS[format]
         self._schemas = schemas
         self._parallel = parallel
@@ -147,7 +148,7 @@ class ToolParser:
         return [*calls]
 
 
-def format_of(template: str) -> str:
+def format_of(template: str) -> FormatName:
     """The format that a chat template teaches its model."""
     if "<function=" in template:
         return "qwen3_coder"
@@ -234,7 +235,7 @@ def _loads(text: str) -> Any:
         return None
 
 
-FORMATS = {
+FORMATS: dict[FormatName, Format] = {
     "hermes": Format("<tool_call>", "</tool_call>", _json_calls, _in_string),
     "qwen3_coder": Format("<tool_call>", "</tool_call>", _xml_call, _before_function_end),
     "nemotron": Format("<TOOLCALL>", "</TOOLCALL>", _json_calls, _in_string),
