@@ -5,7 +5,7 @@ long as the deepest node, within what the prompt shares, that has a snapshot (of
 what it shares). Keys compare tokens, never hashes. serving.md section 4.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +23,7 @@ class Snapshot:
     """State after a node's last token.
 
     Attributes:
-        slot: of the cache, which the snapshot owns; -1 for a model without recurrent layers
+        slot: of the cache, which the snapshot owns
         kind: "way": one of many inside a long prompt
         tokens: what the multi-token prediction has not seen yet, without the token that follows
         hidden: (tokens + 1, hidden) the hidden states those tokens followed, and that of the node's last token; None: the
@@ -90,12 +90,13 @@ class PrefixCache:
 
     def __init__(self, pool: PagedCache, recurrent: bool, lag: int = 0) -> None:
         self.pool, self.recurrent, self.lag = pool, recurrent, lag
+        self._pools = [pool] if pool.mtp is None else [pool, pool.mtp]
         self._roots: dict[str, Node] = {}
         self._clock = 0
 
     def match(self, tokens: Sequence[int], limit: int, salt: str = "") -> Match:
         """The longest reusable part of `tokens`, at most `limit` of them."""
-        node, path, at = self._root(salt), list[Node](), 0
+        node, path, at = self._roots.get(salt, Node(0, (), None)), list[Node](), 0
         best: Node | None = None
         while (child := node.children.get(tokens[at]) if at < len(tokens) else None) is not None:
             run = child.tokens
@@ -126,8 +127,9 @@ class PrefixCache:
         # allocation of a partial block may need room
         pool, mtp = self.pool, self.pool.mtp
         if mtp is not None and lag:
-            mtp.adopt(slot, self._mtp_blocks(match), match.length - lag)
-        pool.adopt(slot, _blocks(match), match.length)
+            blocks = _blocks(match, lambda node: (node.mtp_blocks, self._mtp_first(node.start)))
+            mtp.adopt(slot, blocks, match.length - lag)
+        pool.adopt(slot, _blocks(match, lambda node: (node.blocks, node.start // BLOCK)), match.length)
         if snapshot is not None:
             pool.copy_states(snapshot.slot, slot)
         return snapshot
@@ -135,7 +137,7 @@ class PrefixCache:
     def insert(self, tokens: Sequence[int], slot: int, salt: str = "", with_mtp: bool = False) -> Node:
         """The node that ends with `tokens`, all of which the slot holds; blocks that are new to the tree are held."""
         self._clock += 1
-        node, at = self._root(salt), 0
+        node, at = self._roots.setdefault(salt, Node(0, (), None)), 0
         while at < len(tokens) and (child := node.children.get(tokens[at])) is not None:
             same = _common(child.tokens, tokens, at)
             at += same
@@ -151,28 +153,23 @@ class PrefixCache:
 
     def evict_blocks(self, wanted: int) -> None:
         """Free blocks until `wanted` are free or nothing is left: least recently used leaves first."""
-        pools = [self.pool] if self.pool.mtp is None else [self.pool, self.pool.mtp]
-        while any(pool.blocks_free < wanted for pool in pools):
-            leaves = sorted((n for n in self._nodes() if not n.children), key=lambda n: n.used)
+        leaves: list[Node] = []
+        while any(pool.blocks_free < wanted for pool in self._pools):
+            leaves = leaves or sorted((n for n in self._nodes() if not n.children), key=lambda n: -n.used)
             if not leaves:
                 return
-            for leaf in leaves:
-                self._remove(leaf)
-                if all(pool.blocks_free >= wanted for pool in pools):
-                    return
+            self._remove(leaves.pop())
 
     def evict_slot(self) -> bool:
         """Free the slot of one snapshot: of those on the way the least recently used, then of all; False: there is none."""
-        held = [n for n in self._nodes() if n.snapshot is not None and n.snapshot.slot >= 0]
-        if not held:
-            return False
-        node = min(held, key=lambda n: (n.snapshot is not None and n.snapshot.kind != "way", n.used))
-        self.forget(node)
-        return True
+        held = [(n.snapshot.kind != "way", n.used, n) for n in self._nodes() if n.snapshot is not None]
+        if held:
+            self.forget(min(held, key=lambda entry: entry[:2])[2])
+        return bool(held)
 
     def forget(self, node: Node) -> None:
         """Drop a node's snapshot, and the node with it if nothing else needs its keys."""
-        if node.snapshot is not None and node.snapshot.slot >= 0:
+        if node.snapshot is not None:
             self.pool.close([node.snapshot.slot])
         node.snapshot = None
         # keys behind the last snapshot of a path cannot be used any more
@@ -184,24 +181,12 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything."""
         for node in list(self._nodes()):
-            if node.snapshot is not None and node.snapshot.slot >= 0:
-                self.pool.close([node.snapshot.slot])
-            self._drop(node)
+            self._remove(node)
         self._roots = {}
 
     def _mtp_first(self, start: int) -> int:
         """Index of the first block that a node holds of multi-token prediction, which was behind when the node was made."""
         return max(0, start - self.lag) // BLOCK
-
-    def _mtp_blocks(self, match: Match) -> list[int]:
-        blocks: dict[int, int] = {}
-        for node in match.path:
-            if node.start < match.length:
-                blocks.update(enumerate(node.mtp_blocks, self._mtp_first(node.start)))
-        return [blocks[i] for i in sorted(blocks)]
-
-    def _root(self, salt: str) -> Node:
-        return self._roots.setdefault(salt, Node(0, (), None))
 
     def _nodes(self) -> Iterator[Node]:
         todo = [child for root in self._roots.values() for child in root.children.values()]
@@ -232,19 +217,14 @@ class PrefixCache:
         return upper
 
     def _remove(self, node: Node) -> None:
-        """Take a leaf out."""
-        if node.snapshot is not None and node.snapshot.slot >= 0:
+        """Take a node out, and what it holds."""
+        if node.snapshot is not None:
             self.pool.close([node.snapshot.slot])
-        node.snapshot = None
-        self._drop(node)
-        if node.parent is not None:
-            del node.parent.children[node.tokens[0]]
-
-    def _drop(self, node: Node) -> None:
         self.pool.drop(node.blocks)
         if self.pool.mtp is not None:
             self.pool.mtp.drop(node.mtp_blocks)
-        node.blocks, node.mtp_blocks = [], []
+        if node.parent is not None:
+            del node.parent.children[node.tokens[0]]
 
 
 def _common(run: Sequence[int], tokens: Sequence[int], at: int) -> int:
@@ -255,10 +235,11 @@ def _common(run: Sequence[int], tokens: Sequence[int], at: int) -> int:
     return next((i for i, (a, b) in enumerate(zip(run, there, strict=False)) if a != b), min(len(run), len(there)))
 
 
-def _blocks(match: Match) -> list[int]:
-    """The blocks of what was matched: of two nodes that share a block, the deeper one's holds what both need."""
+def _blocks(match: Match, held: Callable[[Node], tuple[list[int], int]]) -> list[int]:
+    """The blocks of what was matched, given each node's and the index of its first: of two nodes that share a block, the
+    deeper one's holds what both need."""
     blocks: dict[int, int] = {}
     for node in match.path:
         if node.start < match.length:
-            blocks.update(enumerate(node.blocks, node.start // BLOCK))
+            blocks.update(enumerate(*held(node)))
     return [blocks[i] for i in sorted(blocks)]
