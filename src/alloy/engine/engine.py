@@ -64,7 +64,7 @@ class Engine:
         prefix_cache: bool = True,
         checkpoint_every: int = 1024,
     ) -> None:
-        self.pool, self.max_seqs, self.max_step_tokens = pool, max_seqs, max_step_tokens
+        self.pool, self.graphs, self.max_seqs, self.max_step_tokens = pool, graphs, max_seqs, max_step_tokens
         self.checkpoint_every = checkpoint_every
         self._make = sequences
         self._runner = Runner(model, pool, length, graphs)
