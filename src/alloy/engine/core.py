@@ -108,8 +108,8 @@ class LLM:
         self.max_model_len = config.max_positions if max_model_len is None else max_model_len
         usual = STEP_TOKENS.get(self.model.embed.weight.device.type, STEP_TOKENS_ACCELERATOR)
         self.max_step_tokens = usual if max_step_tokens is None else max_step_tokens
-        self.max_seqs = max_seqs
-        self.prefix_cache, self.checkpoint_every, self.memory = prefix_cache, checkpoint_every, memory
+        self.max_seqs, self.state_dtype, self.memory = max_seqs, state_dtype, memory
+        self.prefix_cache, self.checkpoint_every = prefix_cache, checkpoint_every
         for name in ("max_model_len", "max_seqs", "max_step_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -126,7 +126,6 @@ class LLM:
             raise RequestError(f'state_dtype = "{state_dtype}" is not known; use one of {", ".join(STATE_DTYPES)}')
         if state_dtype == "float16-sr" and why is not None:
             raise RequestError(f'state_dtype = "float16-sr" works in captured steps alone: {why}; use another')
-        self.state_dtype = state_dtype
         is_bounded = isinstance(config, DecoderConfig) and config.rope.scaling == "none"
         if is_bounded and self.max_model_len > config.max_positions:
             raise RequestError(
@@ -178,9 +177,8 @@ class LLM:
         Returns:
             one Output per prompt, in order; or increments as they come
         """
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [cast(Prompt, prompts)]
-        listed = cast(Items[Prompt], prompts)
+        is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        listed = cast(Items[Prompt], [prompts] if is_one else prompts)
         chosen = _per_prompt(params, len(listed))
         ids = [self.encode(p, _name(i, len(listed))) if isinstance(p, str) else p for i, p in enumerate(listed)]
         return self._answer(ids, chosen, stream)

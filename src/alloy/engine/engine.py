@@ -102,16 +102,10 @@ class Engine:
         pool, live = self.pool, self._live()
         # what is neither free nor a sequence's is held by the prefix cache alone
         used = {block for s in live for block in pool.owned(s.slot)}
-        return Gauges(
-            len(live),
-            len(self._waiting),
-            pool.blocks,
-            pool.blocks_free,
-            pool.blocks - pool.blocks_free - len(used) if pool.kv else 0,
-            pool.slots,
-            pool.slots_free,
-            pool.slots - pool.slots_free - len(live),
-        )
+        cached = pool.blocks - pool.blocks_free - len(used) if pool.kv else 0
+        blocks = pool.blocks, pool.blocks_free, cached
+        slots = pool.slots, pool.slots_free, pool.slots - pool.slots_free - len(live)
+        return Gauges(len(live), len(self._waiting), *blocks, *slots)
 
     def add(self, request: Request) -> None:
         """Take a request in."""
@@ -189,10 +183,7 @@ class Engine:
         match = self._cache.match(known, target, salt)
         slot = self.pool.open(1)[0]
         sequence.slot, sequence.computed = slot, match.length
-        sequence.behind, sequence.hidden = (), None
-        snapshot = self._cache.begin(slot, match)
-        if snapshot is not None:
-            sequence.behind, sequence.hidden = snapshot.tokens, snapshot.hidden
+        sequence.behind, sequence.hidden = self._cache.begin(slot, match)
         sequence.stops = self._stops(sequence, match, target)
         if sequence.scored is not None:
             sequence.prompt_scores = [None]

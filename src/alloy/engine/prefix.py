@@ -5,7 +5,7 @@ long as the deepest node, within what the prompt shares, that has a snapshot (of
 what it shares). Keys compare tokens, never hashes. serving.md section 4.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -112,27 +112,26 @@ class PrefixCache:
             return Match(tuple(path), at, min(at, limit), None)
         return Match(tuple(path), at, 0 if best is None else best.end, best)
 
-    def begin(self, slot: int, match: Match) -> Snapshot | None:
-        """Let an empty slot begin with what was matched; returns the snapshot that was read."""
+    def begin(self, slot: int, match: Match) -> tuple[tuple[int, ...], Tensor | None]:
+        """Let an empty slot begin with what was matched; returns `tokens` and `hidden` of the snapshot that was read."""
         self._clock += 1
-        node = match.node
         if not match.length:
-            return None
+            return (), None
         for other in reversed(match.path):
             if other.start < match.length:
                 other.used = self._clock
                 break
-        snapshot = None if node is None else node.snapshot
+        snapshot = None if match.node is None else match.node.snapshot
         lag = 0 if snapshot is None or snapshot.hidden is None else len(snapshot.hidden)
         # allocation of a partial block may need room
         pool, mtp = self.pool, self.pool.mtp
         if mtp is not None and lag:
-            blocks = _blocks(match, lambda node: (node.mtp_blocks, self._mtp_first(node.start)))
-            mtp.adopt(slot, blocks, match.length - lag)
-        pool.adopt(slot, _blocks(match, lambda node: (node.blocks, node.start // BLOCK)), match.length)
-        if snapshot is not None:
-            pool.copy_states(snapshot.slot, slot)
-        return snapshot
+            mtp.adopt(slot, self._blocks(match, 1), match.length - lag)
+        pool.adopt(slot, self._blocks(match, 0), match.length)
+        if snapshot is None:
+            return (), None
+        pool.copy_states(snapshot.slot, slot)
+        return snapshot.tokens, snapshot.hidden
 
     def insert(self, tokens: Sequence[int], slot: int, salt: str = "", with_mtp: bool = False) -> Node:
         """The node that ends with `tokens`, all of which the slot holds; blocks that are new to the tree are held."""
@@ -145,7 +144,7 @@ class PrefixCache:
         if at < len(tokens):
             leaf = Node(at, tuple(tokens[at:]), node, self.pool.hold(slot, at // BLOCK))
             if with_mtp and self.pool.mtp is not None:
-                leaf.mtp_blocks = self.pool.mtp.hold(slot, self._mtp_first(at))
+                leaf.mtp_blocks = self.pool.mtp.hold(slot, _first(at, self.lag))
             node.children[tokens[at]] = leaf
             node = leaf
         node.used = self._clock
@@ -184,9 +183,19 @@ class PrefixCache:
             self._remove(node)
         self._roots = {}
 
-    def _mtp_first(self, start: int) -> int:
-        """Index of the first block that a node holds of multi-token prediction, which was behind when the node was made."""
-        return max(0, start - self.lag) // BLOCK
+    def _parts(self, node: Node) -> list[tuple[PagedCache, list[int], int]]:
+        """Each cache with the blocks that a node holds of it, and the tokens by which it may be behind."""
+        own = (self.pool, node.blocks, 0)
+        return [own] if self.pool.mtp is None else [own, (self.pool.mtp, node.mtp_blocks, self.lag)]
+
+    def _blocks(self, match: Match, part: int) -> list[int]:
+        """The blocks of what was matched: of two nodes that share a block, the deeper one's holds what both need."""
+        blocks: dict[int, int] = {}
+        for node in match.path:
+            if node.start < match.length:
+                _, held, lag = self._parts(node)[part]
+                blocks.update(enumerate(held, _first(node.start, lag)))
+        return [blocks[i] for i in sorted(blocks)]
 
     def _nodes(self) -> Iterator[Node]:
         todo = [child for root in self._roots.values() for child in root.children.values()]
@@ -201,11 +210,8 @@ class PrefixCache:
         parent = node.parent
         assert parent is not None, "a root has no run"
         upper = Node(node.start, node.tokens[:size], parent, used=node.used)
-        pools = [(self.pool, node.start // BLOCK, middle // BLOCK, node.blocks, upper.blocks)]
-        if self.pool.mtp is not None:
-            ends = self._mtp_first(node.start), self._mtp_first(middle)
-            pools.append((self.pool.mtp, *ends, node.mtp_blocks, upper.mtp_blocks))
-        for pool, first, second, below, above in pools:
+        for (pool, below, lag), (_, above, _) in zip(self._parts(node), self._parts(upper), strict=True):
+            first, second = _first(node.start, lag), _first(middle, lag)
             # a block in the middle is held by both
             above += below[: blocks_of(middle) - first]
             pool.add_holder(above)
@@ -220,9 +226,8 @@ class PrefixCache:
         """Take a node out, and what it holds."""
         if node.snapshot is not None:
             self.pool.close([node.snapshot.slot])
-        self.pool.drop(node.blocks)
-        if self.pool.mtp is not None:
-            self.pool.mtp.drop(node.mtp_blocks)
+        for pool, blocks, _ in self._parts(node):
+            pool.drop(blocks)
         if node.parent is not None:
             del node.parent.children[node.tokens[0]]
 
@@ -235,11 +240,6 @@ def _common(run: Sequence[int], tokens: Sequence[int], at: int) -> int:
     return next((i for i, (a, b) in enumerate(zip(run, there, strict=False)) if a != b), min(len(run), len(there)))
 
 
-def _blocks(match: Match, held: Callable[[Node], tuple[list[int], int]]) -> list[int]:
-    """The blocks of what was matched, given each node's and the index of its first: of two nodes that share a block, the
-    deeper one's holds what both need."""
-    blocks: dict[int, int] = {}
-    for node in match.path:
-        if node.start < match.length:
-            blocks.update(enumerate(*held(node)))
-    return [blocks[i] for i in sorted(blocks)]
+def _first(start: int, lag: int) -> int:
+    """Index of the first block that a node holds of a cache, which was behind when the node was made."""
+    return max(0, start - lag) // BLOCK
