@@ -85,20 +85,19 @@ class LLM:
         memory: float | None = None,
     ) -> None:
         kind = None if weights is None else parse_weights(weights)
-        if isinstance(model, CausalLM):
-            if kind is not None:
-                raise RequestError(
-                    f'weights = "{kind}" would change the model that was given; give its folder, or call '
-                    "alloy.models.quant.quantize_weights on it first"
-                )
-            self.model = model
-        else:
+        if not isinstance(model, CausalLM):
             if kind is not None:
                 check_place(kind, resolve_device(device))
-            self.model, found = load(model, dtype=dtype, device=device)
+            model, found = load(model, dtype=dtype, device=device)
             tokenizer = tokenizer or found
             if kind is not None:
-                quantize_weights(self.model, kind)
+                quantize_weights(model, kind)
+        elif kind is not None:
+            raise RequestError(
+                f'weights = "{kind}" would change the model that was given; give its folder, or call '
+                "alloy.models.quant.quantize_weights on it first"
+            )
+        self.model = model
         self.tokenizer = tokenizer
         config = self.model.config
         if tokenizer is not None and len(tokenizer) > config.vocab:
@@ -406,11 +405,10 @@ class LLM:
         ]
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        codec = self.codec
-        if codec is None:
+        if self.codec is None:
             return None
-        skipped = codec.skipped if params.skip_special_tokens else ()
-        return Detokenizer(codec.decode, skipped, params.stop, params.include_stop_str_in_output)
+        skipped = self.codec.skipped if params.skip_special_tokens else ()
+        return Detokenizer(self.codec.decode, skipped, params.stop, params.include_stop_str_in_output)
 
     def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
         if params.grammar is None:

@@ -117,10 +117,8 @@ class PrefixCache:
         self._clock += 1
         if not match.length:
             return (), None
-        for other in reversed(match.path):
-            if other.start < match.length:
-                other.used = self._clock
-                break
+        deepest = next(node for node in reversed(match.path) if node.start < match.length)
+        deepest.used = self._clock
         snapshot = None if match.node is None else match.node.snapshot
         lag = 0 if snapshot is None or snapshot.hidden is None else len(snapshot.hidden)
         # allocation of a partial block may need room

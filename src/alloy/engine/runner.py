@@ -92,10 +92,9 @@ class Runner:
         logits = None if wanted is None else "all"
         out = self.model(tokens, cache=view, documents=documents_of(tokens, counts), logits=logits)
         if wanted is not None and out.logits is not None:
-            sequence = sequences[0]
-            following = sequence.known[sequence.computed + 1 : pieces[0][1] + 1]
-            table = {"model": out.logits[0].log_softmax(-1)}
-            sequence.prompt_scores += token_logprobs(following, table, wanted)
+            sequence, end = pieces[0]
+            following = sequence.known[sequence.computed + 1 : end + 1]
+            sequence.prompt_scores += token_logprobs(following, {"model": out.logits[0].log_softmax(-1)}, wanted)
         if self._drafter is not None:
             self._follow(sequences, ids, out.last_hidden)
         for sequence, end in pieces:
