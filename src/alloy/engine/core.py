@@ -23,7 +23,7 @@ from alloy.engine.detokenizer import Detokenizer
 from alloy.engine.engine import Engine
 from alloy.engine.grammar import CompiledGrammar, compile_grammar
 from alloy.engine.graphs import DecodeGraphs, buckets_for, obstacle
-from alloy.engine.pool import PoolPlan, new_pool, plan_pool
+from alloy.engine.pool import PoolPlan, plan_pool
 from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
 from alloy.engine.runner import EngineStats
@@ -85,20 +85,19 @@ class LLM:
         memory: float | None = None,
     ) -> None:
         kind = None if weights is None else parse_weights(weights)
-        if isinstance(model, CausalLM):
-            if kind is not None:
-                raise RequestError(
-                    f'weights = "{kind}" would change the model that was given; give its folder, or call '
-                    "alloy.models.quant.quantize_weights on it first"
-                )
-            self.model = model
-        else:
+        if not isinstance(model, CausalLM):
             if kind is not None:
                 check_place(kind, resolve_device(device))
-            self.model, found = load(model, dtype=dtype, device=device)
+            model, found = load(model, dtype=dtype, device=device)
             tokenizer = tokenizer or found
             if kind is not None:
-                quantize_weights(self.model, kind)
+                quantize_weights(model, kind)
+        elif kind is not None:
+            raise RequestError(
+                f'weights = "{kind}" would change the model that was given; give its folder, or call '
+                "alloy.models.quant.quantize_weights on it first"
+            )
+        self.model = model
         self.tokenizer = tokenizer
         config = self.model.config
         if tokenizer is not None and len(tokenizer) > config.vocab:
@@ -106,21 +105,17 @@ class LLM:
                 f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {config.vocab}"
             )
         self.max_model_len = config.max_positions if max_model_len is None else max_model_len
-        place = self.model.embed.weight.device.type
-        if max_step_tokens is None:
-            max_step_tokens = STEP_TOKENS.get(place, STEP_TOKENS_ACCELERATOR)
-        self.max_step_tokens = max_step_tokens
-        self.max_seqs = max_seqs
-        self.prefix_cache, self.checkpoint_every, self.memory = prefix_cache, checkpoint_every, memory
+        usual = STEP_TOKENS.get(self.model.embed.weight.device.type, STEP_TOKENS_ACCELERATOR)
+        self.max_step_tokens = usual if max_step_tokens is None else max_step_tokens
+        self.max_seqs, self.state_dtype, self.memory = max_seqs, state_dtype, memory
+        self.prefix_cache, self.checkpoint_every = prefix_cache, checkpoint_every
         for name in ("max_model_len", "max_seqs", "max_step_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} = {getattr(self, name)} must be at least 1")
-        self.speculate: int | Literal["auto"] = speculate
-        if speculate == "auto":
-            self.speculate = "auto" if self.model.has_mtp else 0
-        elif not isinstance(speculate, int) or speculate < 0:  # pyright: ignore[reportUnnecessaryIsInstance]  users err
+        self.speculate: int | Literal["auto"] = speculate if self.model.has_mtp or speculate != "auto" else 0
+        if speculate != "auto" and (not isinstance(speculate, int) or speculate < 0):  # pyright: ignore[reportUnnecessaryIsInstance]  users err
             raise RequestError(f'speculate = {speculate} must be "auto" or a number of tokens from 0')
-        elif speculate and not self.model.has_mtp:
+        if self.speculate and not self.model.has_mtp:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")
         # captured at the first call; None: steps run one operation at a time
         self.graphs: DecodeGraphs | None = None
@@ -130,7 +125,6 @@ class LLM:
             raise RequestError(f'state_dtype = "{state_dtype}" is not known; use one of {", ".join(STATE_DTYPES)}')
         if state_dtype == "float16-sr" and why is not None:
             raise RequestError(f'state_dtype = "float16-sr" works in captured steps alone: {why}; use another')
-        self.state_dtype = state_dtype
         is_bounded = isinstance(config, DecoderConfig) and config.rope.scaling == "none"
         if is_bounded and self.max_model_len > config.max_positions:
             raise RequestError(
@@ -140,7 +134,6 @@ class LLM:
         if max_model_len is None:
             self.max_model_len = self._plan(self.max_model_len, shorten=True).max_tokens
         self._engine: Engine | None = None
-        self._engine_graphs: DecodeGraphs | None = None
         self._weights: list[tuple[int, int | None]] = []
         # increments that one stream computed for another
         self._inboxes: dict[int, deque[Output]] = {}
@@ -183,18 +176,11 @@ class LLM:
         Returns:
             one Output per prompt, in order; or increments as they come
         """
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [cast(Prompt, prompts)]
-        listed = cast(Items[Prompt], prompts)
+        is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        listed = cast(Items[Prompt], [prompts] if is_one else prompts)
         chosen = _per_prompt(params, len(listed))
-        ids = [
-            self.encode(p, f"prompt {i}" if len(listed) > 1 else "prompt") if isinstance(p, str) else p
-            for i, p in enumerate(listed)
-        ]
-        return self._answer(
-            [Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(zip(ids, chosen, strict=True))],
-            stream,
-        )
+        ids = [self.encode(p, _name(i, len(listed))) if isinstance(p, str) else p for i, p in enumerate(listed)]
+        return self._answer(ids, chosen, stream)
 
     @overload
     def chat(
@@ -241,10 +227,7 @@ class LLM:
         if thinking_budget is not None:
             chosen = [replace(p, thinking_budget=thinking_budget) for p in chosen]
         ids = [self.encode_chat(talk, template) for talk in talks]
-        return self._answer(
-            [Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(zip(ids, chosen, strict=True))],
-            stream,
-        )
+        return self._answer(ids, chosen, stream)
 
     def encode(self, text: str, name: str = "prompt") -> list[int]:
         """Token ids of a prompt; `name` is what an error calls it."""
@@ -290,8 +273,7 @@ class LLM:
             return self._engine
         graphs = self._capture()
         weights = _versions(self.model)
-        if self._engine is None or graphs is not self._engine_graphs:
-            self._engine_graphs = graphs
+        if self._engine is None or graphs is not self._engine.graphs:
             pool = graphs.pool if graphs is not None else self._new_pool()
             self._engine = Engine(
                 self.model,
@@ -368,7 +350,8 @@ class LLM:
         )
 
     def _new_pool(self) -> PagedCache:
-        return new_pool(self.model, self._plan(self.max_model_len), self.state_dtype)
+        plan = self._plan(self.max_model_len)
+        return self.model.new_paged_cache(plan.slots, plan.blocks, plan.max_tokens, state_dtype=self.state_dtype)
 
     def _capture(self) -> DecodeGraphs | None:
         if self.graphs is not None and not self.graphs.refresh():
@@ -382,15 +365,18 @@ class LLM:
             self.model.train(was_training)
         return self.graphs
 
-    def _answer(self, requests: list[Request], stream: bool) -> list[Output] | Generator[Output]:
+    def _answer(
+        self, prompts: Items[Items[int]], params: Items[SamplingParams], stream: bool
+    ) -> list[Output] | Generator[Output]:
+        pairs = zip(prompts, params, strict=True)
+        requests = [Request(id=str(i), token_ids=t, params=p) for i, (t, p) in enumerate(pairs)]
         # a bad request is refused before any work, and before a stream is handed out
         for i, request in enumerate(requests):
-            self.check(request, f"prompt {i}" if len(requests) > 1 else "prompt")
+            self.check(request, _name(i, len(requests)))
         if stream:
             return self.stream(requests)
         outputs = [
-            Output(r.id, i, r.token_ids, [_empty(r.params, k) for k in range(r.params.n)])
-            for i, r in enumerate(requests)
+            Output(r.id, i, r.token_ids, list(map(Completion, range(r.params.n)))) for i, r in enumerate(requests)
         ]
         for news in self.stream(requests):
             gather(outputs[news.index], news)
@@ -419,11 +405,10 @@ class LLM:
         ]
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        codec = self.codec
-        if codec is None:
+        if self.codec is None:
             return None
-        skipped = codec.skipped if params.skip_special_tokens else ()
-        return Detokenizer(codec.decode, skipped, params.stop, params.include_stop_str_in_output)
+        skipped = self.codec.skipped if params.skip_special_tokens else ()
+        return Detokenizer(self.codec.decode, skipped, params.stop, params.include_stop_str_in_output)
 
     def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
         if params.grammar is None:
@@ -455,7 +440,7 @@ def gather(whole: Output, news: Output) -> None:
         whole.prompt_logprobs = news.prompt_logprobs
     for new in news.completions:
         old = whole.completions[new.index]
-        logprobs = None if old.logprobs is None else old.logprobs + (new.logprobs or [])
+        logprobs = None if new.logprobs is None else [*(old.logprobs or ()), *new.logprobs]
         whole.completions[new.index] = replace(
             new, text=old.text + new.text, token_ids=old.token_ids + new.token_ids, logprobs=logprobs
         )
@@ -467,8 +452,9 @@ def _versions(model: CausalLM) -> list[tuple[int, int | None]]:
     return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors]
 
 
-def _empty(params: SamplingParams, index: int) -> Completion:
-    return Completion(index, logprobs=None if params.logprobs is None else [])
+def _name(index: int, count: int) -> str:
+    """What an error calls a prompt."""
+    return f"prompt {index}" if count > 1 else "prompt"
 
 
 def _per_prompt(params: Params, count: int) -> list[SamplingParams]:

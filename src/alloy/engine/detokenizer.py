@@ -90,8 +90,5 @@ class Detokenizer:
 
     def _prefix_length(self, text: str) -> int:
         """Length of the longest end of `text` that begins some stop string."""
-        for size in range(min(self._longest - 1, len(text)), 0, -1):
-            end = text[-size:]
-            if any(stop.startswith(end) and len(stop) > size for stop in self._stop):
-                return size
-        return 0
+        sizes = range(min(self._longest - 1, len(text)), 0, -1)
+        return next((n for n in sizes if any(len(s) > n and s.startswith(text[-n:]) for s in self._stop)), 0)

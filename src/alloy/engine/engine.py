@@ -5,7 +5,7 @@ token. Where blocks run out, what only the prefix cache holds goes first, then t
 to the prefix cache and waits again with its tokens as its prompt.
 """
 
-import heapq
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,18 +66,19 @@ class Engine:
         prefix_cache: bool = True,
         checkpoint_every: int = 1024,
     ) -> None:
-        self.pool, self.max_seqs, self.max_step_tokens = pool, max_seqs, max_step_tokens
+        self.pool, self.graphs, self.max_seqs, self.max_step_tokens = pool, graphs, max_seqs, max_step_tokens
         self.checkpoint_every = checkpoint_every
         self._make = sequences
         self._runner = Runner(model, pool, length, graphs)
         self._pools = [pool] if pool.mtp is None or length is None else [pool, pool.mtp]
         self._recurrent = bool(pool.states.layers)
         lag = 0 if length is None else MOST_PENDING + 1 + length.longest
-        self._cache = PrefixCache(pool, self._recurrent, lag) if prefix_cache else None
+        # stays empty unless sequences leave what they have
+        self._cache, self._keeps = PrefixCache(pool, self._recurrent, lag), prefix_cache
         # where slots abound, snapshots leave the first ones alone: rows whose slots follow each other are read in place
         self._most_snapshots = pool.slots - max_seqs if pool.slots >= 2 * max_seqs else pool.slots
-        # (priority, order, index), and the sequence
-        self._waiting: list[tuple[int, int, int, Sequence]] = []
+        # in their order
+        self._waiting: list[Sequence] = []
         # whose prompts are being computed, oldest first
         self._reading: list[Sequence] = []
         # samples of each request that waits for its reader
@@ -105,16 +106,10 @@ class Engine:
         pool, live = self.pool, self._live()
         # what is neither free nor a sequence's is held by the prefix cache alone
         used = {block for s in live for block in pool.owned(s.slot)}
-        return Gauges(
-            len(live),
-            len(self._waiting),
-            pool.blocks,
-            pool.blocks_free,
-            pool.blocks - pool.blocks_free - len(used) if pool.kv else 0,
-            pool.slots,
-            pool.slots_free,
-            pool.slots - pool.slots_free - len(live),
-        )
+        cached = pool.blocks - pool.blocks_free - len(used) if pool.kv else 0
+        blocks = pool.blocks, pool.blocks_free, cached
+        slots = pool.slots, pool.slots_free, pool.slots - pool.slots_free - len(live)
+        return Gauges(len(live), len(self._waiting), *blocks, *slots)
 
     def add(self, request: Request) -> None:
         """Take a request in."""
@@ -146,16 +141,13 @@ class Engine:
         ran = list(self._runner.sequences)
         if ran:
             self._decode()
-        ended = [s for s in self._runner.sequences if s.finished]
-        self._runner.remove(ended)
-        for sequence in ended:
-            self._leave(sequence)
+        if ended := [s for s in self._runner.sequences if s.finished]:
+            self._leave(ended)
         return [self._news(s) for s in ran if s.has_news]
 
     def forget(self) -> None:
         """Drop all that finished sequences left, such as after the weights changed."""
-        if self._cache is not None:
-            self._cache.clear()
+        self._cache.clear()
 
     def close(self) -> None:
         """Cancel everything and give back what is held, also after an error."""
@@ -168,23 +160,23 @@ class Engine:
         return [*self._reading, *self._runner.sequences]
 
     def _wait(self, sequence: Sequence) -> None:
-        heapq.heappush(
-            self._waiting, (sequence.request.priority, sequence.order, sequence.index, sequence)
-        )  # fmt: skip
+        insort(self._waiting, sequence, key=_turn)
 
     def _admit(self) -> None:
         """Give waiting sequences a slot and what is known of their prompts, as long as there is room."""
-        while self._waiting and len(self._reading) + len(self._runner.sequences) < self.max_seqs:
-            sequence = self._waiting[0][3]
+        while self._waiting and len(self._live()) < self.max_seqs:
+            sequence = self._waiting[0]
             # a sample of a prompt that is being computed waits for it
             if any(s.request is sequence.request for s in self._reading) or not self._place(sequence):
                 return
-            heapq.heappop(self._waiting)
+            del self._waiting[0]
 
     def _place(self, sequence: Sequence) -> bool:
         """Slot and first blocks for a sequence; False: there is no room now."""
-        target = len(sequence.known) - 1
-        match = self._match(sequence, target)
+        target, salt = len(sequence.known) - 1, sequence.request.salt
+        # log probabilities of a prompt need its logits
+        known = sequence.known if sequence.scored is None else ()
+        match = self._cache.match(known, target, salt)
         piece = min(target - match.length, self.max_step_tokens)
         # the block behind a hit is a copy, and everyone that runs may need one soon
         wanted = blocks_of(match.length + piece) - match.length // BLOCK + 1 + len(self._runner.sequences)
@@ -192,13 +184,10 @@ class Engine:
         if not self._room(min(wanted, self.pool.blocks) if alone else wanted):
             return False
         # making room may have taken a part of it
-        match = self._match(sequence, target)
+        match = self._cache.match(known, target, salt)
         slot = self.pool.open(1)[0]
         sequence.slot, sequence.computed = slot, match.length
-        sequence.behind, sequence.hidden = (), None
-        snapshot = self._cache.begin(slot, match) if self._cache is not None else None
-        if snapshot is not None:
-            sequence.behind, sequence.hidden = snapshot.tokens, snapshot.hidden
+        sequence.behind, sequence.hidden = self._cache.begin(slot, match)
         sequence.stops = self._stops(sequence, match, target)
         if sequence.scored is not None:
             sequence.prompt_scores = [None]
@@ -209,17 +198,11 @@ class Engine:
         self._reading.append(sequence)
         return True
 
-    def _match(self, sequence: Sequence, target: int) -> Match:
-        # log probabilities of a prompt need its logits
-        if self._cache is None or sequence.scored is not None:
-            return Match((), 0, 0, None)
-        return self._cache.match(sequence.known, target, sequence.request.salt)
-
     def _stops(self, sequence: Sequence, match: Match, target: int) -> list[tuple[int, Kind]]:
         """Where the computation of a prompt stops for snapshots: its end, where it parts from what is known, where the
         request asked for it, and now and then."""
         kinds: dict[int, Kind] = {}
-        if self._cache is not None and self._recurrent:
+        if self._keeps and self._recurrent:
             kinds |= dict.fromkeys(range(self.checkpoint_every, target, self.checkpoint_every), "way")
             branch = [match.shared] if match.shared - match.length >= LEAST_BRANCH else []
             kinds |= dict.fromkeys((*branch, *sequence.request.keep_at), "kept")
@@ -263,12 +246,12 @@ class Engine:
 
     def _fork(self, sequence: Sequence) -> None:
         """Let further samples of a request begin where its prompt ends, as far as there is room."""
-        while self._waiting and self._waiting[0][3].request is sequence.request and not sequence.tokens:
-            other = self._waiting[0][3]
-            full = len(self._reading) + len(self._runner.sequences) + 1 >= self.max_seqs
+        while self._waiting and self._waiting[0].request is sequence.request and not sequence.tokens:
+            other = self._waiting[0]
+            full = len(self._live()) + 1 >= self.max_seqs
             if full or other.tokens or not self._room(1):
                 return
-            heapq.heappop(self._waiting)
+            del self._waiting[0]
             other.slot, other.computed = self.pool.fork(sequence.slot, 1)[0], sequence.computed
             other.behind, other.hidden = sequence.behind, sequence.hidden
             other.start(sequence.computed)
@@ -291,13 +274,11 @@ class Engine:
             victim = self._victim()
             if victim is None:
                 return False
-            self._take_out([victim])
-            self._leave(victim)
+            self._leave([victim])
             victim.preemptions += 1
             self.stats.preemptions += 1
             self._wait(victim)
-            if victim in sequences:
-                sequences = [s for s in sequences if s is not victim]
+            sequences = [s for s in sequences if s is not victim]
 
     def _missing(self, sequences: list[Sequence], tokens: int) -> int:
         """Blocks that `tokens` more of each sequence take, of the kind of which they take most."""
@@ -317,21 +298,19 @@ class Engine:
         if len(live) < 2:
             return None
         spared = [s for s in live if s.preemptions < MOST_PREEMPTIONS] or live
-        return max(spared, key=lambda s: (s.request.priority, s.order, s.index))
+        return max(spared, key=_turn)
 
     def _room(self, blocks: int, slot: bool = True) -> bool:
         """Whether `blocks` are free, and a slot, after the prefix cache gave back what it can."""
-        if self._cache is not None:
-            while slot and not self.pool.slots_free and self._cache.evict_slot():
-                pass
-            if any(pool.blocks_free < blocks for pool in self._pools):
-                self._cache.evict_blocks(blocks)
+        while slot and not self.pool.slots_free and self._cache.evict_slot():
+            pass
+        self._cache.evict_blocks(blocks)
         return all(pool.blocks_free >= blocks for pool in self._pools) and (not slot or self.pool.slots_free > 0)
 
     def _keep(self, sequence: Sequence, kind: Kind) -> None:
         """Enter what a sequence has computed into the prefix cache, its states too if there is a slot for them."""
         cache = self._cache
-        if cache is None or not sequence.computed:
+        if not self._keeps or not sequence.computed:
             return
         # a slot first: what goes for it may take the nodes above it along
         is_spare = cache.snapshots < self._most_snapshots and self.pool.slots_free
@@ -345,29 +324,23 @@ class Engine:
         self.pool.copy_states(sequence.slot, slot)
         cache.keep(node, Snapshot(slot, kind, sequence.behind, sequence.hidden))
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Give back what a sequence has: to the prefix cache or, after an error, to all."""
-        if sequence.finish_reason != "error":
-            self._keep(sequence, "kept")
-        self.pool.close([sequence.slot])
-        sequence.slot = -1
+    def _leave(self, sequences: list[Sequence]) -> None:
+        """Let sequences neither read nor run any more; what they have goes to the prefix cache or, after an error, to all."""
+        self._reading = [s for s in self._reading if s not in sequences]
+        self._runner.remove(sequences)
+        for sequence in sequences:
+            if sequence.finish_reason != "error":
+                self._keep(sequence, "kept")
+            self.pool.close([sequence.slot])
+            sequence.slot = -1
 
     def _withdraw(self, request_id: str) -> list[Sequence]:
         """Take the samples of a request out of wherever they are; they leave what they computed."""
         live = [s for s in self._live() if s.request.id == request_id]
-        waiting = [entry[3] for entry in self._waiting if entry[3].request.id == request_id]
-        self._waiting = [entry for entry in self._waiting if entry[3].request.id != request_id]
-        heapq.heapify(self._waiting)
-        self._take_out(live)
-        for sequence in live:
-            self._leave(sequence)
+        waiting = [s for s in self._waiting if s.request.id == request_id]
+        self._waiting = [s for s in self._waiting if s not in waiting]
+        self._leave(live)
         return [*live, *waiting, *self._paused.pop(request_id, ())]
-
-    def _take_out(self, sequences: list[Sequence]) -> None:
-        """Let sequences neither read nor run any more."""
-        self._reading = [s for s in self._reading if s not in sequences]
-        running = [s for s in self._runner.sequences if s in sequences]
-        self._runner.remove(running)
 
     def _news(self, sequence: Sequence) -> Output:
         request, order = sequence.request, sequence.order
@@ -382,3 +355,8 @@ class Engine:
         return Output(
             request.id, order, request.token_ids, [completion], scores, finished, cached_tokens=sequence.cached or 0
         )
+
+
+def _turn(sequence: Sequence) -> tuple[int, int, int]:
+    """Whose turn comes first."""
+    return sequence.request.priority, sequence.order, sequence.index

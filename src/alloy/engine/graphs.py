@@ -23,6 +23,8 @@ from alloy.ops import backend
 from alloy.ops.decode import take_largest
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# ops of a step, by what computes it
+STEP_OPS: dict[type[object], tuple[str, ...]] = {MambaConfig: ("mamba_step",), MoEConfig: ("moe_route", "moe_experts")}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class DecodeGraphs:
         self.replays = dict.fromkeys(self.buckets, 0)
         most, config, weight = self.buckets[-1], model.config, model.embed.weight
         self._tokens = torch.zeros(most, 1, dtype=torch.int64, device=weight.device)
-        self._chosen = torch.zeros(most, 1, dtype=torch.int64, device=weight.device)
+        self._chosen = torch.zeros_like(self._tokens)
         self._slots = torch.full((most,), -1, dtype=torch.int32, device=weight.device)
         self._logits = torch.zeros(most, 1, config.vocab, dtype=torch.float32, device=weight.device)
         self._hidden = torch.zeros(most, 1, config.hidden, dtype=weight.dtype, device=weight.device)
@@ -148,12 +150,7 @@ def obstacle(model: CausalLM) -> str | None:
     if (missing := backend.missing_triton()) is not None:
         return missing
     mixers = [*sizes.backbone_mixers(model.config), *(m for m in model.cached_mixers()[1] if m is not None)]
-    needed = {"attn_decode", "kv_append"}
-    for mixer in mixers:
-        if isinstance(mixer, MambaConfig):
-            needed |= {"mamba_step"}
-        if isinstance(mixer, MoEConfig):
-            needed |= {"moe_route", "moe_experts"}
+    needed = {"attn_decode", "kv_append", *(op for mixer in mixers for op in STEP_OPS.get(type(mixer), ()))}
     # the twins in plain PyTorch look at slots or experts on the host
     lacking = sorted(op for op in needed if "triton" not in backend.TABLE[op])
     return f"no kernel for {', '.join(lacking)}" if lacking else None

@@ -8,7 +8,7 @@ from alloy.core.device import free_memory_bytes, memory_bytes
 from alloy.errors import ResourceError
 from alloy.models import sizes
 from alloy.models.base import CausalLM
-from alloy.models.paged import PagedCache, blocks_of
+from alloy.models.paged import blocks_of
 from alloy.ops.attention import BLOCK
 
 # share of free memory, and of all memory of a machine, that keys, values and states may take
@@ -81,11 +81,6 @@ def plan_pool(
     extra = min(PLAN_SNAPSHOTS * talks, MOST_SNAPSHOTS, (left - longest * block) // slot) if slot else 0
     room = (left - extra * slot) // block
     return PoolPlan(max_seqs + extra, min(room, live + min(talks, MOST_SNAPSHOTS) * planned), max_tokens)
-
-
-def new_pool(model: CausalLM, plan: PoolPlan, state_dtype: str = "float32") -> PagedCache:
-    """A cache of these sizes."""
-    return model.new_paged_cache(plan.slots, plan.blocks, plan.max_tokens, state_dtype=state_dtype)
 
 
 def _default_bytes(device: torch.device) -> int:

@@ -111,25 +111,22 @@ class PrefixCache:
             return Match(tuple(path), at, min(at, limit), None)
         return Match(tuple(path), at, 0 if best is None else best.end, best)
 
-    def begin(self, slot: int, match: Match) -> Snapshot | None:
-        """Let an empty slot begin with what was matched; returns the snapshot that was read."""
-        node = match.node
+    def begin(self, slot: int, match: Match) -> tuple[tuple[int, ...], Tensor | None]:
+        """Let an empty slot begin with what was matched; returns `tokens` and `hidden` of the snapshot that was read."""
         if not match.length:
-            return None
-        for other in reversed(match.path):
-            if other.start < match.length:
-                self._touch(other)
-                break
-        snapshot = None if node is None else node.snapshot
+            return (), None
+        self._touch(next(node for node in reversed(match.path) if node.start < match.length))
+        snapshot = None if match.node is None else match.node.snapshot
         lag = 0 if snapshot is None or snapshot.hidden is None else len(snapshot.hidden)
         # allocation of a partial block may need room
         pool, mtp = self.pool, self.pool.mtp
         if mtp is not None and lag:
             mtp.adopt(slot, self._mtp_blocks(match), match.length - lag)
         pool.adopt(slot, _blocks(match), match.length)
-        if snapshot is not None:
-            pool.copy_states(snapshot.slot, slot)
-        return snapshot
+        if snapshot is None:
+            return (), None
+        pool.copy_states(snapshot.slot, slot)
+        return snapshot.tokens, snapshot.hidden
 
     def insert(self, tokens: Sequence[int], slot: int, salt: str = "", with_mtp: bool = False) -> Node:
         """The node that ends with `tokens`, all of which the slot holds; blocks that are new to the tree are held."""

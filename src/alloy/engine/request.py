@@ -6,8 +6,8 @@ Fields whose machinery does not exist yet are refused when set, in one sentence,
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeVar
 
 from alloy.engine.grammar import Grammar
 from alloy.errors import RequestError
@@ -15,11 +15,19 @@ from alloy.errors import RequestError
 FinishReason = Literal["stop", "length", "error"]
 LogprobsOf = Literal["model", "sampled"]
 
-MAX_SAMPLES = 1024
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
-SEED_RANGE = range(-(2**63), 2**64)
+# the smallest positive number, for bounds that leave out zero
+TINY = math.ulp(0.0)
+
+T = TypeVar("T")
+
+
+def _number(default: T, low: float, high: float = math.inf, says: str = "") -> T:
+    """A field with bounds, and what an error says of them: whole unless the default is a float; None only as the default."""
+    says = says or (f"must be at least {low:g}" if math.isinf(high) else f"must be within {low:g}..{high:g}")
+    return field(default=default, metadata={"bounds": (default, low, high, says)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +38,25 @@ class SamplingParams:
     """
 
     # None: until the model stops or max_model_len is full
-    max_tokens: int | None = None
+    max_tokens: int | None = _number(None, 1)
     # end-of-sequence and stop conditions are held off until then
-    min_tokens: int = 0
+    min_tokens: int = _number(0, 0)
     # samples per prompt; the prompt is computed once
-    n: int = 1
+    n: int = _number(1, 1, 1024)
 
     # 0: greedy, lowest id wins ties
-    temperature: float = 1.0
+    temperature: float = _number(1.0, 0, 100)
     # 0: off
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_k: int = _number(0, 0, says="must be at least 0; 0 turns it off")
+    top_p: float = _number(1.0, TINY, 1, "is outside (0, 1]; 1 turns it off")
+    min_p: float = _number(0.0, 0, 1)
     # presence and frequency count generated tokens, repetition those of the prompt too
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    presence_penalty: float = _number(0.0, -2, 2)
+    frequency_penalty: float = _number(0.0, -2, 2)
+    repetition_penalty: float = _number(1.0, TINY, 100, "is outside (0, 100]; 1 turns it off")
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     # a seeded answer does not depend on the requests beside it; None: a fresh seed each time
-    seed: int | None = None
+    seed: int | None = _number(None, -(2**63), 2**64 - 1, "does not fit in 64 bits")
 
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -58,27 +66,29 @@ class SamplingParams:
     ignore_eos: bool = False
 
     # number of most likely alternatives beside the chosen token; None: no logprobs
-    logprobs: int | None = None
+    logprobs: int | None = _number(None, 0, MAX_LOGPROBS)
     # "model": before penalties, temperature and truncation; "sampled": after them; or both
     logprobs_of: LogprobsOf | Sequence[LogprobsOf] = "model"
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = _number(None, 0, MAX_LOGPROBS)
 
     # tokens inside the thought, those in the prompt included; None: no limit
-    thinking_budget: int | None = None
+    thinking_budget: int | None = _number(None, 0, says="must be at least 0; None means no limit")
     # a newline within this many tokens of the budget closes the thought
-    thinking_grace: int = 0
+    thinking_grace: int = _number(0, 0)
     # written before the end marker when the budget closes the thought
     thinking_close_text: str = ""
     # what the answer must be, once the thought has ended
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids", "logprobs_of"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        of = (self.logprobs_of,) if isinstance(self.logprobs_of, str) else tuple(self.logprobs_of)
-        object.__setattr__(self, "logprobs_of", of)
-        self._check_numbers()
+        for number in NUMBERS:
+            self._check_number(number.name, *number.metadata["bounds"])
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens = {self.min_tokens} is more than max_tokens = {self.max_tokens}")
         self._check_lists()
         if self.grammar is not None and not isinstance(self.grammar, Grammar):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError(f"grammar = {self.grammar!r} is not a Grammar of a kind and a text")
@@ -99,38 +109,15 @@ class SamplingParams:
         changed = self.penalised or self.logit_bias or self.min_tokens or self.grammar is not None
         return self.greedy and not changed
 
-    def _check_numbers(self) -> None:
-        optional = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "thinking_budget")
-        for name in (*optional, "min_tokens", "n", "top_k", "thinking_grace"):
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise RequestError(f"{name} = {value!r} is not a whole number")
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise RequestError(f"{name} = {value!r} is not a finite number")
-        _within("max_tokens", self.max_tokens, 1, math.inf)
-        _within("min_tokens", self.min_tokens, 0, math.inf)
-        _within("n", self.n, 1, MAX_SAMPLES)
-        _within("temperature", self.temperature, 0, 100)
-        _within("top_k", self.top_k, 0, math.inf, "0 turns it off")
-        _within("min_p", self.min_p, 0, 1)
-        _within("presence_penalty", self.presence_penalty, -2, 2)
-        _within("frequency_penalty", self.frequency_penalty, -2, 2)
-        _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        _within("thinking_budget", self.thinking_budget, 0, math.inf, "None means no limit")
-        _within("thinking_grace", self.thinking_grace, 0, math.inf)
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p = {self.top_p} is outside (0, 1]; 1 turns it off")
-        if not 0 < self.repetition_penalty <= 100:
-            raise RequestError(f"repetition_penalty = {self.repetition_penalty} is outside (0, 100]; 1 turns it off")
-        if self.seed is not None and self.seed not in SEED_RANGE:
-            raise RequestError(f"seed = {self.seed} does not fit in 64 bits")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError(f"min_tokens = {self.min_tokens} is more than max_tokens = {self.max_tokens}")
+    def _check_number(self, name: str, default: float | None, low: float, high: float, says: str) -> None:
+        value = getattr(self, name)
+        if value is default:
+            return
+        kind, word = (int | float, "finite") if isinstance(default, float) else (int, "whole")
+        if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
+            raise RequestError(f"{name} = {value!r} is not a {word} number")
+        if not low <= value <= high:
+            raise RequestError(f"{name} = {value} {says}")
 
     def _check_lists(self) -> None:
         if len(self.stop) > MAX_STOPS:
@@ -139,15 +126,18 @@ class SamplingParams:
             if not isinstance(text, str) or not text:  # pyright: ignore[reportUnnecessaryIsInstance]  the caller's JSON
                 raise RequestError(f"stop[{i}] = {text!r} is not a string of at least one character")
         for i, token in enumerate(self.stop_token_ids):
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not _is_token(token):
                 raise RequestError(f"stop_token_ids[{i}] = {token!r} is not a token id")
         for token, bias in self.logit_bias.items():
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not _is_token(token):
                 raise RequestError(f"logit_bias has the key {token!r}, which is not a token id")
             if not isinstance(bias, int | float) or not abs(bias) <= MAX_BIAS:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise RequestError(f"logit_bias[{token}] = {bias!r} is outside -{MAX_BIAS:g}..{MAX_BIAS:g}")
         if not self.logprobs_of or set(self.logprobs_of) - {"model", "sampled"}:
             raise RequestError(f'logprobs_of = {self.logprobs_of!r} is unknown; use "model", "sampled" or both')
+
+
+NUMBERS = [f for f in fields(SamplingParams) if "bounds" in f.metadata]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +216,5 @@ class Output:
         return self.completions[0].text
 
 
-def _within(name: str, value: float | None, low: float, high: float, hint: str = "") -> None:
-    if value is None or low <= value <= high:
-        return
-    bounds = f"at least {low:g}" if math.isinf(high) else f"within {low:g}..{high:g}"
-    raise RequestError(f"{name} = {value} must be {bounds}" + (f"; {hint}" if hint else ""))
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -10,11 +10,12 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from alloy.engine.graphs import DecodeGraphs
 from alloy.engine.sampler import Sampler, on_host, token_logprobs
 from alloy.engine.sequence import Sequence
-from alloy.engine.speculate import Drafter, DraftLength
+from alloy.engine.speculate import Drafter, DraftLength, Pairs, documents_of, padded
 from alloy.models.base import CausalLM
 from alloy.models.paged import PagedCache, PagedView
 
@@ -31,8 +32,6 @@ class EngineStats:
     steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    # tokens that decode steps gave
-    decoded_tokens: int = 0
     # per draft position: steps of a sequence that drafted it, and that kept it
     drafted_at: list[int] = field(default_factory=list[int])
     accepted_at: list[int] = field(default_factory=list[int])
@@ -40,7 +39,7 @@ class EngineStats:
     @property
     def tokens_per_s(self) -> float:
         """Rate of decode steps."""
-        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
+        return self.generated_tokens / self.decode_s if self.decode_s else 0.0
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -74,20 +73,11 @@ class Runner:
         self, model: CausalLM, pool: PagedCache, length: DraftLength | None, graphs: DecodeGraphs | None = None
     ) -> None:
         self.model, self.pool, self.length = model, pool, length
-        self.sequences: list[Sequence] = []
         self.stats = EngineStats()
         self._device = model.embed.weight.device
         self._vocab = model.config.vocab
         self._graphs = graphs
-        self._view: PagedView | None = None
-        self._drafter = Drafter(model) if length is not None else None
-        # rows of which nothing is known to draft from
-        self._bare = 0
-        self._sampler = Sampler([], self._vocab, self._device)
-        # the newest token of each row, which the cache does not hold yet
-        self._newest: list[int] = []
-        # the buffer of the graphs holds them
-        self._is_placed = False
+        self.reset()
 
     @torch.inference_mode()
     def prefill(self, pieces: Items[tuple[Sequence, int]]) -> None:
@@ -97,14 +87,14 @@ class Runner:
         sequences = [sequence for sequence, _ in pieces]
         ids = [sequence.known[sequence.computed : end] for sequence, end in pieces]
         view = self.pool.view([sequence.slot for sequence in sequences])
-        tokens, documents = self._padded(ids)
+        tokens, counts = padded(ids, self._device)
         wanted = sequences[0].scored
-        out = self.model(tokens, cache=view, documents=documents, logits=None if wanted is None else "all")
+        logits = None if wanted is None else "all"
+        out = self.model(tokens, cache=view, documents=documents_of(tokens, counts), logits=logits)
         if wanted is not None and out.logits is not None:
-            sequence = sequences[0]
-            following = sequence.known[sequence.computed + 1 : pieces[0][1] + 1]
-            table = {"model": out.logits[0].log_softmax(-1)}
-            sequence.prompt_scores += token_logprobs(following, table, wanted)
+            sequence, end = pieces[0]
+            following = sequence.known[sequence.computed + 1 : end + 1]
+            sequence.prompt_scores += token_logprobs(following, {"model": out.logits[0].log_softmax(-1)}, wanted)
         if self._drafter is not None:
             self._follow(sequences, ids, out.last_hidden)
         for sequence, end in pieces:
@@ -117,20 +107,19 @@ class Runner:
             return
         if self._drafter is not None:
             for sequence in sequences:
-                self._drafter.join(sequence.behind, sequence.known[-1], sequence.hidden, self._device)
+                self._drafter.join(sequence.behind, sequence.known[-1], sequence.hidden)
                 self._bare += sequence.hidden is None
                 sequence.behind, sequence.hidden = (), None
         self._newest += [sequence.known[-1] for sequence in sequences]
         self._arrange([*self.sequences, *sequences])
 
     def remove(self, gone: Items[Sequence]) -> None:
-        """Stop running sequences; what drafts need to go on goes with them."""
-        left = {id(sequence) for sequence in gone}
-        if not left:
+        """Stop those sequences that run; what drafts need to go on goes with them."""
+        rows = [row for row, sequence in enumerate(self.sequences) if sequence not in gone]
+        if len(rows) == len(self.sequences):
             return
-        rows = [row for row, sequence in enumerate(self.sequences) if id(sequence) not in left]
         for row, sequence in enumerate(self.sequences):
-            if id(sequence) in left:
+            if sequence in gone:
                 sequence.computed = self.pool.held[sequence.slot]
                 if self._drafter is not None:
                     sequence.behind, sequence.hidden = self._drafter.leave(row)
@@ -141,7 +130,10 @@ class Runner:
 
     def reset(self) -> None:
         """Forget all rows, also after an error."""
-        self._newest, self._bare = [], 0
+        # the newest token of each row, which the cache does not hold yet
+        self._newest: list[int] = []
+        # rows of which nothing is known to draft from
+        self._bare = 0
         self._drafter = Drafter(self.model) if self.length is not None else None
         self._arrange([])
 
@@ -180,29 +172,30 @@ class Runner:
         if self._sampler.wants_logprobs:
             self._sampler.logprobs(logits, accepted)
         self._sampler.commit(accepted)
-        kept = [max(1, len(tokens)) for tokens in accepted]
-        self._newest = [tokens[-1] if tokens else 0 for tokens in accepted]
+        # a row that got nothing has ended
+        taken = [tokens or [0] for tokens in accepted]
+        self._newest = [tokens[-1] for tokens in taken]
         self._is_placed = self._graphs is not None and not length and self._sampler.plain and accepted == chosen
-        if length:
-            counts = torch.tensor(kept, device=self._device)
-            view.accept(counts)
-            self._observe(accepted, hidden, counts)
-            for sequence, count in zip(self.sequences, kept, strict=True):
+        confirmed = [len(tokens) - 1 for tokens in taken]
+        if length and self._drafter is not None:
+            tokens, counts = padded(taken, self._device)
+            width = tokens.shape[1]
+            view.accept(tokens.new_full((rows,), width) if counts is None else counts)
+            self._drafter.observe(tokens, hidden[:, :width], counts)
+            for sequence, count in zip(self.sequences, confirmed, strict=True):
                 sequence.drafted += length
-                sequence.accepted += count - 1
-                self.stats.count_drafts(length, count - 1)
+                sequence.accepted += count
+                self.stats.count_drafts(length, count)
         elif self._drafter is not None:
             self._drafter.flush(view)
             self._drafter.observe(self._column(self._newest), hidden.clone())
             self._bare = 0
         seconds = perf_counter() - start
         if self.length is not None:
-            self.length.record(rows, length, seconds, [n - 1 for n in kept])
-        generated = sum(len(tokens) for tokens in accepted)
+            self.length.record(rows, length, seconds, confirmed)
         self.stats.steps += 1
         self.stats.decode_s += seconds
-        self.stats.decoded_tokens += generated
-        self.stats.generated_tokens += generated
+        self.stats.generated_tokens += sum(len(tokens) for tokens in accepted)
 
     def _one_token(self, view: PagedView) -> tuple[Tensor, Tensor, list[list[int]]]:
         """A step without drafts: logits (rows, 1, vocab), hidden (rows, 1, hidden), and the tokens chosen."""
@@ -219,36 +212,25 @@ class Runner:
         """Let the multi-token prediction see what was computed: hidden (rows, width, hidden) of the tokens `ids`.
 
         It learns a hidden state with the token after it, so the last one of each row waits."""
-        tokens: list[list[int]] = []
-        states: list[Tensor] = []
-        rows: list[int] = []
-        for row, (sequence, piece) in enumerate(zip(sequences, ids, strict=True)):
-            own = hidden[row, : len(piece) - 1]
+        pairs: list[tuple[int, list[int], Tensor]] = []
+        for sequence, piece, states in zip(sequences, ids, hidden, strict=True):
+            own = states[: len(piece) - 1]
             if sequence.hidden is not None:
-                following, own = [*sequence.behind, *piece], torch.cat([sequence.hidden, own])
-            else:
-                following = list(piece[1:])
-            if following and (sequence.hidden is not None or not sequence.computed):
-                rows.append(row)
-                tokens.append(following)
-                states.append(own)
-            sequence.behind, sequence.hidden = (), hidden[row, len(piece) - 1][None].clone()
-        if rows:
-            view = self.pool.view([sequences[row].slot for row in rows])
-            padded, documents = self._padded(tokens)
-            stacked = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-            self.model.mtp_step(padded, stacked, view, documents=documents, logits=None)
-
-    def _observe(self, accepted: Items[Items[int]], hidden: Tensor, counts: Tensor) -> None:
-        assert self._drafter is not None, "drafts were made"
-        width = max(1, *(len(tokens) for tokens in accepted))
-        tokens = torch.tensor([[*t, *[0] * (width - len(t))] for t in accepted], device=self._device)
-        uniform = all(len(t) == width for t in accepted)
-        self._drafter.observe(tokens, hidden[:, :width], None if uniform else counts)
+                pairs.append((sequence.slot, [*sequence.behind, *piece], torch.cat([sequence.hidden, own])))
+            elif not sequence.computed and len(piece) > 1:
+                pairs.append((sequence.slot, list(piece[1:]), own))
+            sequence.behind, sequence.hidden = (), states[len(piece) - 1][None].clone()
+        if pairs:
+            slots, tokens, states = zip(*pairs, strict=True)
+            following, counts = padded(tokens, self._device)
+            Pairs(following, pad_sequence(list(states), batch_first=True), counts).show(
+                self.model, self.pool.view(slots)
+            )
 
     def _arrange(self, sequences: list[Sequence]) -> None:
         """The rows of the next step."""
         self.sequences = sequences
+        # the buffer of the graphs holds the newest tokens
         self._is_placed = False
         self._view = self.pool.view([sequence.slot for sequence in sequences]) if sequences else None
         self._sampler = Sampler(sequences, self._vocab, self._device)
@@ -256,16 +238,6 @@ class Runner:
     def _column(self, tokens: Items[int]) -> Tensor:
         """Tokens as (rows, 1) int64 on the device."""
         return torch.tensor(tokens, dtype=torch.int64, device=self._device)[:, None]
-
-    def _padded(self, ids: Items[Items[int]]) -> tuple[Tensor, Tensor | None]:
-        """Rows of tokens (rows, width) int64, zeros behind them; and documents, -1 there, or None where nothing is."""
-        width = max(len(piece) for piece in ids)
-        tokens = torch.tensor([[*piece, *[0] * (width - len(piece))] for piece in ids], device=self._device)
-        if all(len(piece) == width for piece in ids):
-            return tokens, None
-        lengths = torch.tensor([len(piece) for piece in ids], device=self._device)
-        index = torch.arange(width, device=self._device)
-        return tokens, (index < lengths[:, None]).to(torch.int32) - 1
 
 
 def _append(

@@ -9,14 +9,17 @@ DeepSeek-V3 (2024), section 2.2, arXiv:2412.19437.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from alloy.models.base import CausalLM
+from alloy.models.base import CausalLM, ModelOutput
 from alloy.models.cache import Cache
 
 # published runs peak at six drafts for a batch of one (performance.md, appendix B)
@@ -56,6 +59,11 @@ class Pairs:
             return (index >= 0).expand_as(self.tokens)
         return index < self.counts[:, None]
 
+    def show(self, model: CausalLM, cache: Cache, logits: Literal["last"] | None = None) -> ModelOutput:
+        """Let the MTP blocks of a model see them."""
+        documents = documents_of(self.tokens, self.counts)
+        return model.mtp_step(self.tokens, self.hidden, cache, documents=documents, logits=logits)
+
 
 class Drafter:
     """Drafts for the rows of one cache; follows the rows as they come and go."""
@@ -81,8 +89,7 @@ class Drafter:
         mtp = cache.mtp
         assert mtp is not None, "the engine drafts only for models with MTP"
         pairs = merge(self._pending)
-        documents = None if pairs.counts is None else pairs.mask().to(torch.int32) - 1
-        out = self._model.mtp_step(pairs.tokens, pairs.hidden, cache, documents=documents, logits="last")
+        out = pairs.show(self._model, cache, logits="last")
         self._pending = []
         hidden = out.last_hidden[:, -1:]
         if pairs.counts is not None:
@@ -102,18 +109,13 @@ class Drafter:
         """Keep the given rows."""
         self._pending = [pairs.select(rows) for pairs in self._pending] if len(rows) else []
 
-    def join(self, behind: Sequence[int], newest: int, hidden: Tensor | None, device: torch.device) -> None:
+    def join(self, behind: Sequence[int], newest: int, hidden: Tensor | None) -> None:
         """Append a row: hidden (pairs, hidden) states and the tokens that follow them, `newest` last; None: nothing yet."""
-        width = self._model.config.hidden
+        weight, counts = self._model.embed.weight, None
         if hidden is None:
-            dtype = self._model.embed.weight.dtype
-            pairs = Pairs(
-                torch.zeros(1, 1, dtype=torch.int64, device=device),
-                torch.zeros(1, 1, width, dtype=dtype, device=device),
-                torch.zeros(1, dtype=torch.int64, device=device),
-            )
-        else:
-            pairs = Pairs(torch.tensor([[*behind, newest]], device=device), hidden[None])
+            hidden = weight.new_zeros(1, self._model.config.hidden)
+            counts = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        pairs = Pairs(torch.tensor([[*behind, newest]], device=weight.device), hidden[None], counts)
         self._pending = [stack(merge(self._pending), pairs)] if self._pending else [pairs]
 
     def leave(self, row: int) -> tuple[tuple[int, ...], Tensor | None]:
@@ -132,8 +134,7 @@ class Drafter:
         pairs = merge(self._pending)
         if pairs.counts is not None and not int(pairs.counts.min()):
             return
-        documents = None if pairs.counts is None else pairs.mask().to(torch.int32) - 1
-        self._model.mtp_step(pairs.tokens, pairs.hidden, cache, documents=documents, logits=None)
+        pairs.show(self._model, cache)
         self._pending = []
 
 
@@ -161,7 +162,9 @@ class DraftLength:
             if len(seconds[length]) < TRIALS:
                 return length
         self._steps += 1
-        best = max(range(LONGEST_DRAFT + 1), key=lambda n: self._expected(n) / self._cost(seconds, n))
+        # a step gives one token, and each draft if it and all before it are kept
+        expected = np.cumprod([1.0, *np.divide(self._kept, self._tried)]).cumsum()
+        best = int(np.argmax(expected / _costs(seconds)))
         if self._steps % PROBE_EVERY == 0:
             return best + 1 if best < LONGEST_DRAFT else best - 1
         return best
@@ -178,26 +181,20 @@ class DraftLength:
             self._tried[i] = DECAY * self._tried[i] + tried
             self._kept[i] = DECAY * self._kept[i] + sum(kept > i for kept in accepted)
 
-    def _expected(self, length: int) -> float:
-        """Tokens of a step with `length` drafts."""
-        total = run = 1.0
-        for i in range(length):
-            run *= self._kept[i] / self._tried[i]
-            total += run
-        return total
 
-    @staticmethod
-    def _cost(seconds: dict[int, list[float]], length: int) -> float:
-        known = {n: sorted(times)[len(times) // 2] for n, times in seconds.items() if times}
-        if length in known:
-            return known[length]
-        low = max(n for n in known if n < length)
-        high = min((n for n in known if n > length), default=None)
-        if high is None:
-            # beyond the longest run: as much per draft as the last ones cost
-            before = max(n for n in known if n < low)
-            return known[low] + max(0.0, known[low] - known[before]) / (low - before) * (length - low)
-        return known[low] + (known[high] - known[low]) * (length - low) / (high - low)
+def documents_of(tokens: Tensor, counts: Tensor | None) -> Tensor | None:
+    """What a model is told of padded rows (rows, width): int32, 0 where they are real, else -1; None: all are."""
+    if counts is None:
+        return None
+    return (torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]).to(torch.int32) - 1
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of tokens (rows, width) int64, zeros behind them; and (rows,) how many of each are real, None: all."""
+    counts = [len(row) for row in rows]
+    width = max(counts)
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    return tokens, None if min(counts) == width else torch.tensor(counts, device=device)
 
 
 def merge(pending: Sequence[Pairs]) -> Pairs:
@@ -216,22 +213,22 @@ def merge(pending: Sequence[Pairs]) -> Pairs:
 
 def stack(above: Pairs, below: Pairs) -> Pairs:
     """Rows of both, padded to one width."""
-    width = max(above.tokens.shape[1], below.tokens.shape[1])
-    wide = [_widen(p, width) for p in (above, below)]
-    counts = torch.cat([p.mask().sum(1) for p in wide])
-    uniform = all(p.counts is None for p in wide)
-    return Pairs(torch.cat([p.tokens for p in wide]), torch.cat([p.hidden for p in wide]), None if uniform else counts)
+    tokens = pad_sequence([*above.tokens, *below.tokens], batch_first=True)
+    hidden = pad_sequence([*above.hidden, *below.hidden], batch_first=True)
+    counts = torch.cat([above.mask().sum(1), below.mask().sum(1)])
+    uniform = above.counts is None and below.counts is None and above.tokens.shape[1] == below.tokens.shape[1]
+    return Pairs(tokens, hidden, None if uniform else counts)
 
 
-def _widen(pairs: Pairs, width: int) -> Pairs:
-    missing = width - pairs.tokens.shape[1]
-    if not missing:
-        return pairs
-    return Pairs(
-        torch.nn.functional.pad(pairs.tokens, (0, missing)),
-        torch.nn.functional.pad(pairs.hidden, (0, 0, 0, missing)),
-        pairs.mask().sum(1),
-    )
+def _costs(seconds: Mapping[int, Sequence[float]]) -> NDArray[np.float64]:
+    """Seconds of a step with each number of drafts: medians of those that ran, the rest on the lines between them."""
+    known = sorted((n, sorted(times)[len(times) // 2]) for n, times in seconds.items() if times)
+    # beyond the longest run: as much per draft as the last ones cost
+    (before, less), (last, most) = known[-2:]
+    slope = max(0.0, most - less) / (last - before)
+    known.append((LONGEST_DRAFT + 1, most + slope * (LONGEST_DRAFT + 1 - last)))
+    lengths, medians = zip(*known, strict=True)
+    return np.interp(range(LONGEST_DRAFT + 1), lengths, medians)
 
 
 def _greedy(logits: Tensor | None) -> Tensor:
