@@ -5,7 +5,7 @@ long as the deepest node, within what the prompt shares, that has a snapshot (of
 what it shares). Keys compare tokens, never hashes. serving.md section 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +23,7 @@ class Snapshot:
     """State after a node's last token.
 
     Attributes:
-        slot: of the cache, which the snapshot owns; -1 for a model without recurrent layers
+        slot: of the cache, which the snapshot owns
         kind: "way": one of many inside a long prompt
         tokens: what the multi-token prediction has not seen yet, without the token that follows
         hidden: (tokens + 1, hidden) the hidden states those tokens followed, and that of the node's last token; None: the
@@ -121,8 +121,8 @@ class PrefixCache:
         # allocation of a partial block may need room
         pool, mtp = self.pool, self.pool.mtp
         if mtp is not None and lag:
-            mtp.adopt(slot, self._mtp_blocks(match), match.length - lag)
-        pool.adopt(slot, _blocks(match), match.length)
+            mtp.adopt(slot, _blocks(match, lambda n: (self._mtp_first(n.start), n.mtp_blocks)), match.length - lag)
+        pool.adopt(slot, _blocks(match, lambda n: (n.start // BLOCK, n.blocks)), match.length)
         if snapshot is None:
             return (), None
         pool.copy_states(snapshot.slot, slot)
@@ -147,8 +147,7 @@ class PrefixCache:
     def keep(self, node: Node, snapshot: Snapshot) -> None:
         """Enter the state after a node's last token."""
         node.snapshot = snapshot
-        if snapshot.slot >= 0:
-            self._held[snapshot.kind][node] = None
+        self._held[snapshot.kind][node] = None
 
     def evict_blocks(self, wanted: int) -> None:
         """Free blocks until `wanted` are free or nothing is left: least recently used leaves first."""
@@ -191,24 +190,15 @@ class PrefixCache:
         """Index of the first block that a node holds of multi-token prediction, which was behind when the node was made."""
         return max(0, start - self.lag) // BLOCK
 
-    def _mtp_blocks(self, match: Match) -> list[int]:
-        blocks: dict[int, int] = {}
-        for node in match.path:
-            if node.start < match.length:
-                blocks.update(enumerate(node.mtp_blocks, self._mtp_first(node.start)))
-        return [blocks[i] for i in sorted(blocks)]
-
     def _root(self, salt: str) -> Node:
         return self._roots.setdefault(salt, Node(0, (), None))
 
     def _touch(self, node: Node) -> None:
         """It was used now."""
-        self._used.pop(node, None)
-        self._used[node] = None
-        if node.snapshot is not None and node.snapshot.slot >= 0:
+        self._used[node] = self._used.pop(node, None)
+        if node.snapshot is not None:
             held = self._held[node.snapshot.kind]
-            del held[node]
-            held[node] = None
+            held[node] = held.pop(node)
 
     def _split(self, node: Node, size: int) -> Node:
         """Cut a run after `size` tokens; returns the upper part."""
@@ -239,7 +229,7 @@ class PrefixCache:
             del node.parent.children[node.tokens[0]]
 
     def _drop_snapshot(self, node: Node) -> None:
-        if node.snapshot is not None and node.snapshot.slot >= 0:
+        if node.snapshot is not None:
             del self._held[node.snapshot.kind][node]
             self.pool.close([node.snapshot.slot])
         node.snapshot = None
@@ -261,10 +251,9 @@ def _common(run: Sequence[int], tokens: Sequence[int], at: int) -> int:
     return next((i for i, (a, b) in enumerate(zip(run, there, strict=False)) if a != b), min(len(run), len(there)))
 
 
-def _blocks(match: Match) -> list[int]:
-    """The blocks of what was matched: of two nodes that share a block, the deeper one's holds what both need."""
+def _blocks(match: Match, part: Callable[[Node], tuple[int, list[int]]]) -> list[int]:
+    """The blocks of what was matched, by each node's first and its own: where two share one, the deeper holds what both need."""
     blocks: dict[int, int] = {}
-    for node in match.path:
-        if node.start < match.length:
-            blocks.update(enumerate(node.blocks, node.start // BLOCK))
+    for first, own in (part(node) for node in match.path if node.start < match.length):
+        blocks.update(enumerate(own, first))
     return [blocks[i] for i in sorted(blocks)]
