@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def run(script: str, out: Path) -> dict[str, Any]:
+def run(script: str, out: Path, *options: str) -> dict[str, Any]:
     """What `--quick` writes; an exit code other than 0 fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--quick", *options, "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
@@ -39,3 +39,12 @@ def test_prefix_cache(tmp_path: Path) -> None:
     assert all(row["process_time"]["median"] > 0 for row in result["cost"]["rows"])
     assert {row["template"] for row in result["chats"]["rows"]} == {"keeps history", "drops thoughts"}
     assert all(0 < row["served"] <= row["unbounded"] < row["prompt_tokens"] for row in result["chats"]["rows"])
+
+
+@pytest.mark.slow
+def test_streams(tmp_path: Path) -> None:
+    """A row for the engine and one for the server, which fails no request; eight streams are more than one."""
+    result = run("streams.py", tmp_path / "out.json", "--only", "hybrid", "--no-peer")
+    assert [row["way"] for row in result["rows"]] == ["alloy engine", "alloy serve"]
+    assert result["rows"][1]["failed"] == 0
+    assert all(row["ratio"] == row["eight"] / row["one"] > 1 for row in result["rows"])
