@@ -59,6 +59,20 @@ def test_steps_equal_the_sequence(backend: str, cached: int, monkeypatch: pytest
     assert ssm[1:4].isnan().all()
 
 
+@pytest.mark.parametrize("cached", [0, CACHED])
+def test_no_row_has_a_slot(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros come out, and no state changes."""
+    monkeypatch.setattr("alloy.ops.cpu.mamba_step.CACHED", cached)
+    conv, ssm = draw(3, CHANNELS, KERNEL - 1), draw(3, HEADS, HEAD_DIM, STATE)
+    before = conv.clone(), ssm.clone()
+    projected = draw(2, INNER + CHANNELS + HEADS)
+    slots = torch.tensor([-1, -1])
+    y = mamba_step(projected, conv, ssm, *WEIGHTS, 1e-5, **SIZES, dt_limit=LIMIT, slots=slots)
+    assert not y.any()
+    assert torch.equal(conv, before[0])
+    assert torch.equal(ssm, before[1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

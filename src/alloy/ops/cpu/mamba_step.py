@@ -39,65 +39,51 @@ def mamba_rows(
 
     Rows whose states fit into the cache together are computed together, others one after another.
     """
-    batch = projected.shape[0]
-    numbers = slot_numbers(slots, ssm_state, batch)
-    settings = (conv_weight, conv_bias, A, D, dt_bias, norm_weight, eps, sizes, dt_limit)
-    rows = consecutive(numbers)
-    own = ssm_state.shape[1] * ssm_state.stride(1) * ssm_state.element_size()
-    if rows is not None and batch * own <= CACHED:
-        return _mixed(projected, conv_state[rows], ssm_state[rows], *settings)
-    y = projected.new_zeros(batch, norm_weight.shape[0])
-    if batch * own <= CACHED:
-        used = [row for row, slot in enumerate(numbers) if slot >= 0]
-        index = torch.tensor([numbers[row] for row in used])
-        conv, ssm = conv_state[index], ssm_state[index]
-        y[used] = _mixed(projected[used], conv, ssm, *settings)
-        conv_state[index], ssm_state[index] = conv, ssm
-        return y
-    for row, slot in enumerate(numbers):
-        if slot >= 0:
-            places = slice(slot, slot + 1)
-            y[row] = _mixed(projected[row : row + 1], conv_state[places], ssm_state[places], *settings)[0]
-    return y
-
-
-def _mixed(
-    projected: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    sizes: tuple[int, int, int, int],
-    dt_limit: tuple[float, float],
-) -> Tensor:
-    """All rows at once, each with the states at its own index."""
     heads, head_dim, groups, state = sizes
     inner, wide = heads * head_dim, groups * state
+
+    def mixed(projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """All rows at once, each with the states at its own index."""
+        batch = projected.shape[0]
+        z, xbc, dt = projected.split([inner, inner + 2 * wide, heads], dim=1)
+        before = conv_state.transpose(1, 2)  # (batch, kernel - 1, channels)
+        window = torch.cat([before, xbc[:, None]], 1)
+        before.copy_(window[:, 1:])
+        xbc = window.mul_(conv_weight.t()).sum(1)
+        xbc = F.silu(xbc if conv_bias is None else xbc.add_(conv_bias), inplace=True)
+        x, B, C = xbc.split([inner, wide, wide], dim=1)
+        x = x.view(batch, heads, head_dim)
+        d = F.softplus(dt + dt_bias)
+        d = d if dt_limit == NO_LIMIT else d.clamp_(*dt_limit)
+        # a state is contiguous, those of a layer are not: other layers' lie between
+        own = ssm_state.mul_((d * A).exp_()[..., None, None]).view(batch, groups, -1, state)
+        B, C = B.view(batch, groups, 1, state), C.view(batch, groups, 1, state)
+        own.addcmul_((x * d[..., None]).view(batch, groups, -1, 1), B)
+        y = x.new_empty(batch, groups, 1, inner // groups)
+        # rows times matrices: with C as columns of stride 1, torch takes a product that is eight times slower
+        for i in range(min(batch, groups)):
+            at = (i,) if batch <= groups else (slice(None), i)
+            torch.bmm(C[at], own[at].transpose(1, 2), out=y[at])
+        y = y.view(x.shape).addcmul_(x, D[:, None])
+        gated = F.silu(z).mul_(y.view(batch, -1)).view(batch, groups, -1)
+        return F.rms_norm(gated, (inner // groups,), eps=eps).view(batch, -1).mul_(norm_weight)
+
     batch = projected.shape[0]
-    z, xbc, dt = projected.split([inner, inner + 2 * wide, heads], dim=1)
-    before = conv_state.transpose(1, 2)  # (batch, kernel - 1, channels)
-    window = torch.cat([before, xbc[:, None]], 1)
-    before.copy_(window[:, 1:])
-    xbc = window.mul_(conv_weight.t()).sum(1)
-    xbc = F.silu(xbc if conv_bias is None else xbc.add_(conv_bias), inplace=True)
-    x, B, C = xbc.split([inner, wide, wide], dim=1)
-    x = x.view(batch, heads, head_dim)
-    d = F.softplus(dt + dt_bias)
-    d = d if dt_limit == NO_LIMIT else d.clamp_(*dt_limit)
-    # a state is contiguous, those of a layer are not: other layers' lie between
-    own = ssm_state.mul_((d * A).exp_()[..., None, None]).view(batch, groups, -1, state)
-    B, C = B.view(batch, groups, 1, state), C.view(batch, groups, 1, state)
-    own.addcmul_((x * d[..., None]).view(batch, groups, -1, 1), B)
-    y = x.new_empty(batch, groups, 1, inner // groups)
-    # rows times matrices: with C as columns of stride 1, torch takes a product that is eight times slower
-    for i in range(min(batch, groups)):
-        at = (i,) if batch <= groups else (slice(None), i)
-        torch.bmm(C[at], own[at].transpose(1, 2), out=y[at])
-    y = y.view(x.shape).addcmul_(x, D[:, None])
-    gated = F.silu(z).mul_(y.view(batch, -1)).view(batch, groups, -1)
-    return F.rms_norm(gated, (inner // groups,), eps=eps).view(batch, -1).mul_(norm_weight)
+    numbers = slot_numbers(slots, ssm_state, batch)
+    rows = consecutive(numbers)
+    own_bytes = ssm_state.shape[1] * ssm_state.stride(1) * ssm_state.element_size()
+    is_cached = batch * own_bytes <= CACHED
+    if rows is not None and is_cached:
+        return mixed(projected, conv_state[rows], ssm_state[rows])
+    y = projected.new_zeros(batch, inner)
+    used = [row for row, slot in enumerate(numbers) if slot >= 0]
+    if is_cached and used:
+        index = torch.tensor([numbers[row] for row in used])
+        conv, ssm = conv_state[index], ssm_state[index]
+        y[used] = mixed(projected[used], conv, ssm)
+        conv_state[index], ssm_state[index] = conv, ssm
+        return y
+    for row in used:
+        place = slice(numbers[row], numbers[row] + 1)
+        y[row] = mixed(projected[row : row + 1], conv_state[place], ssm_state[place])[0]
+    return y
