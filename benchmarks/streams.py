@@ -85,6 +85,12 @@ def engine_rates(folder: Path, waves: int) -> dict[int, list[float]]:
     return rates
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
 @contextmanager
 def server(command: list[str], port: int) -> Iterator[str]:
     """The address of a server while it runs."""
@@ -94,7 +100,7 @@ def server(command: list[str], port: int) -> Iterator[str]:
         subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=subprocess.STDOUT, env=environment) as it,
     ):
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 300
             while True:
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
@@ -113,8 +119,7 @@ def served_rates(
     command: Callable[[int], list[str]], name: str, runs: int, requests: int
 ) -> dict[int, list[dict[str, Any]]]:
     """What `alloy bench serve` saves of each number of streams, run by run."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     found: dict[int, list[dict[str, Any]]] = {streams: [] for streams in STREAMS}
     with server(command(port), port) as url, tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "run.json"

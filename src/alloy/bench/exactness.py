@@ -5,7 +5,9 @@ The reference knows neither engine nor cache: one plain forward pass over prompt
 position is the only right next token, except where a thinking budget, counted here in a loop over the text, says another.
 
 Two computations round differently. A token that differs counts as a tie where the reference's logit of it is within 1e-5 of
-the largest, or where a router chose, there or before, between scores that close; otherwise the answer differs.
+the largest, or where a router chose, there or before, between scores that close; otherwise the answer differs. In bf16 two
+computations of one thing are no closer than its rounding: there the share of tokens that differ says something, and by how
+much less the reference likes the first of them.
 """
 
 import random
@@ -123,6 +125,8 @@ class Cell:
         ties: answers that differ where the reference cannot decide, each as a sentence
         differing: each as a sentence
         missing: what should have happened and did not
+        other: tokens that are not the reference's, each given the text before it
+        gaps: of each answer that has some, the reference's logits of its own token and of the first of them, one less the other
     """
 
     way: str
@@ -133,6 +137,8 @@ class Cell:
     ties: list[str] = field(default_factory=list[str])
     differing: list[str] = field(default_factory=list[str])
     missing: list[str] = field(default_factory=list[str])
+    other: int = 0
+    gaps: list[float] = field(default_factory=list[float])
     seen: dict[str, int] = field(default_factory=dict[str, int])
 
     def count(self, name: str, number: int) -> None:
@@ -148,7 +154,8 @@ class Cell:
 def whole_pass(model: CausalLM, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
     """One plain pass: logits (tokens, vocab), and per position (tokens,) the closest choice of any router so far: the distance
     between the last score that was chosen and the first that was not."""
-    closest = torch.full((len(tokens),), torch.inf)
+    device = model.embed.weight.device
+    closest = torch.full((len(tokens),), torch.inf, device=device)
 
     def watch(moe: MoE) -> Callable[[nn.Module, object, Tensor], None]:
         config = moe.config
@@ -167,12 +174,12 @@ def whole_pass(model: CausalLM, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
     hooks = [m.gate.register_forward_hook(watch(m)) for m in model.modules() if isinstance(m, MoE)]
     try:
         with torch.no_grad():
-            logits = model(torch.tensor([list(tokens)])).logits
+            logits = model(torch.tensor([list(tokens)], device=device)).logits
     finally:
         for hook in hooks:
             hook.remove()
     assert logits is not None, "the call asked for logits"
-    return logits[0], closest.cummin(0).values
+    return logits[0].float().cpu(), closest.cummin(0).values.cpu()
 
 
 def tie_or_difference(
@@ -204,11 +211,13 @@ def check(cell: Cell, model: CausalLM, answer: Answer) -> None:
     cell.close += bool((two[:, 0] - two[:, 1] < TIE).any())
     best = logits.max(-1)
     behind = best.values - logits[torch.arange(len(tokens)), torch.tensor(tokens)]
+    wanted = [int(token) if due is None else due for token, due in zip(best.indices, forced, strict=True)]
+    differing = [i for i, (token, want) in enumerate(zip(tokens, wanted, strict=True)) if token != want]
+    cell.other += len(differing)
+    cell.gaps += [float(behind[i]) for i in differing[:1]]
     is_tie = False
-    for i, token in enumerate(tokens):
-        want = int(best.indices[i]) if forced[i] is None else forced[i]
-        if token == want:
-            continue
+    for i in differing:
+        token, want = tokens[i], wanted[i]
         words = (
             f"{cell.way}, {cell.family}, answer {cell.answers}, token {i}: {token} for {want}, logits {behind[i]:.1e} apart, "
             f"routing scores {closest[i]:.1e}"
@@ -300,9 +309,10 @@ def chunked(cell: Cell, subject: Subject, r: random.Random, count: int) -> list[
 def preempted(cell: Cell, subject: Subject, r: random.Random, count: int) -> list[Answer]:
     """Answers that grow into a second block where there is not one for each: the youngest are put back. Those count."""
     config, rows, answers = subject.model.config, 4, list[Answer]()
+    dtype = str(subject.model.embed.weight.dtype).removeprefix("torch.")
     slot = sizes.state_bytes(config, 1, "float32", subject.model.has_mtp)
-    slot += sizes.conv_bytes(config, 1, "float32", subject.model.has_mtp)
-    block = sizes.kv_bytes(config, 1, BLOCK, "float32", subject.model.has_mtp)
+    slot += sizes.conv_bytes(config, 1, dtype, subject.model.has_mtp)
+    block = sizes.kv_bytes(config, 1, BLOCK, dtype, subject.model.has_mtp)
     for _ in range(20 + count):
         has_cache = r.random() < 0.5
         room = rows * slot + r.randint(5, 6) * block
@@ -445,7 +455,9 @@ WAYS = {
 }  # fmt: skip
 
 
-def random_subject(family: str, seed: int, drafting: bool) -> Subject:
+def random_subject(
+    family: str, seed: int, drafting: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Subject:
     """A random tiny model; of those that draft every second one is taught a pattern, or next to no draft would be right."""
     r = random.Random(seed)
     period = [r.randrange(256) for _ in range(7)]
@@ -459,12 +471,14 @@ def random_subject(family: str, seed: int, drafting: bool) -> Subject:
             return (period * (length // 7 + 2))[r.randrange(7) :][:length]
         return [r.randrange(256) for _ in range(length)]
 
-    return Subject(model, byte_tokenizer(), prompt)
+    return Subject(model.to(device, dtype), byte_tokenizer(), prompt)
 
 
-def text_subject(folder: Path, texts: Sequence[str]) -> Subject:
+def text_subject(
+    folder: Path, texts: Sequence[str], device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Subject:
     """A trained model that drafts and thinks, such as the demo's; prompts are cut from texts."""
-    model, tokenizer = load(folder, dtype=torch.float32, device="cpu")
+    model, tokenizer = load(folder, dtype=dtype, device=device)
     if tokenizer is None or not model.has_mtp or Codec(tokenizer).markers is None:
         raise DataError(
             f"{folder}: no multi-token prediction, or no tokenizer with thought markers; take a demo's checkpoint"
@@ -502,12 +516,14 @@ def matrix(
     trained: Subject | None = None,
     models: int = MODELS_PER_FAMILY,
     families: Sequence[str] = tuple(NAMES),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Cell]:
     """Every way with random models of every family, and with a trained one: cells as they are done, `answers` in all."""
     share = -(-answers // (len(WAYS) * (len(families) + (trained is not None))))
     for family in families:
         subjects = {
-            drafting: [random_subject(family, seed * models + i, drafting) for i in range(models)]
+            drafting: [random_subject(family, seed * models + i, drafting, device, dtype) for i in range(models)]
             for drafting in (False, True)
         }
         for way, chosen in WAYS.items():

@@ -163,10 +163,10 @@ def decode(size: Size) -> Iterator[Problem]:
         config = preset(MODELS[name])
         yield Problem(
             f"{name} {length} batch {batch}",
-            partial(_draw_decode, MODELS[name], context, batch),
-            _decode,
+            partial(draw_decode, MODELS[name], context, batch),
+            decode_step,
             partial(_decode_plainly, context),
-            bytes=partial(_step_bytes, context),
+            bytes=partial(step_bytes, context),
             peers={"transformers": _decode_transformers},
             flops=batch * sizes.flops_per_token(config, context, causal_mean=False),
             tolerance=DEEP,
@@ -270,7 +270,7 @@ def _fill(pool: PagedCache, context: int) -> None:
 
 
 @torch.no_grad()
-def _draw_decode(name: str, context: int, batch: int) -> Serving:
+def draw_decode(name: str, context: int, batch: int) -> Serving:
     """Every row holds `context` random tokens; on a GPU the step is captured."""
     i = _serving(name, batch, context + ROOM)
     i.pool.reserve(i.rows, context)
@@ -281,7 +281,7 @@ def _draw_decode(name: str, context: int, batch: int) -> Serving:
     return i
 
 
-def _decode(i: Serving) -> Outputs:
+def decode_step(i: Serving) -> Outputs:
     """One step: captured, or as calls where nothing can be captured."""
     if i.graphs is None:
         return {"logits": _call(i, slice(None))}
@@ -348,7 +348,7 @@ def _transformers_step(i: Serving) -> Callable[[], object]:
     return graph.replay
 
 
-def _step_bytes(context: int, i: Serving) -> float:
+def step_bytes(context: int, i: Serving) -> float:
     """Bytes that a step must move: weights once, of routed experts those that were chosen; caches read, states written."""
     config, batch = i.model.config, len(i.rows)
     # a model in training mode tells which experts were chosen
