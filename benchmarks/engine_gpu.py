@@ -12,7 +12,7 @@ ttft: from handing a request in to its first token, for a prompt of 8k tokens th
 that shares 8k with others and ends in 64 tokens of its own (the third of its kind: the second leaves a state at the branch).
 
 drafts: tokens a second of one request with three drafts a step, of which each is kept with probability 0.7 whatever the model
-says, beside none.
+says, beside none; a model without multi-token prediction gets one block of attention and MLP for it.
 
 serve: `alloy serve` on a checkpoint of those weights, `alloy bench serve` at 1k/1k with 64 at once, at 8k/16k with 16, and at rising
 rates of requests.
@@ -46,6 +46,7 @@ from alloy.engine.core import LLM
 from alloy.engine.request import Output, Request, SamplingParams
 from alloy.engine.sampler import Sampler
 from alloy.models.base import CausalLM
+from alloy.models.configs import HybridConfig
 from alloy.models.presets import PRESETS, preset
 from alloy.models.registry import build
 
@@ -66,9 +67,12 @@ class Setting:
         self.sweep = ("8", 32, 16, 16) if quick else ("2,4,8", 1024, 128, 64)
 
 
-def model_of(name: str, device: str) -> CausalLM:
-    """Random weights of a preset."""
-    return build(preset(name), device, torch.bfloat16).eval()
+def model_of(name: str, device: str, has_drafts: bool = False) -> CausalLM:
+    """Random weights of a preset; with a block of attention and MLP that drafts, where it has none of its own."""
+    config = preset(name)
+    if has_drafts and isinstance(config, HybridConfig) and not config.mtp_depths:
+        config = HybridConfig.model_validate({**config.model_dump(), "mtp_depths": 1, "mtp_pattern": "*-"})
+    return build(config, device, torch.bfloat16).eval()
 
 
 def greedy(length: int) -> SamplingParams:
@@ -186,7 +190,7 @@ class Agreeing(Sampler):
 
 def drafts(name: str, device: str, setting: Setting) -> Iterator[dict[str, Any]]:
     """Tokens a second of one request, with and without drafts."""
-    model, rates = model_of(name, device), dict[int, float]()
+    model, rates = model_of(name, device, has_drafts=True), dict[int, float]()
     kept = 0.0
     runner.Sampler = Agreeing
     try:
@@ -253,7 +257,7 @@ PARTS: dict[str, Callable[[str, str, Setting], Iterator[dict[str, Any]]]] = {
 MODELS = {
     "decode": ["nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b"],
     "ttft": ["nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b"],
-    "drafts": ["nemotron-3.5-lightning-30b-a3b"],
+    "drafts": ["nemotron-nano-9b-v2", "nemotron-3.5-lightning-30b-a3b"],
     "serve": ["nemotron-nano-9b-v2"],
 }
 

@@ -7,9 +7,11 @@ first, and the others fit into its memory.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ class DecodeGraphs:
 
     Attributes:
         buckets: what was captured, rising
+        handle: of the memory that the graphs share
         pool_bytes: device memory that the graphs keep for themselves
         capture_s: seconds that capturing took
         replays: how often each bucket ran
@@ -67,10 +70,11 @@ class DecodeGraphs:
         self._slots = torch.full((most,), -1, dtype=torch.int32, device=weight.device)
         self._logits = torch.zeros(most, 1, config.vocab, dtype=torch.float32, device=weight.device)
         self._hidden = torch.zeros(most, 1, config.hidden, dtype=weight.dtype, device=weight.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._replays: dict[int, Callable[[], None]] = {}
         # the slots that the buffer names
         self._rows: list[int] = []
         self._places = _places(model)
+        self.handle = torch.cuda.graph_pool_handle()
         self._capture()
 
     def refresh(self) -> bool:
@@ -95,11 +99,11 @@ class DecodeGraphs:
         if rows != self._rows:
             assert tokens is not None, "other rows need their tokens"
             # rows that left must not be stepped on, in whatever bucket
-            _fill(self._slots, rows + [-1] * (len(self._slots) - count))
+            fill(self._slots, rows + [-1] * (len(self._slots) - count))
             self._rows = rows
         if tokens is not None:
-            _fill(self._tokens, tokens)
-        self._graphs[size].replay()
+            fill(self._tokens, tokens)
+        self._replays[size]()
         self.pool.count(rows, 1)
         self.replays[size] += 1
         return StepOutput(self._chosen[:count], self._logits[:count], self._hidden[:count])
@@ -108,30 +112,9 @@ class DecodeGraphs:
     def _capture(self) -> None:
         start = perf_counter()
         device = self._slots.device
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        views = {size: StaticView(self.pool, self._slots[:size]) for size in self.buckets}
-        # inputs are written on the current stream
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for size in reversed(self.buckets):
-                self._run(views[size])
-        torch.cuda.synchronize(device)
-        # what a collection frees must not be freed inside a capture
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(device)
-        handle = torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(side):
-            for size in reversed(self.buckets):
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=handle)
-                try:
-                    self._run(views[size])
-                finally:
-                    graph.capture_end()
-                self._graphs[size] = graph
-        current.wait_stream(side)
-        self.pool_bytes = torch.cuda.memory_reserved(device) - before
+        runs = [partial(self._run, StaticView(self.pool, self._slots[:size])) for size in reversed(self.buckets)]
+        replays, self.pool_bytes = capture(runs, device, self.handle)
+        self._replays = dict(zip(reversed(self.buckets), replays, strict=True))
         self.capture_s = perf_counter() - start
 
     def _run(self, view: StaticView) -> None:
@@ -166,7 +149,34 @@ def _places(model: CausalLM) -> list[int]:
     return [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
 
 
-def _fill(buffer: Tensor, values: Sequence[int]) -> None:
+def capture(
+    runs: Sequence[Callable[[], None]], device: torch.device, handle: Any
+) -> tuple[list[Callable[[], None]], int]:
+    """Calls that replay `runs`, captured in their order, and the bytes that this took; each is run once before."""
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    # inputs are written on the current stream
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for run in runs:
+            run()
+    torch.cuda.synchronize(device)
+    # what a collection frees must not be freed inside a capture
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    graphs = [torch.cuda.CUDAGraph() for _ in runs]
+    with torch.cuda.stream(side):
+        for graph, run in zip(graphs, runs, strict=True):
+            graph.capture_begin(pool=handle)
+            try:
+                run()
+            finally:
+                graph.capture_end()
+    current.wait_stream(side)
+    return [graph.replay for graph in graphs], torch.cuda.memory_reserved(device) - before
+
+
+def fill(buffer: Tensor, values: Sequence[int]) -> None:
     """Write whole numbers into the first rows of `buffer`, without waiting for the device."""
-    host = torch.tensor(values, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
-    buffer[: len(values)].copy_(host.view(-1, *buffer.shape[1:]), non_blocking=True)
+    host = torch.tensor(values, dtype=buffer.dtype, pin_memory=buffer.is_cuda).view(-1, *buffer.shape[1:])
+    buffer[: len(host)].copy_(host, non_blocking=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from alloy.engine.draft_graphs import DraftGraphs, may_capture
 from alloy.engine.graphs import DecodeGraphs
 from alloy.engine.sampler import Sampler, on_host, token_logprobs
 from alloy.engine.sequence import Sequence
@@ -77,6 +78,9 @@ class Runner:
         self._device = model.embed.weight.device
         self._vocab = model.config.vocab
         self._graphs = graphs
+        self._draft_graphs: DraftGraphs | None = None
+        if graphs is not None and length is not None and may_capture(pool):
+            self._draft_graphs = DraftGraphs(model, pool, graphs.buckets, graphs.handle)
         self.reset()
 
     @torch.inference_mode()
@@ -147,7 +151,10 @@ class Runner:
 
     def reach(self, length: int) -> int:
         """Tokens that a step with `length` drafts may write in each row, padding included."""
-        return max(1 + length, 0 if self._drafter is None else self._drafter.width)
+        if self._drafter is None:
+            return 1
+        # the last draft is not shown to what drafts
+        return max(1 + length, self._drafter.width) + max(0, length - 1)
 
     @torch.inference_mode()
     def step(self, length: int) -> None:
@@ -156,17 +163,25 @@ class Runner:
         view = self._view
         assert view is not None, "a step needs rows"
         rows = len(self.sequences)
+        guesses: list[list[int]] | None = None
+        is_captured = False
         if length:
             assert self._drafter is not None, "only a drafter sets a length"
-            drafts = self._drafter.draft(view, length)
-            with view.drafting():
-                out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=view, logits="all")
-            guesses: list[list[int]] | None = on_host(drafts)
-            logits, hidden = out.logits, out.last_hidden
-            assert logits is not None, "the call asked for logits"
-            chosen = self._sampler.choose(logits, drafts)
+            is_captured = self._draft_graphs is not None and self._drafter.width <= length + 1
+            if is_captured and self._draft_graphs is not None:
+                guesses, chosen, held = self._draft_graphs.step(view.rows, self._drafter.waiting(), length)
+                logits, hidden = held.logits[: rows * (1 + length)].view(rows, 1 + length, -1), held.new[:rows]
+                if not self._sampler.plain:
+                    chosen = self._sampler.choose(logits, held.guesses[:rows])
+            else:
+                drafts = self._drafter.draft(view, length)
+                with view.drafting():
+                    out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=view, logits="all")
+                guesses = on_host(drafts)
+                logits, hidden = out.logits, out.last_hidden
+                assert logits is not None, "the call asked for logits"
+                chosen = self._sampler.choose(logits, drafts)
         else:
-            guesses = None
             logits, hidden, chosen = self._one_token(view)
         accepted = _append(self.sequences, chosen, guesses)
         if self._sampler.wants_logprobs:
@@ -178,10 +193,14 @@ class Runner:
         self._is_placed = self._graphs is not None and not length and self._sampler.plain and accepted == chosen
         confirmed = [len(tokens) - 1 for tokens in taken]
         if length and self._drafter is not None:
-            tokens, counts = padded(taken, self._device)
-            width = tokens.shape[1]
-            view.accept(tokens.new_full((rows,), width) if counts is None else counts)
-            self._drafter.observe(tokens, hidden[:, :width], counts)
+            if is_captured and self._draft_graphs is not None:
+                self._drafter.replace(self._draft_graphs.accept(taken, length))
+                view.refresh()
+            else:
+                tokens, counts = padded(taken, self._device)
+                width = tokens.shape[1]
+                view.accept(tokens.new_full((rows,), width) if counts is None else counts)
+                self._drafter.observe(tokens, hidden[:, :width], counts)
             for sequence, count in zip(self.sequences, confirmed, strict=True):
                 sequence.drafted += length
                 sequence.accepted += count

@@ -84,6 +84,15 @@ class Drafter:
         """
         self._pending.append(Pairs(tokens, hidden, counts))
 
+    def waiting(self) -> Pairs:
+        """All pairs that wait."""
+        self._pending = [merge(self._pending)]
+        return self._pending[0]
+
+    def replace(self, pairs: Pairs) -> None:
+        """What waited has been seen; this waits now."""
+        self._pending = [pairs]
+
     def draft(self, cache: Cache, length: int) -> Tensor:
         """The greedy guess of the next `length` tokens after the last observed one: (rows, length) int64."""
         mtp = cache.mtp

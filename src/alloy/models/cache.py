@@ -248,6 +248,10 @@ class Cache(ABC):
         """Keep the first counts[b] of row b's drafted tokens; counts (batch,) int64."""
         if int(counts.max()) > self._drafted:
             raise RequestError(f"accept of {int(counts.max())} tokens, but {self._drafted} were drafted")
+        self.keep(counts)
+
+    def keep(self, counts: Tensor) -> None:
+        """As `accept`, without looking at the counts."""
         for layer, draft in self.drafts.items():
             conv_replay(self.conv(layer), draft.conv, counts, self.slots)
             ssd_replay(
@@ -263,7 +267,6 @@ class Cache(ABC):
                 slots=self.slots,
                 sr_seed=self.seed(layer),
             )
-        self.drafts, self._drafted = {}, 0
         self._count(counts)
 
 

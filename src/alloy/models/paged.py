@@ -361,6 +361,8 @@ class PagedView(Cache):
         held = [self.pool.held[slot] for slot in self.rows if slot >= 0]
         self.longest = max(held, default=0)
         self.uniform = len(held) == len(self.rows) and all(n == self.longest for n in held)
+        if self.mtp is not None:
+            self.mtp.refresh()
 
     def _place(self, rows: list[int]) -> None:
         self.rows, self.batch = rows, len(rows)
@@ -398,6 +400,7 @@ class StaticView(PagedView):
     def __init__(self, pool: PagedCache, slots: Tensor) -> None:
         super().__init__(pool, [-1] * len(slots))
         self.places = self.slots = slots
+        self.mtp = None if pool.mtp is None else cast(Self, StaticView(pool.mtp, slots))
 
     def refresh(self) -> None:
         """Rows are taken to hold something, and not all the same."""

@@ -1,0 +1,138 @@
+"""Captured steps with drafts, run call by call on the CPU, and captured on a GPU."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from alloy import LLM
+from alloy.bench.tiny import build, teach
+from alloy.engine.draft_graphs import DraftGraphs, may_capture
+from alloy.engine.graphs import obstacle
+from alloy.engine.request import SamplingParams
+from alloy.engine.runner import Runner
+from alloy.models.base import CausalLM
+from tests.engine.test_llm import TIE, prompts
+
+FAMILIES = ["attention", "hybrid", "moe", "mtp"]
+PERIOD = [5, 9, 200, 17, 3, 88, 41]
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def uncaptured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every engine with drafts takes the path of the graphs, whose calls are made one by one; how many steps it took."""
+    made, steps = Runner.__init__, list[int]()
+
+    def make(self: Runner, *args, **kwargs) -> None:
+        made(self, *args, **kwargs)
+        if self.length is not None:
+            self._draft_graphs = DraftGraphs(self.model, self.pool, (2, 5, 16))
+
+    step = DraftGraphs.step
+
+    def count(self: DraftGraphs, *args, **kwargs):
+        steps.append(len(args[0]))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "__init__", make)
+    monkeypatch.setattr(DraftGraphs, "step", count)
+    return steps
+
+
+def subject(family: str, taught: bool) -> tuple[CausalLM, Callable[[], list[list[int]]]]:
+    """A model, and ragged prompts of what it knows."""
+    model = build(family, 3, drafting=True)
+    if not taught:
+        return model, lambda: prompts(11)
+    teach(model, PERIOD)
+    r = random.Random(1)
+    return model, lambda: [(PERIOD * 4)[r.randrange(7) :][: r.randint(1, 19)] for _ in range(11)]
+
+
+def check(model: CausalLM, asked: list[list[int]], got: list[list[int]], reference: CausalLM, tie: float = TIE) -> None:
+    """Each answer is greedy, token by token, up to ties."""
+    for prompt, answer in zip(asked, got, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        behind = logits.max(-1).values - logits[torch.arange(len(answer)), torch.tensor(answer)]
+        assert float(behind.max()) < tie
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_greedy_and_all_memory_comes_back(family: str, taught: bool, uncaptured: list[int]) -> None:
+    """Rows that come and go, in buckets with padding; every number of drafts; some kept, some dropped."""
+    model, make = subject(family, taught)
+    asked = make()
+    params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(asked))]
+    for length in (1, 3, 6, "auto"):
+        llm = LLM(model, max_seqs=4, speculate=length, max_model_len=80)
+        outs = llm.generate(asked, params)
+        assert [len(o.completions[0].token_ids) for o in outs] == [p.max_tokens for p in params]
+        check(model, asked, [o.completions[0].token_ids for o in outs], model)
+        assert uncaptured
+        uncaptured.clear()
+        stats = llm.stats
+        if taught:
+            assert sum(stats.accepted_at) > 0.5 * sum(stats.drafted_at)
+        else:
+            assert sum(stats.accepted_at) < 0.5 * sum(stats.drafted_at)
+        engine = llm.engine()
+        engine.forget()
+        assert engine.pool.blocks_free == engine.pool.blocks
+        assert engine.pool.slots_free == engine.pool.slots
+        assert engine.pool.mtp.blocks_free == engine.pool.blocks
+
+
+@pytest.mark.parametrize("family", ["hybrid", "mtp"])
+def test_other_ways_are_the_same(family: str, uncaptured: list[int]) -> None:
+    """Seeded samples, penalties, log probabilities, prefix hits and preemption as without this path."""
+    model, make = subject(family, True)
+    asked = make()
+    params = [
+        SamplingParams(temperature=0.8, seed=3, top_p=0.9, max_tokens=30, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop_token_ids=[PERIOD[2]]),
+    ]
+    chosen = [params[i % 3] for i in range(len(asked))]
+    for options in ({}, {"max_seqs": 2}):
+        llm = LLM(model, max_model_len=80, speculate=2, **options)
+        plain = LLM(model, max_model_len=80, speculate=0, **options)
+        for _ in range(2):
+            for got, want in zip(llm.generate(asked, chosen), plain.generate(asked, chosen), strict=True):
+                assert got.completions[0].token_ids == want.completions[0].token_ids
+                for a, b in zip(got.completions[0].logprobs or (), want.completions[0].logprobs or (), strict=True):
+                    assert a.model == pytest.approx(b.model, abs=1e-4)
+        assert uncaptured
+
+
+def test_prediction_blocks_with_states_are_not_captured() -> None:
+    """Their wrong drafts cannot be taken back by counting."""
+    assert may_capture(build("mtp").new_paged_cache(2, 4, 64))
+    assert not may_capture(build("hybrid").new_paged_cache(2, 4, 64))
+
+
+@pytest.mark.gpu
+@cuda
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_answers_are_greedy(family: str, taught: bool) -> None:
+    """On the device, in fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, make = subject(family, taught)
+    asked = make()
+    reference = type(model)(model.config)
+    reference.load_state_dict(model.state_dict())
+    model = model.to("cuda")
+    if (why := obstacle(model)) is not None:
+        pytest.skip(why)
+    params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(asked))]
+    for length in (1, 3, "auto"):
+        llm = LLM(model, max_seqs=4, speculate=length, max_model_len=80)
+        got = [o.completions[0].token_ids for o in llm.generate(asked, params)]
+        assert llm.engine()._runner._draft_graphs is not None
+        assert llm.engine()._runner._draft_graphs._steps
+        # kernels sum in another order than the CPU
+        check(model, asked, got, reference.eval(), 100 * TIE)
