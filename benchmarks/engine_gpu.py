@@ -178,6 +178,11 @@ class Agreeing(Sampler):
 
     drawn = random.Random(0)
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # or captured steps do without it
+        self.plain = False
+
     def choose(self, logits: Tensor, drafts: Tensor | None = None) -> list[list[int]]:
         """See `Sampler.choose`."""
         chosen = super().choose(logits, drafts)

@@ -12,7 +12,8 @@ dropped, budgets spent. The command fails (1) if an answer differs or a way was 
     python benchmarks/exactness.py --device cuda --dtype bfloat16 --quick --checkpoint DEMO/train/checkpoint --out benchmarks/results/exactness_bf16.json
 
 In bf16 the share of tokens that are not the reference's is printed (each given the answer's text before it), and by how much
-less the reference likes the first of an answer; differing answers do not fail the command there.
+less the reference likes the first of an answer, apart for those before which a router had two scores within 2^-7 of each other;
+differing answers do not fail the command there.
 """
 
 import argparse
@@ -28,6 +29,9 @@ import torch
 from alloy.bench.exactness import MODELS_PER_FAMILY, TIE, WAYS, Cell, Subject, matrix, text_subject
 from alloy.bench.worker import machine
 
+# the distance of two neighbours in bf16, from 1 on
+ROUNDING = 2**-7
+
 
 def table(cells: list[Cell]) -> str:
     """Rows are ways, columns families."""
@@ -39,6 +43,13 @@ def table(cells: list[Cell]) -> str:
         rows.append([way, *("-" if c is None else f"{c.answers} / {len(c.differing)} / {len(c.ties)}" for c in row)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _spread(gaps: list[float]) -> dict[str, float]:
+    """Of rising numbers how many, the middle one, and the one below which nine of ten lie."""
+    if not gaps:
+        return {}
+    return {"answers": len(gaps), "median": gaps[len(gaps) // 2], "90%": gaps[len(gaps) * 9 // 10], "largest": gaps[-1]}
 
 
 def topics() -> list[str]:
@@ -91,12 +102,15 @@ def main() -> int:
         f"{total:,} answers of {tokens:,} tokens: {differing} differ; {close} have a position whose two best logits are within "
         f"{TIE:g}, and {ties} took another token where the reference cannot decide"
     )
-    gaps = sorted(gap for cell in cells for gap in cell.gaps)
-    shown = {f"{q}%": gaps[(len(gaps) - 1) * q // 100] for q in (50, 90, 100)} if gaps else {}
-    print(
-        f"{other:,} of {tokens:,} tokens ({other / tokens:.3%}) are not the reference's; at the first of an answer the logits "
-        f"are apart by {', '.join(f'{gap:.2g} ({name})' for name, gap in shown.items()) or 'nothing'}"
-    )
+    print(f"{other:,} of {tokens:,} tokens ({other / tokens:.3%}) are not the reference's")
+    firsts = [first for cell in cells for first in cell.gaps]
+    # a router that rounding tips over computes something else
+    clear = sorted(gap for gap, margin in firsts if margin >= ROUNDING)
+    tipped = sorted(gap for gap, margin in firsts if margin < ROUNDING)
+    shown = {"no router near a tie": _spread(clear), f"a router within {ROUNDING:g} of a tie": _spread(tipped)}
+    for name, spread in shown.items():
+        text = ", ".join(f"{key} {value:.2g}" for key, value in spread.items())
+        print(f"the reference's logits at the first of an answer, {name}: {text or 'none'}")
     if options.out:
         result = {
             "machine": machine(options.device),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 # what runs on the GPU where there is one
-PATHS = ["tests/gpu", "tests/ops/triton", "tests/engine/test_graphs.py"]
+PATHS = ["tests/gpu", "tests/ops/triton", "tests/engine/test_graphs.py", "tests/engine/test_draft_graphs.py"]
 
 
 class Recorder:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from alloy.bench.worker import machine
-from alloy.engine.graphs import DecodeGraphs
 from alloy.models import sizes
+from alloy.models.graphs import DecodeGraphs
 from alloy.models.paged import blocks_of
 from alloy.models.presets import PRESETS, preset
 from alloy.models.registry import build

@@ -8,11 +8,11 @@ import torch
 
 from alloy import LLM
 from alloy.bench.tiny import build, teach
-from alloy.engine.draft_graphs import DraftGraphs, may_capture
-from alloy.engine.graphs import obstacle
 from alloy.engine.request import SamplingParams
-from alloy.engine.runner import Runner
 from alloy.models.base import CausalLM
+from alloy.models.draft_graphs import DraftGraphs, may_capture
+from alloy.models.graphs import obstacle
+from tests.engine.test_graphs import with_calls
 from tests.engine.test_llm import TIE, prompts
 
 FAMILIES = ["attention", "hybrid", "moe", "mtp"]
@@ -21,24 +21,16 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 
 @pytest.fixture
-def uncaptured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every engine with drafts takes the path of the graphs, whose calls are made one by one; how many steps it took."""
-    made, steps = Runner.__init__, list[int]()
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every step that took the path of the graphs."""
+    step, found = DraftGraphs.step, list[int]()
 
-    def make(self: Runner, *args, **kwargs) -> None:
-        made(self, *args, **kwargs)
-        if self.length is not None:
-            self._draft_graphs = DraftGraphs(self.model, self.pool, (2, 5, 16))
+    def count(self: DraftGraphs, rows: list[int], *args):
+        found.append(len(rows))
+        return step(self, rows, *args)
 
-    step = DraftGraphs.step
-
-    def count(self: DraftGraphs, *args, **kwargs):
-        steps.append(len(args[0]))
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Runner, "__init__", make)
     monkeypatch.setattr(DraftGraphs, "step", count)
-    return steps
+    return found
 
 
 def subject(family: str, taught: bool) -> tuple[CausalLM, Callable[[], list[list[int]]]]:
@@ -62,18 +54,18 @@ def check(model: CausalLM, asked: list[list[int]], got: list[list[int]], referen
 
 @pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_greedy_and_all_memory_comes_back(family: str, taught: bool, uncaptured: list[int]) -> None:
+def test_answers_are_greedy_and_all_memory_comes_back(family: str, taught: bool, steps: list[int]) -> None:
     """Rows that come and go, in buckets with padding; every number of drafts; some kept, some dropped."""
     model, make = subject(family, taught)
     asked = make()
     params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(asked))]
     for length in (1, 3, 6, "auto"):
-        llm = LLM(model, max_seqs=4, speculate=length, max_model_len=80)
+        llm = with_calls(model, speculate=length, max_model_len=80)
         outs = llm.generate(asked, params)
         assert [len(o.completions[0].token_ids) for o in outs] == [p.max_tokens for p in params]
         check(model, asked, [o.completions[0].token_ids for o in outs], model)
-        assert uncaptured
-        uncaptured.clear()
+        assert steps
+        steps.clear()
         stats = llm.stats
         if taught:
             assert sum(stats.accepted_at) > 0.5 * sum(stats.drafted_at)
@@ -87,7 +79,7 @@ def test_answers_are_greedy_and_all_memory_comes_back(family: str, taught: bool,
 
 
 @pytest.mark.parametrize("family", ["hybrid", "mtp"])
-def test_other_ways_are_the_same(family: str, uncaptured: list[int]) -> None:
+def test_other_ways_are_the_same(family: str, steps: list[int]) -> None:
     """Seeded samples, penalties, log probabilities, prefix hits and preemption as without this path."""
     model, make = subject(family, True)
     asked = make()
@@ -97,15 +89,16 @@ def test_other_ways_are_the_same(family: str, uncaptured: list[int]) -> None:
         SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop_token_ids=[PERIOD[2]]),
     ]
     chosen = [params[i % 3] for i in range(len(asked))]
-    for options in ({}, {"max_seqs": 2}):
-        llm = LLM(model, max_model_len=80, speculate=2, **options)
-        plain = LLM(model, max_model_len=80, speculate=0, **options)
+    # with so few blocks, sequences are put back
+    for slots, blocks in ((11, 40), (4, 5)):
+        llm = with_calls(model, slots, blocks, max_model_len=80, speculate=2)
+        plain = LLM(model, max_model_len=80, speculate=0)
         for _ in range(2):
             for got, want in zip(llm.generate(asked, chosen), plain.generate(asked, chosen), strict=True):
                 assert got.completions[0].token_ids == want.completions[0].token_ids
                 for a, b in zip(got.completions[0].logprobs or (), want.completions[0].logprobs or (), strict=True):
                     assert a.model == pytest.approx(b.model, abs=1e-4)
-        assert uncaptured
+        assert steps
 
 
 def test_prediction_blocks_with_states_are_not_captured() -> None:

@@ -1,16 +1,17 @@
 """Captured steps give the tokens of single calls; on a CPU the same bookkeeping runs with calls in place of replays."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from alloy.engine.core import LLM
-from alloy.engine.graphs import DecodeGraphs, buckets_for, obstacle
 from alloy.engine.pool import plan_pool
 from alloy.engine.request import Output, SamplingParams
 from alloy.errors import RequestError, ResourceError
 from alloy.models.base import CausalLM
+from alloy.models.graphs import DecodeGraphs, buckets_for, obstacle
 from alloy.models.mamba import Mamba
 from alloy.models.paged import StaticView
 from tests.engine.conftest import build
@@ -20,23 +21,13 @@ from tests.models import zoo
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-class Call:
-    """In the place of a graph."""
-
-    def __init__(self, graphs: "Calls", view: StaticView) -> None:
-        self.graphs, self.view = graphs, view
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        self.graphs._run(self.view)
-
-
 class Calls(DecodeGraphs):
     """Steps that are computed when they are asked for."""
 
     def _capture(self) -> None:
         for size in self.buckets:
-            self._graphs[size] = Call(self, StaticView(self.pool, self._slots[:size]))
+            run = partial(self._run, StaticView(self.pool, self._slots[:size]))
+            self._replays[size] = torch.inference_mode()(run)
 
 
 def with_calls(model: CausalLM, slots: int = 4, blocks: int = 16, **options) -> LLM:

@@ -126,7 +126,8 @@ class Cell:
         differing: each as a sentence
         missing: what should have happened and did not
         other: tokens that are not the reference's, each given the text before it
-        gaps: of each answer that has some, the reference's logits of its own token and of the first of them, one less the other
+        gaps: of each answer that has some, at the first of them: the reference's logits of its own token and of this one, one
+            less the other, and the closest choice of a router so far
     """
 
     way: str
@@ -138,7 +139,7 @@ class Cell:
     differing: list[str] = field(default_factory=list[str])
     missing: list[str] = field(default_factory=list[str])
     other: int = 0
-    gaps: list[float] = field(default_factory=list[float])
+    gaps: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     seen: dict[str, int] = field(default_factory=dict[str, int])
 
     def count(self, name: str, number: int) -> None:
@@ -214,7 +215,7 @@ def check(cell: Cell, model: CausalLM, answer: Answer) -> None:
     wanted = [int(token) if due is None else due for token, due in zip(best.indices, forced, strict=True)]
     differing = [i for i, (token, want) in enumerate(zip(tokens, wanted, strict=True)) if token != want]
     cell.other += len(differing)
-    cell.gaps += [float(behind[i]) for i in differing[:1]]
+    cell.gaps += [(float(behind[i]), float(closest[i])) for i in differing[:1]]
     is_tie = False
     for i in differing:
         token, want = tokens[i], wanted[i]

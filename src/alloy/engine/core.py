@@ -22,7 +22,6 @@ from alloy.engine.codec import NO_MARKERS, Codec, Message
 from alloy.engine.detokenizer import Detokenizer
 from alloy.engine.engine import Engine
 from alloy.engine.grammar import CompiledGrammar, compile_grammar
-from alloy.engine.graphs import DecodeGraphs, buckets_for, obstacle
 from alloy.engine.pool import PoolPlan, plan_pool
 from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
@@ -32,6 +31,7 @@ from alloy.engine.speculate import DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig
+from alloy.models.graphs import DecodeGraphs, buckets_for, obstacle
 from alloy.models.paged import STATE_DTYPES, PagedCache
 from alloy.models.quant import check_place, parse_weights, quantize_weights
 from alloy.models.registry import load
@@ -42,6 +42,8 @@ Params = SamplingParams | Items[SamplingParams] | None
 # prompt tokens per model call
 STEP_TOKENS = {"cpu": 512}
 STEP_TOKENS_ACCELERATOR = 2048
+# between two states that are kept on the way through a prompt
+CHECKPOINT_TOKENS = 1024
 # requests read ahead of the running ones, so that prompts can be computed together
 LOOKAHEAD = 64
 
@@ -62,7 +64,8 @@ class LLM:
         state_dtype: of recurrent states: float32, bfloat16, float16, or float16-sr, which rounds stochastically and needs
             graphs
         prefix_cache: keep what answers leave in the cache, for prompts that begin the same
-        checkpoint_every: prompt tokens between two of the states that are kept on the way
+        checkpoint_every: prompt tokens between two of the states that are kept on the way; default: 1024, or max_step_tokens
+            where that is more, so that no model call is shorter for them
         memory: GiB for keys, values and states; default: 0.8 of what is free, on a CPU at most a quarter of the machine's or
             container's and 4
     """
@@ -81,7 +84,7 @@ class LLM:
         graphs: bool = True,
         state_dtype: str = "float32",
         prefix_cache: bool = True,
-        checkpoint_every: int = 1024,
+        checkpoint_every: int | None = None,
         memory: float | None = None,
     ) -> None:
         kind = None if weights is None else parse_weights(weights)
@@ -108,7 +111,10 @@ class LLM:
         usual = STEP_TOKENS.get(self.model.embed.weight.device.type, STEP_TOKENS_ACCELERATOR)
         self.max_step_tokens = usual if max_step_tokens is None else max_step_tokens
         self.max_seqs, self.state_dtype, self.memory = max_seqs, state_dtype, memory
-        self.prefix_cache, self.checkpoint_every = prefix_cache, checkpoint_every
+        self.prefix_cache = prefix_cache
+        self.checkpoint_every = (
+            max(CHECKPOINT_TOKENS, self.max_step_tokens) if checkpoint_every is None else checkpoint_every
+        )
         for name in ("max_model_len", "max_seqs", "max_step_tokens", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} = {getattr(self, name)} must be at least 1")

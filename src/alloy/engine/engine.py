@@ -9,13 +9,13 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from alloy.engine.graphs import DecodeGraphs
 from alloy.engine.prefix import Kind, Match, PrefixCache, Snapshot
 from alloy.engine.request import Output, Request
 from alloy.engine.runner import EngineStats, Runner
 from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import MOST_PENDING, DraftLength
 from alloy.models.base import CausalLM
+from alloy.models.graphs import DecodeGraphs
 from alloy.models.paged import PagedCache, blocks_of
 from alloy.ops.attention import BLOCK
 

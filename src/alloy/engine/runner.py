@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from alloy.engine.draft_graphs import DraftGraphs, may_capture
-from alloy.engine.graphs import DecodeGraphs
 from alloy.engine.sampler import Sampler, on_host, token_logprobs
 from alloy.engine.sequence import Sequence
 from alloy.engine.speculate import Drafter, DraftLength, Pairs, documents_of, padded
 from alloy.models.base import CausalLM
+from alloy.models.draft_graphs import DraftGraphs, may_capture
+from alloy.models.graphs import DecodeGraphs
 from alloy.models.paged import PagedCache, PagedView
 
 
@@ -169,7 +169,10 @@ class Runner:
             assert self._drafter is not None, "only a drafter sets a length"
             is_captured = self._draft_graphs is not None and self._drafter.width <= length + 1
             if is_captured and self._draft_graphs is not None:
-                guesses, chosen, held = self._draft_graphs.step(view.rows, self._drafter.waiting(), length)
+                waiting = self._drafter.waiting()
+                guesses, chosen, held = self._draft_graphs.step(
+                    view.rows, waiting.tokens, waiting.hidden, waiting.counts, length
+                )
                 logits, hidden = held.logits[: rows * (1 + length)].view(rows, 1 + length, -1), held.new[:rows]
                 if not self._sampler.plain:
                     chosen = self._sampler.choose(logits, held.guesses[:rows])
@@ -194,7 +197,7 @@ class Runner:
         confirmed = [len(tokens) - 1 for tokens in taken]
         if length and self._drafter is not None:
             if is_captured and self._draft_graphs is not None:
-                self._drafter.replace(self._draft_graphs.accept(taken, length))
+                self._drafter.replace(Pairs(*self._draft_graphs.accept(taken, length)))
                 view.refresh()
             else:
                 tokens, counts = padded(taken, self._device)

@@ -18,11 +18,11 @@ from alloy import ops
 from alloy.bench import peers
 from alloy.bench.case import Outputs, Problem, Size
 from alloy.core.device import memory_bytes, resolve_device
-from alloy.engine.graphs import BUCKETS, DecodeGraphs, obstacle
 from alloy.losses.lm import linear_cross_entropy
 from alloy.models import moe, sizes
 from alloy.models.base import CausalLM
 from alloy.models.configs import HybridConfig, MoEConfig
+from alloy.models.graphs import BUCKETS, DecodeGraphs, obstacle
 from alloy.models.paged import PagedCache, blocks_of
 from alloy.models.presets import preset
 from alloy.models.registry import build

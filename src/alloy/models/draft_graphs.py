@@ -8,15 +8,13 @@ a batch that stays as it is copies only token ids and counts to the device, and 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from alloy.engine.graphs import capture, fill
-from alloy.engine.sampler import on_host
-from alloy.engine.speculate import Pairs
 from alloy.models.base import CausalLM
+from alloy.models.graphs import capture, fill
 from alloy.models.paged import PagedCache, StaticView
 from alloy.ops.decode import take_largest
 
@@ -63,12 +61,16 @@ class DraftGraphs:
         # real tokens per row of what waits in the buffers
         self._counts: list[int] = []
 
-    def step(self, rows: Sequence[int], pairs: Pairs, length: int) -> tuple[list[list[int]], list[list[int]], Buffers]:
+    def step(
+        self, rows: Sequence[int], tokens: Tensor, hidden: Tensor, counts: Tensor | None, length: int
+    ) -> tuple[list[list[int]], list[list[int]], Buffers]:
         """Draft `length` tokens for each of `rows` (slots) and verify them.
 
         Args:
             rows: as many as the largest bucket at most
-            pairs: what the multi-token prediction has not seen, at most length + 1 of a row
+            tokens: (rows, up to length + 1) int64 that the multi-token prediction has not seen
+            hidden: (rows, the same, hidden) before them
+            counts: (rows,) int64, how many of each row are real, from 1; None: all
             length: from 1
 
         Returns:
@@ -81,8 +83,11 @@ class DraftGraphs:
             self._rows = []
             fill(self._slots, [-1] * len(self._slots))
             self._steps[size, length] = self._capture(size, length, buffers)
-        if pairs.tokens.data_ptr() != buffers.tokens.data_ptr():
-            self._take(pairs, buffers)
+        if tokens.data_ptr() != buffers.tokens.data_ptr():
+            self._counts = [tokens.shape[1]] * count if counts is None else cast(list[int], counts.tolist())
+            buffers.tokens[:count, : tokens.shape[1]] = tokens
+            buffers.hidden[:count, : tokens.shape[1]] = hidden
+            fill(buffers.counts, self._counts + [1] * (len(self._slots) - count))
         mtp = self._pool.mtp
         assert mtp is not None, "only models with multi-token prediction draft"
         self._pool.reserve(rows, width)
@@ -92,11 +97,11 @@ class DraftGraphs:
             fill(self._slots, self._rows + [-1] * (len(self._slots) - count))
         self._steps[size, length][0]()
         mtp.count(rows, self._counts)
-        said: list[list[int]] = on_host(buffers.said[:count])
+        said = cast(list[list[int]], buffers.said[:count].tolist())
         return [row[:length] for row in said], [row[length:] for row in said], buffers
 
-    def accept(self, taken: Sequence[Sequence[int]], length: int) -> Pairs:
-        """Keep of each row of the step before these tokens, one at least: what the multi-token prediction has not seen then."""
+    def accept(self, taken: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep these tokens, one at least, of each row of the step before: `tokens`, `hidden` and `counts` of the next step."""
         buffers, count = self._buffers[length], len(taken)
         size = next(bucket for bucket in self._buckets if bucket >= count)
         self._counts = [len(tokens) for tokens in taken]
@@ -104,7 +109,7 @@ class DraftGraphs:
         fill(buffers.counts, self._counts + [1] * (len(self._slots) - count))
         self._steps[size, length][1]()
         self._pool.count(self._rows, self._counts)
-        return Pairs(buffers.tokens[:count], buffers.hidden[:count], buffers.counts[:count])
+        return buffers.tokens[:count], buffers.hidden[:count], buffers.counts[:count]
 
     def _make(self, length: int) -> Buffers:
         most, width, config, weight = len(self._slots), length + 1, self._model.config, self._model.embed.weight
@@ -120,14 +125,6 @@ class DraftGraphs:
             ids(width), states(), ids() + 1, ids(length), ids(width + length), logits, states()
         )
         return self._buffers[length]
-
-    def _take(self, pairs: Pairs, buffers: Buffers) -> None:
-        """Copy what waits into the buffers."""
-        rows, width = pairs.tokens.shape
-        self._counts = [width] * rows if pairs.counts is None else on_host(pairs.counts)
-        buffers.tokens[:rows, :width] = pairs.tokens
-        buffers.hidden[:rows, :width] = pairs.hidden
-        fill(buffers.counts, self._counts + [1] * (len(self._slots) - rows))
 
     def _capture(self, size: int, length: int, buffers: Buffers) -> tuple[Callable[[], None], Callable[[], None]]:
         view = StaticView(self._pool, self._slots[:size])

@@ -54,7 +54,7 @@ class DecodeGraphs:
 
     Attributes:
         buckets: what was captured, rising
-        handle: of the memory that the graphs share
+        handle: of the memory that the graphs share, for others to be captured into
         pool_bytes: device memory that the graphs keep for themselves
         capture_s: seconds that capturing took
         replays: how often each bucket ran
@@ -74,7 +74,7 @@ class DecodeGraphs:
         # the slots that the buffer names
         self._rows: list[int] = []
         self._places = _places(model)
-        self.handle = torch.cuda.graph_pool_handle()
+        self.handle: Any = None
         self._capture()
 
     def refresh(self) -> bool:
@@ -112,6 +112,7 @@ class DecodeGraphs:
     def _capture(self) -> None:
         start = perf_counter()
         device = self._slots.device
+        self.handle = torch.cuda.graph_pool_handle()
         runs = [partial(self._run, StaticView(self.pool, self._slots[:size])) for size in reversed(self.buckets)]
         replays, self.pool_bytes = capture(runs, device, self.handle)
         self._replays = dict(zip(reversed(self.buckets), replays, strict=True))
@@ -177,6 +178,6 @@ def capture(
 
 
 def fill(buffer: Tensor, values: Sequence[int]) -> None:
-    """Write whole numbers into the first rows of `buffer`, without waiting for the device."""
+    """Write whole numbers into the first rows of `buffer` (rows, ...), without waiting for the device."""
     host = torch.tensor(values, dtype=buffer.dtype, pin_memory=buffer.is_cuda).view(-1, *buffer.shape[1:])
     buffer[: len(host)].copy_(host, non_blocking=True)
