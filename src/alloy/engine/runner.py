@@ -80,7 +80,7 @@ class Runner:
         self._graphs = graphs
         self._draft_graphs: DraftGraphs | None = None
         if graphs is not None and length is not None and may_capture(pool):
-            self._draft_graphs = DraftGraphs(model, pool, graphs.buckets, graphs.handle)
+            self._draft_graphs = DraftGraphs(model, pool, graphs.buckets, length.longest, graphs.handle)
         self.reset()
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ class Buffers:
         counts: (rows,) int64, how many of each row are real; 1 where a row is padding
         guesses: (rows, width - 1) int64
         said: (rows, 2 * width - 1) int64, the guesses and the token of the largest logit at each position, -1 as in `StepOutput`
-        logits: (rows * width, vocab) fp32
+        logits: fp32 (places, vocab), those of position j of row i at i * width + j
         new: (rows, width, hidden) after the final norm
     """
 
@@ -49,13 +49,17 @@ class DraftGraphs:
         model: with multi-token prediction
         pool: the cache; see `may_capture`
         buckets: batch sizes
+        longest: most drafts of a step
         handle: of the memory that captured steps share; None: nothing is captured, the calls are made one by one
     """
 
-    def __init__(self, model: CausalLM, pool: PagedCache, buckets: Sequence[int], handle: Any = None) -> None:
+    def __init__(
+        self, model: CausalLM, pool: PagedCache, buckets: Sequence[int], longest: int, handle: Any = None
+    ) -> None:
         self._model, self._pool, self._buckets, self._handle = model, pool, buckets, handle
         self._slots = torch.full((buckets[-1],), -1, dtype=torch.int32, device=model.embed.weight.device)
         self._rows: list[int] = []
+        self._longest = longest
         self._buffers: dict[int, Buffers] = {}
         self._steps: dict[tuple[int, int], tuple[Callable[[], None], Callable[[], None]]] = {}
         # real tokens per row of what waits in the buffers
@@ -120,7 +124,11 @@ class DraftGraphs:
         def states() -> Tensor:
             return torch.zeros(most, width, config.hidden, dtype=weight.dtype, device=weight.device)
 
-        logits = torch.zeros(most * width, config.vocab, device=weight.device)
+        # the largest by far: one for all numbers of drafts
+        shared = next((b.logits for b in self._buffers.values()), None)
+        logits = (
+            torch.zeros(most * (self._longest + 1), config.vocab, device=weight.device) if shared is None else shared
+        )
         self._buffers[length] = Buffers(
             ids(width), states(), ids() + 1, ids(length), ids(width + length), logits, states()
         )
