@@ -6,6 +6,7 @@ the last token of a prompt is the first that a step computes. With captured grap
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from time import perf_counter
 
 import torch
@@ -161,12 +162,12 @@ class Runner:
             drafts = self._drafter.draft(view, length)
             with view.drafting():
                 out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=view, logits="all")
-            guesses: list[list[int]] | None = on_host(drafts)
+            guesses: list[list[int]] = on_host(drafts)
             logits, hidden = out.logits, out.last_hidden
             assert logits is not None, "the call asked for logits"
             chosen = self._sampler.choose(logits, drafts)
         else:
-            guesses = None
+            guesses = [[]] * rows
             logits, hidden, chosen = self._one_token(view)
         accepted = _append(self.sequences, chosen, guesses)
         if self._sampler.wants_logprobs:
@@ -240,19 +241,16 @@ class Runner:
         return torch.tensor(tokens, dtype=torch.int64, device=self._device)[:, None]
 
 
-def _append(
-    sequences: Items[Sequence], chosen: Items[Items[int]], guesses: Items[Items[int]] | None = None
-) -> list[list[int]]:
+def _append(sequences: Items[Sequence], chosen: Items[Items[int]], guesses: Items[Items[int]]) -> list[list[int]]:
     """Give every sequence its tokens: the first, and a further one for each guess that the one before it confirmed.
 
     A sequence may replace a token (a budget that is spent) or end; both stop its run there.
     """
     accepted: list[list[int]] = []
-    for row, sequence in enumerate(sequences):
+    for sequence, tokens, expected in zip(sequences, chosen, guesses, strict=True):
         before = len(sequence.tokens)
-        for j, token in enumerate(chosen[row]):
-            taken = sequence.append(token)
-            if sequence.finished or guesses is None or j == len(guesses[row]) or guesses[row][j] != taken:
+        for token, guess in zip_longest(tokens, expected):
+            if sequence.append(token) != guess or sequence.finished:
                 break
         accepted.append(sequence.tokens[before:])
     return accepted

@@ -66,7 +66,7 @@ def mamba_rows(
         pairs = zip(C.unbind(outer), own.transpose(2, 3).unbind(outer), strict=True)
         products = [torch.bmm(a, b) for a, b in pairs]
         y = (products[0] if batch == 1 else torch.stack(products, outer)).view(x.shape).addcmul_(x, D[:, None])
-        gated = F.silu(z).mul_(y.view(batch, -1)).view(batch, groups, -1)
+        gated = F.silu(z).mul_(y.view(batch, -1)).view(batch * groups, 1, -1)
         return gated.mul_(inverse_rms(gated, eps)).view(batch, -1).mul_(norm_weight)
 
     batch = projected.shape[0]

@@ -44,10 +44,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_si
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean of squares + eps) over the last dimension of x (..., width), as (..., 1)."""
     width = x.shape[-1]
-    if 0 < x.numel() <= FEW_ROWS * width:
-        rows = x.reshape(-1, 1, width)
-        means = torch.baddbmm(_constant(eps, x.dtype), rows, rows.transpose(1, 2), alpha=1 / width)
-        return means.rsqrt_().view(*x.shape[:-1], 1)
+    if x.dim() == 3 and x.shape[1] == 1 and len(x) <= FEW_ROWS:
+        return torch.baddbmm(_constant(eps, x.dtype), x, x.transpose(1, 2), alpha=1 / width).rsqrt_()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().mul_(1 / width).add_(eps).rsqrt_()
 
