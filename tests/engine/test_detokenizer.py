@@ -1,14 +1,19 @@
 """Text from tokens: whole characters, whole text, and never a piece of a stop string."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from alloy.engine.codec import Codec
 from alloy.engine.detokenizer import Detokenizer
+
+Spell = Callable[[int], bytes] | None
 
 LETTERS = "abßλ🙂 "
 
@@ -27,17 +32,50 @@ def first_stop(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
     return None
 
 
+def as_byte(token: int) -> bytes:
+    """The same tokenizer, token by token."""
+    return bytes([token])
+
+
+@pytest.mark.parametrize("spell", [None, as_byte])
 @given(st.lists(st.integers(0, 255), max_size=40))
-def test_any_bytes_stream_to_the_decoded_whole(ids: list[int]) -> None:
+def test_any_bytes_stream_to_the_decoded_whole(spell: Spell, ids: list[int]) -> None:
     """Pieces concatenate to the text of all bytes, valid or not."""
-    d = Detokenizer(from_bytes)
+    d = Detokenizer(from_bytes, spell=spell)
     assert "".join(d.push(i) for i in ids) + d.finish() == from_bytes(ids)
 
 
+def test_byte_level_tokens_are_spelled_as_they_are_decoded() -> None:
+    """Every byte, tokens of several, added ones with letters outside the vocabulary, unknown ids: as the tokenizer says."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*letters, "Ġa", "ÃŁ", "ðŁ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [AddedToken("two words"), AddedToken("é"), AddedToken("🙂é"), AddedToken("<|x|>", special=True)]
+    )
+    codec = Codec(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert codec.spell is not None
+    ids = [*range(tokenizer.get_vocab_size() + 2), vocab["ÃŁ"], vocab["ðŁ"]]
+    drawn = random.Random(0)
+    for _ in range(200):
+        drawn.shuffle(ids)
+        d = Detokenizer(codec.decode, spell=codec.spell)
+        assert "".join(d.push(i) for i in ids) + d.finish() == codec.decode(ids)
+
+
+def test_other_decoders_are_asked_for_whole_texts() -> None:
+    """A decoder that looks at neighbours spells no token by itself."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.decoder = decoders.Metaspace()
+    assert Codec(PreTrainedTokenizerFast(tokenizer_object=tokenizer)).spell is None
+
+
+@pytest.mark.parametrize("spell", [None, as_byte])
 @given(st.text(max_size=20))
-def test_a_whole_character_is_released_with_its_last_byte(text: str) -> None:
+def test_a_whole_character_is_released_with_its_last_byte(spell: Spell, text: str) -> None:
     """Valid text is never delayed beyond the character, and never holds U+FFFD of its own making."""
-    d, seen = Detokenizer(from_bytes), ""
+    d, seen = Detokenizer(from_bytes, spell=spell), ""
     for character in text:
         pieces = [d.push(b) for b in character.encode()]
         if character != "\ufffd":
@@ -46,9 +84,10 @@ def test_a_whole_character_is_released_with_its_last_byte(text: str) -> None:
     assert seen + d.finish() == text
 
 
-def test_an_incomplete_character_becomes_one_replacement_at_the_end() -> None:
+@pytest.mark.parametrize("spell", [None, as_byte])
+def test_an_incomplete_character_becomes_one_replacement_at_the_end(spell: Spell) -> None:
     """Three of four bytes: nothing while streaming, U+FFFD once at the end."""
-    d = Detokenizer(from_bytes)
+    d = Detokenizer(from_bytes, spell=spell)
     assert [d.push(b) for b in "🙂".encode()[:3]] == ["", "", ""]
     assert d.finish() == "\ufffd"
     assert d.finish() == ""
@@ -59,10 +98,11 @@ def test_an_incomplete_character_becomes_one_replacement_at_the_end() -> None:
     st.text(LETTERS, max_size=25),
     st.lists(st.text(LETTERS, min_size=1, max_size=4), min_size=1, max_size=3),
     st.booleans(),
+    st.booleans(),
     st.data(),
 )
 def test_stop_strings_are_found_wherever_tokens_cut_them(
-    text: str, stops: list[str], include: bool, data: st.DataObject
+    text: str, stops: list[str], include: bool, is_spelled: bool, data: st.DataObject
 ) -> None:
     """Random cuts of the bytes: the streamed text ends where the first complete stop string says, to the character."""
     raw = text.encode()
@@ -72,7 +112,8 @@ def test_stop_strings_are_found_wherever_tokens_cut_them(
     def decode(ids: Sequence[int]) -> str:
         return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
 
-    d, out = Detokenizer(decode, stop=stops, include_stop=include), ""
+    spell = table.__getitem__ if is_spelled else None
+    d, out = Detokenizer(decode, stop=stops, include_stop=include, spell=spell), ""
     for i in range(len(table)):
         out += d.push(i)
         if d.stopped_by is not None:

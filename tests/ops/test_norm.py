@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from alloy.ops import add_rms_norm, gated_rms_norm, layer_norm_1p, rms_norm, use_backend
+from alloy.ops.cpu.norm import FEW_ROWS
 
 BACKENDS = ("torch", "cpu")
 
@@ -107,10 +108,10 @@ def test_gated_rms_norm_refuses_groups_that_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS + 1])
 @pytest.mark.parametrize("cast_first", [False, True])
 def test_sum_and_norm(backend: str, rows: int, cast_first: bool) -> None:
-    """The sum in the residual's dtype and its norm, for one row, which has a path of its own, and for several."""
+    """The sum in the residual's dtype and its norm, for few rows, which a CPU has a path for, and for more."""
     x, residual, weight = (t.detach() for t in (draw(rows, 24), draw(1, rows, 24)[0], draw(24)))
     total = x + residual
     want = total / torch.sqrt((total**2).mean(-1, keepdim=True) + 1e-5) * weight

@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from alloy.core.toml import is_list, is_table
@@ -23,6 +23,10 @@ NO_MARKERS = f"the tokenizer has no single tokens {THINK[0]} and {THINK[1]} and 
 KEPT = (*THINK, "<tool_call>", "</tool_call>", "<TOOLCALL>", "</TOOLCALL>")
 # special tokens that end a turn in the chat layouts that models are released with
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+# bytes behind the letters of a byte-level vocabulary: their own code points, the others one after another from 256 on
+LETTERS = set(pre_tokenizers.ByteLevel.alphabet())
+HIDDEN = [byte for byte in range(256) if chr(byte) not in LETTERS]
+BYTES = {letter: HIDDEN[ord(letter) - 256] if ord(letter) > 255 else ord(letter) for letter in LETTERS}
 
 
 class Codec:
@@ -32,6 +36,7 @@ class Codec:
         skipped: ids without text
         ends: ids that end an answer
         markers: what opens and closes a thought, if the model says
+        spell: UTF-8 of an id, where a text is that of its ids one after another; else None
 
     Args:
         tokenizer: of the model
@@ -49,6 +54,7 @@ class Codec:
         ends: set[int] = {special[content] for content in TURN_ENDS if content in special}
         eos: int | None = self._tokenizer.eos_token_id
         self.ends = frozenset(ends if eos is None else ends | {eos})
+        self.spell = cache(self._spell) if isinstance(self._backend.decoder, decoders.ByteLevel) else None
         # compilers of grammars by width of the logits, see grammar.py
         self.grammars: dict[int, object] = {}
         self.markers: ThinkingMarkers | None = None
@@ -67,6 +73,11 @@ class Codec:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out; incomplete UTF-8 as U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def _spell(self, token: int) -> bytes:
+        """What a byte-level decoder makes of an id; unknown ids have no text."""
+        piece: str = self._backend.id_to_token(token) or ""
+        return bytes(map(BYTES.__getitem__, piece)) if LETTERS.issuperset(piece) else piece.encode()
 
     def _piece(self, token: int) -> str:
         """Text of a token inside a text: some decoders take a space from the first one."""

@@ -414,7 +414,7 @@ class LLM:
         if self.codec is None:
             return None
         skipped = self.codec.skipped if params.skip_special_tokens else ()
-        return Detokenizer(self.codec.decode, skipped, params.stop, params.include_stop_str_in_output)
+        return Detokenizer(self.codec.decode, skipped, params.stop, params.include_stop_str_in_output, self.codec.spell)
 
     def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
         if params.grammar is None:

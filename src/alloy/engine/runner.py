@@ -6,6 +6,7 @@ the last token of a prompt is the first that a step computes. With captured grap
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from time import perf_counter
 
 import torch
@@ -163,29 +164,26 @@ class Runner:
         view = self._view
         assert view is not None, "a step needs rows"
         rows = len(self.sequences)
-        guesses: list[list[int]] | None = None
-        is_captured = False
-        if length:
-            assert self._drafter is not None, "only a drafter sets a length"
-            is_captured = self._draft_graphs is not None and self._drafter.width <= length + 1
-            if is_captured and self._draft_graphs is not None:
-                waiting = self._drafter.waiting()
-                guesses, chosen, held = self._draft_graphs.step(
-                    view.rows, waiting.tokens, waiting.hidden, waiting.counts, length
-                )
-                logits, hidden = held.logits[: rows * (1 + length)].view(rows, 1 + length, -1), held.new[:rows]
-                if not self._sampler.plain:
-                    chosen = self._sampler.choose(logits, held.guesses[:rows])
-            else:
-                drafts = self._drafter.draft(view, length)
-                with view.drafting():
-                    out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=view, logits="all")
-                guesses = on_host(drafts)
-                logits, hidden = out.logits, out.last_hidden
-                assert logits is not None, "the call asked for logits"
-                chosen = self._sampler.choose(logits, drafts)
-        else:
+        drafter = self._drafter if length else None
+        # what waits must fit into its buffers
+        graphs = self._draft_graphs if drafter is not None and drafter.width <= length + 1 else None
+        guesses: list[list[int]] = [[]] * rows
+        if drafter is None:
             logits, hidden, chosen = self._one_token(view)
+        elif graphs is not None:
+            waiting = drafter.waiting()
+            guesses, chosen, held = graphs.step(view.rows, waiting.tokens, waiting.hidden, waiting.counts, length)
+            logits, hidden = held.logits[: rows * (1 + length)].view(rows, 1 + length, -1), held.new[:rows]
+            if not self._sampler.plain:
+                chosen = self._sampler.choose(logits, held.guesses[:rows])
+        else:
+            drafts = drafter.draft(view, length)
+            with view.drafting():
+                out = self.model(torch.cat([self._column(self._newest), drafts], 1), cache=view, logits="all")
+            guesses = on_host(drafts)
+            logits, hidden = out.logits, out.last_hidden
+            assert logits is not None, "the call asked for logits"
+            chosen = self._sampler.choose(logits, drafts)
         accepted = _append(self.sequences, chosen, guesses)
         if self._sampler.wants_logprobs:
             self._sampler.logprobs(logits, accepted)
@@ -195,15 +193,15 @@ class Runner:
         self._newest = [tokens[-1] for tokens in taken]
         self._is_placed = self._graphs is not None and not length and self._sampler.plain and accepted == chosen
         confirmed = [len(tokens) - 1 for tokens in taken]
-        if length and self._drafter is not None:
-            if is_captured and self._draft_graphs is not None:
-                self._drafter.replace(Pairs(*self._draft_graphs.accept(taken, length)))
+        if drafter is not None:
+            if graphs is not None:
+                drafter.replace(Pairs(*graphs.accept(taken, length)))
                 view.refresh()
             else:
                 tokens, counts = padded(taken, self._device)
                 width = tokens.shape[1]
                 view.accept(tokens.new_full((rows,), width) if counts is None else counts)
-                self._drafter.observe(tokens, hidden[:, :width], counts)
+                drafter.observe(tokens, hidden[:, :width], counts)
             for sequence, count in zip(self.sequences, confirmed, strict=True):
                 sequence.drafted += length
                 sequence.accepted += count
@@ -262,19 +260,16 @@ class Runner:
         return torch.tensor(tokens, dtype=torch.int64, device=self._device)[:, None]
 
 
-def _append(
-    sequences: Items[Sequence], chosen: Items[Items[int]], guesses: Items[Items[int]] | None = None
-) -> list[list[int]]:
+def _append(sequences: Items[Sequence], chosen: Items[Items[int]], guesses: Items[Items[int]]) -> list[list[int]]:
     """Give every sequence its tokens: the first, and a further one for each guess that the one before it confirmed.
 
     A sequence may replace a token (a budget that is spent) or end; both stop its run there.
     """
     accepted: list[list[int]] = []
-    for row, sequence in enumerate(sequences):
+    for sequence, tokens, expected in zip(sequences, chosen, guesses, strict=True):
         before = len(sequence.tokens)
-        for j, token in enumerate(chosen[row]):
-            taken = sequence.append(token)
-            if sequence.finished or guesses is None or j == len(guesses[row]) or guesses[row][j] != taken:
+        for token, guess in zip_longest(tokens, expected):
+            if sequence.append(token) != guess or sequence.finished:
                 break
         accepted.append(sequence.tokens[before:])
     return accepted

@@ -45,7 +45,7 @@ class Sampler:
         self.plain = all(p.plain for p in params)
         self.wants_logprobs = any(p.logprobs is not None for p in params)
         self._grammars = [(row, s.grammar) for row, s in enumerate(self._sequences) if s.grammar is not None]
-        self._banned = [(row, sorted(s.stop_ids)) for row, s in enumerate(self._sequences) if s.params.min_tokens]
+        self._banned = [(row, s, sorted(s.stop_ids)) for row, s in enumerate(self._sequences) if s.params.min_tokens]
         self._biased = [
             (row, list(p.logit_bias), list(p.logit_bias.values())) for row, p in enumerate(params) if p.logit_bias
         ]
@@ -84,16 +84,13 @@ class Sampler:
         if self.plain:
             return on_host(_checked(logits, greedy(logits)))
         _, positions, vocab = logits.shape
-        changed = self._penalise(self._bias(self._ban(self._mask(logits, drafts))), drafts)
+        changed = self._penalise(self._adjust(self._mask(logits, drafts)), drafts)
         tokens = greedy(changed)
         if self._drawn:
             drawn = changed[self._drawn].flatten(0, 1)
             drawn = self._truncate(apply_temperature(drawn, self._spread(self._temperature, positions)), positions)
-            places = [
-                self._sequences[row].uniform(len(self._sequences[row].tokens) + j)
-                for row in self._drawn
-                for j in range(positions)
-            ]
+            sequences = [self._sequences[row] for row in self._drawn]
+            places = [s.uniform(len(s.tokens) + j) for s in sequences for j in range(positions)]
             uniform = torch.tensor(places, dtype=torch.float64, device=self._device)
             picked = sample(drawn.softmax(-1), uniform=uniform).view(-1, positions)
             # from a row where every token is banned nothing can be drawn
@@ -145,20 +142,13 @@ class Sampler:
             grammar.masks(words[row], guesses[row])
         return apply_bitmask(logits, bits.to(self._device, non_blocking=True))
 
-    def _ban(self, logits: Tensor) -> Tensor:
-        """No stop token before min_tokens."""
-        changed = logits
-        for row, ids in self._banned:
-            early = self._sequences[row].params.min_tokens - len(self._sequences[row].tokens)
-            if early > 0 and ids:
-                changed = logits.clone() if changed is logits else changed
-                changed[row, :early, ids] = -torch.inf
-        return changed
-
-    def _bias(self, logits: Tensor) -> Tensor:
-        if not self._biased:
-            return logits
-        changed = logits.clone()
+    def _adjust(self, logits: Tensor) -> Tensor:
+        """No stop token before min_tokens; what logit_bias adds."""
+        left = [(row, s.params.min_tokens - len(s.tokens), ids) for row, s, ids in self._banned]
+        early = [(row, count, ids) for row, count, ids in left if count > 0]
+        changed = logits.clone() if early or self._biased else logits
+        for row, count, ids in early:
+            changed[row, :count, ids] = -torch.inf
         for row, ids, values in self._biased:
             changed[row, :, ids] += torch.tensor(values, device=logits.device)
         return changed
@@ -217,13 +207,10 @@ def token_logprobs(tokens: Items[int], tables: dict[str, Tensor], top: int) -> l
     best = first.topk(min(top, first.shape[1]), dim=1)
     values: list[list[float]] = on_host(best.values)
     places: list[list[int]] = on_host(best.indices)
+    unknown = [None] * len(tokens)
+    model, sampled = chosen.get("model", unknown), chosen.get("sampled", unknown)
     return [
-        TokenLogprobs(
-            token=token,
-            model=chosen["model"][j] if "model" in chosen else None,
-            sampled=chosen["sampled"][j] if "sampled" in chosen else None,
-            top=tuple(zip(places[j], values[j], strict=True)),
-        )
+        TokenLogprobs(token, model[j], sampled[j], tuple(zip(places[j], values[j], strict=True)))
         for j, token in enumerate(tokens)
     ]
 

@@ -138,14 +138,15 @@ class PagedCache:
             return
         wanted: list[tuple[int, int]] = []
         for slot in slots:
-            if slot >= 0:
-                needed = blocks_of(self.held[slot] + tokens)
-                if needed > self.table.shape[1]:
-                    raise RequestError(
-                        f"a sequence of {self.held[slot]} tokens and {tokens} more is longer than max_tokens = "
-                        f"{self.max_tokens} of the cache"
-                    )
-                wanted += [(slot, i) for i in range(len(self._owned[slot]), needed)]
+            if slot < 0 or self.held[slot] + tokens <= len(self._owned[slot]) * BLOCK:
+                continue
+            needed = blocks_of(self.held[slot] + tokens)
+            if needed > self.table.shape[1]:
+                raise RequestError(
+                    f"a sequence of {self.held[slot]} tokens and {tokens} more is longer than max_tokens = "
+                    f"{self.max_tokens} of the cache"
+                )
+            wanted += [(slot, i) for i in range(len(self._owned[slot]), needed)]
         if not wanted:
             return
         if len(wanted) > len(self._free_blocks):
@@ -244,9 +245,10 @@ class PagedCache:
 
     def count(self, slots: Sequence[int], tokens: int | Sequence[int]) -> None:
         """Note on the host that the slots hold `tokens` more, the same number or one for each; the device counts itself."""
-        for i, slot in enumerate(slots):
+        counts = [tokens] * len(slots) if isinstance(tokens, int) else tokens
+        for slot, count in zip(slots, counts, strict=True):
             if slot >= 0:
-                self.held[slot] += tokens if isinstance(tokens, int) else tokens[i]
+                self.held[slot] += count
 
     def bytes(self) -> int:
         """Bytes allocated, multi-token prediction included."""
@@ -261,9 +263,9 @@ class PagedCache:
             del self._owned[slot][kept:]
 
     def _clear(self, slots: Sequence[int]) -> None:
-        index = upload(slots, self.table.device)
-        for tensor in (self.lengths, self.states.ssm, self.states.conv):
-            tensor.index_fill_(0, index, 0)
+        for slot in slots:
+            for tensor in (self.lengths, self.states.ssm, self.states.conv):
+                tensor[slot].zero_()
         if self.mtp is not None:
             self.mtp._clear(slots)
 

@@ -3,6 +3,7 @@
 Reference, formulas and papers: `alloy.ops.norm`.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from alloy.ops.precision import wide
 
+# up to this many rows, a product of each with itself that adds `eps` costs less than passes over a column of norms
+FEW_ROWS = 16
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, cast_first: bool) -> Tensor:
     """As `alloy.ops.rms_norm`."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps, cast_first)
     if x.dtype == weight.dtype == torch.float32:
-        if x.numel() == x.shape[-1]:
-            return x.mul((torch.linalg.vector_norm(x).item() ** 2 / x.shape[-1] + eps) ** -0.5).mul_(weight)
-        return x.mul(_inverse_rms(x, eps)).mul_(weight)
+        return x.mul(inverse_rms(x, eps)).mul_(weight)
     return _scaled(_normalized(x.to(wide(x)), eps)[0], x, weight, cast_first)
 
 
@@ -36,17 +38,26 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_si
         return _GatedRMSNorm.apply(x, gate, weight, eps, group_size)
     kind = wide(x)
     gated = F.silu(gate.to(kind)).mul_(x).unflatten(-1, (-1, group_size))
-    return gated.mul_(_inverse_rms(gated, eps)).flatten(-2).mul_(weight.to(kind)).to(x.dtype)
+    return gated.mul_(inverse_rms(gated, eps)).flatten(-2).mul_(weight.to(kind)).to(x.dtype)
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean of squares + eps) over the last dimension of x (..., width), as (..., 1)."""
+    width = x.shape[-1]
+    if x.dim() == 3 and x.shape[1] == 1 and len(x) <= FEW_ROWS:
+        return torch.baddbmm(_constant(eps, x.dtype), x, x.transpose(1, 2), alpha=1 / width).rsqrt_()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return norm.square_().mul_(1 / width).add_(eps).rsqrt_()
+
+
+@cache
+@torch.inference_mode(False)
+def _constant(value: float, kind: torch.dtype) -> Tensor:
+    return torch.full((1, 1, 1), value, dtype=kind)
 
 
 def _normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    inverse = _inverse_rms(x, eps)
+    inverse = inverse_rms(x, eps)
     return x * inverse, inverse
 
 
@@ -88,7 +99,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
         kind = wide(x)
         gated = F.silu(gate.to(kind)).mul_(x).unflatten(-1, (-1, group_size))
-        inverse = _inverse_rms(gated, eps)
+        inverse = inverse_rms(gated, eps)
         ctx.save_for_backward(x, gate, weight, inverse)
         return gated.mul_(inverse).flatten(-2).mul_(weight.to(kind)).to(x.dtype)
 
