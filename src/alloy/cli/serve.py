@@ -187,10 +187,12 @@ def _loaded(process: "SpawnProcess", pipe: socket.socket) -> "tuple[RemoteEngine
 
 
 def _load(model: str, settings: Mapping[str, Any]) -> tuple["LLM", dict[str, str]]:
-    """The model, and what its weights of low precision cost."""
+    """The model, and what its weights of low precision cost; called in the process of an engine."""
+    from alloy.cli import load_plugins
     from alloy.core.device import resolve_device
     from alloy.engine.core import LLM
 
+    load_plugins()
     settings = dict(settings)
     device = resolve_device(settings.get("device", "auto"))
     settings.setdefault("max_seqs", MAX_SEQS_CPU if device.type == "cpu" else MAX_SEQS)
