@@ -63,7 +63,7 @@ def timed_out(seconds: float) -> ApiError:
 
 
 def engine_dead(status: int) -> ApiError:
-    """The engine thread ended: 500 for what it was computing, 503 for all that comes after."""
+    """The engine ended: 500 for what it was computing, 503 for all that comes after."""
     return ApiError(status, "the engine stopped after an internal error; the server restarts", "engine_dead")
 
 

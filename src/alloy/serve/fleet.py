@@ -1,6 +1,6 @@
 """Several engines, each in a process of its own, behind one front: `serve.replicas` (serving.md section 11).
 
-The front is the server of app.py; in the engine thread's place its driver has a `Fleet`. Ray Serve starts the replicas,
+The front is the server of app.py; in the place of one engine its driver has a `Fleet`. Ray Serve starts the replicas,
 looks after them, replaces those that die, and carries requests there and outputs back. This is the only module that
 imports Ray.
 """
