@@ -18,10 +18,11 @@ import pytest
 from alloy.engine.core import LLM
 from alloy.engine.request import Completion, Output, Request, TokenLogprobs
 from alloy.errors import RequestError
-from alloy.serve.driver import Backend, EngineThread
+from alloy.serve.driver import Backend
 from alloy.serve.guard import Keys
 from alloy.serve.listen import Listener
 from alloy.serve.model import ServedModel
+from alloy.serve.process import engine_thread
 from alloy.serve.settings import ServerSettings
 from tests.engine.conftest import SPECIAL, TEMPLATE, build, byte_tokenizer
 
@@ -226,7 +227,7 @@ def serving(
     bound = socket.create_server(("127.0.0.1", 0))
     if send_buffer is not None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    listener = Listener(model, backend or EngineThread(engine), Keys(keys))
+    listener = Listener(model, backend or engine_thread(engine, llm.check), Keys(keys))
     loop = asyncio.new_event_loop()
     failure: list[BaseException] = []
 

@@ -17,6 +17,7 @@ import pytest
 import alloy
 from tests.cli.test_serve import running
 from tests.engine.conftest import build, byte_tokenizer
+from tests.serve.test_process import engine_of
 
 # of one soak count, 200 in a full run: 10,000 clients, a minute
 CLIENTS, SECONDS = 50, 0.3
@@ -126,9 +127,9 @@ def answer(url: str) -> object:
 
 
 def rss_mib(process: subprocess.Popen[str]) -> float:
-    """Memory that a process holds."""
-    text = Path(f"/proc/{process.pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", text)[1]) / 1024
+    """Memory that a server and its engine hold."""
+    texts = [Path(f"/proc/{pid}/status").read_text() for pid in (process.pid, engine_of(process.pid))]
+    return sum(int(re.search(r"VmRSS:\s+(\d+) kB", text)[1]) for text in texts) / 1024
 
 
 @pytest.mark.soak

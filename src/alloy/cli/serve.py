@@ -1,7 +1,10 @@
 """`alloy serve`: a model behind OpenAI's API, with a page to talk to it."""
 
 import asyncio
+import errno
+import ipaddress
 import os
+import socket
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,16 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alloy.errors import RecipeError
+from alloy.core.logging import get_logger
+from alloy.errors import AlloyError, RecipeError
 
 if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
     import torch
 
     from alloy.engine.core import LLM
     from alloy.engine.engine import Gauges
     from alloy.serve.driver import Backend
     from alloy.serve.model import ServedModel
+    from alloy.serve.process import RemoteEngine
     from alloy.serve.settings import ServerSettings
+
+log = get_logger(__name__)
 
 MAX_SEQS, MAX_SEQS_CPU = 64, 16
 LENGTHS = (2048, 8192)
@@ -50,7 +59,7 @@ def serve(
         require(package, extra="serve", why="alloy serve works")
     from alloy.core import logging
     from alloy.serve.guard import Keys
-    from alloy.serve.listen import Listener, open_socket
+    from alloy.serve.listen import Listener
     from alloy.serve.settings import read_settings
 
     # settings and the socket come first: a mistake there is known before the model is read
@@ -67,7 +76,7 @@ def serve(
         # read when Ray is imported: it neither starts again by itself while it ends, nor reports its use
         os.environ |= {"RAY_ENABLE_AUTO_CONNECT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         require("ray", extra="scale", why=f"serve.replicas = {limits.replicas} works")
-    with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
+    with _open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
         logging.setup()
         names = served_name or [_name(model)]
         with _computing(model, chosen.engine.chosen, names, limits) as (served, backend, rows):
@@ -75,39 +84,115 @@ def serve(
             shown = f"[{address}]" if ":" in address else address
             url = f"http://{shown}:{number}"
             logging.start_panel("serving", {"model": ", ".join(names), **rows, "url": url})
-            asyncio.run(Listener(served, backend, keys).listen(bound))
+            listener = Listener(served, backend, keys)
+            # uvloop where it is installed
+            with asyncio.Runner(loop_factory=listener.config.get_loop_factory()) as runner:
+                runner.run(listener.listen(bound))
+
+
+def _open_socket(host: str, port: int, has_keys: bool, insecure: bool) -> socket.socket:
+    """A bound socket, before any model is loaded; refuses to serve other machines without a key."""
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise RecipeError(f'host = "{host}" with port {port} is no address of this machine ({error})') from error
+    if not (has_keys or insecure or ipaddress.ip_address(info[4][0]).is_loopback):
+        raise RecipeError(
+            f'host = "{host}" can be reached from other machines, and no API key is set; give --api-key, '
+            "or serve.insecure=true to serve everyone"
+        )
+    bound = socket.socket(*info[:3])
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # accepted sockets inherit it: a token must not wait for the acknowledgement of the one before
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        bound.bind(info[4])
+    except (OSError, OverflowError) as error:
+        bound.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise RecipeError(f"port {port} on {host} is in use; stop what uses it, or give --port") from error
+        raise RecipeError(f"cannot listen on {host}, port {port}: {error}; give --host or --port") from error
+    return bound
 
 
 @contextmanager
 def _computing(
     model: str, settings: Mapping[str, Any], names: Sequence[str], limits: "ServerSettings"
-) -> "Generator[tuple[ServedModel, Backend, dict[str, str]]]":
+) -> "Generator[tuple[ServedModel, Backend, Mapping[str, str]]]":
     """The model as the server knows it, what computes its answers, and rows of the start-up table."""
-    from alloy.engine.core import LLM
-    from alloy.serve.driver import EngineThread
-    from alloy.serve.model import ServedModel
+    from alloy.core.pipe import beside
 
+    found = str(Path(model).resolve()) if Path(model).exists() else model
     if limits.replicas == 1:
-        llm, cost = _load(model, settings)
-        backend = EngineThread(llm.engine())
-        yield ServedModel(llm, names, limits), backend, start_rows(llm, backend.gauges()) | cost
+        with beside("engine", _run_engine, found, dict(settings)) as (process, pipe):
+            # while weights are loaded there
+            served = _front(model, settings, names, limits)
+            try:
+                backend, served.llm.max_model_len, rows = _loaded(process, pipe)
+                yield served, backend, rows
+            finally:
+                if code := process.exitcode:
+                    log.error("the engine's process ended with code %d; -9: killed, as when memory runs out", code)
         return
     from alloy.serve.fleet import launch
 
-    # knows the tokenizer and the shapes
-    llm = LLM(model, device="meta", max_model_len=settings.get("max_model_len", 1))
-    served = ServedModel(llm, names, limits)
-    found = str(Path(model).resolve()) if Path(model).exists() else model
+    served = _front(model, settings, names, limits)
     with launch(partial(_load, found), settings, limits, start_rows) as fleet:
-        llm.max_model_len = fleet.max_model_len
+        served.llm.max_model_len = fleet.max_model_len
         yield served, fleet, fleet.rows
 
 
+def _front(model: str, settings: Mapping[str, Any], names: Sequence[str], limits: "ServerSettings") -> "ServedModel":
+    """What the server itself must know of a model: the tokenizer and the shapes."""
+    from alloy.engine.core import LLM
+    from alloy.serve.model import ServedModel
+
+    return ServedModel(LLM(model, device="meta", max_model_len=settings.get("max_model_len", 1)), names, limits)
+
+
+def _run_engine(pipe: socket.socket, model: str, settings: Mapping[str, Any]) -> None:
+    """The engine's process: says what it has loaded, or why it cannot, and serves."""
+    from alloy.core import logging
+    from alloy.core.pipe import send
+    from alloy.serve.process import EngineLoop
+
+    logging.setup()
+    # without a server it ends wherever it is, such as in the middle of loading
+    loop = EngineLoop(pipe, partial(os._exit, 0))
+    try:
+        llm, cost = _load(model, settings)
+        engine = llm.engine()
+        gauges = engine.gauges()
+        send(pipe, (gauges, llm.max_model_len, start_rows(llm, gauges) | cost))
+    except (AlloyError, OSError) as error:
+        send(pipe, error)
+    else:
+        loop.run(engine, llm.check)
+
+
+def _loaded(process: "SpawnProcess", pipe: socket.socket) -> "tuple[RemoteEngine, int, Mapping[str, str]]":
+    """Wait for the engine's process: its engine, max_model_len, and rows; raises what it could not do."""
+    from alloy.core.pipe import receive
+    from alloy.serve.process import RemoteEngine
+
+    try:
+        said = receive(pipe)
+    except EOFError as error:
+        process.join()
+        raise AlloyError("the engine ended before the model was loaded; the log above says why") from error
+    if isinstance(said, Exception):
+        raise said
+    gauges, *rest = said
+    return RemoteEngine(pipe, gauges), *rest
+
+
 def _load(model: str, settings: Mapping[str, Any]) -> tuple["LLM", dict[str, str]]:
-    """The model, and what its weights of low precision cost."""
+    """The model, and what its weights of low precision cost; called in the process of an engine."""
+    from alloy.cli import load_plugins
     from alloy.core.device import resolve_device
     from alloy.engine.core import LLM
 
+    load_plugins()
     settings = dict(settings)
     device = resolve_device(settings.get("device", "auto"))
     settings.setdefault("max_seqs", MAX_SEQS_CPU if device.type == "cpu" else MAX_SEQS)

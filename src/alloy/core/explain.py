@@ -19,6 +19,20 @@ _MOST_KEYS = 16
 # how much a complaint says that another member of a union was meant; all others count 1
 _MISFIT = {"literal_error": 100, "union_tag_not_found": 15, "extra_forbidden": 10}
 
+# what pydantic calls them -> what a user of JSON calls them
+_SAID = {
+    "string_type": "must be a string",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be an array",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "json_type": "must be a string with a JSON object",
+    "json_invalid": "must be a string with a JSON object",
+    "missing": "is missing",
+}
+
 
 def explain(error: ValidationError, model: type[BaseModel], composed: Composed) -> str:
     """All complaints of `error` about `composed`, one a line, each with its place and a way out."""
@@ -46,6 +60,19 @@ def nearest_key(model: type[BaseModel], data: Any, key: Key) -> str:
         return f'Did you mean "{dotted((*key[:-1], close[0]))}"?'
     more = f" and {len(beside) - _MOST_KEYS} more" if len(beside) > _MOST_KEYS else ""
     return f"Known here: {', '.join(beside[:_MOST_KEYS])}{more}." if beside else ""
+
+
+def deepest(error: ValidationError, data: object) -> tuple[Key, str]:
+    """Of a JSON document that does not fit: where `error` reaches deepest, and what must be there; of a union, the member
+    that was meant."""
+    placed = [(_place(detail, data)[0], detail) for detail in error.errors(include_url=False)]
+    key, _ = max(placed, key=lambda p: len(p[0]))
+    said = [d for k, d in placed if k == key]
+    # the member of a union whose type fits says more than those whose type does not
+    said = [d for d in said if d["type"] not in _SAID] or said
+    texts = list(dict.fromkeys(_SAID.get(d["type"], _lowered(d["msg"])) for d in said))
+    musts = [t.removeprefix("must be ") for t in texts]
+    return key, "must be " + " or ".join(musts) if all(t.startswith("must be ") for t in texts) else texts[0]
 
 
 def _relevant(errors: list[ErrorDetails], data: Any) -> Iterator[tuple[Key, ErrorDetails]]:
@@ -132,6 +159,11 @@ def _one(detail: ErrorDetails, key: Key, model: type[BaseModel], composed: Compo
     elif kind == "string_type" and "override" in where:
         hint = f""" Quote it: '{name}="{value}"'."""
     return f"{where}: {name} = {_shown(value)}: {wish[:1].lower()}{wish[1:]}.{hint}"
+
+
+def _lowered(text: str) -> str:
+    text = text.removeprefix("Value error, ").removeprefix("Input ")
+    return text[:1].lower() + text[1:]
 
 
 def _guess_line(message: str, key: Key, composed: Composed) -> str:

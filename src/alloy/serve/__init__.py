@@ -1,1 +1,1 @@
-"""Level 9: the HTTP server. OpenAI's API over one engine thread; everything else is asyncio."""
+"""Level 9: the HTTP server. OpenAI's API in asyncio; the engine is in a process of its own."""

@@ -58,6 +58,8 @@ class Choice:
         self.stop_reason: str | int | None = None
         self.drafted = 0
         self.accepted = 0
+        # characters of the tokens that a stream has told the scores of
+        self.offset = 0
         # tokens inside the thought, its markers excluded
         self.reasoning_tokens = 0
         self._parser = ToolParser(**layout.tools) if layout.tools is not None else None

@@ -88,7 +88,7 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
-        self.driver.start()
+        await self.driver.start()
         status = asyncio.create_task(self._report())
         try:
             yield

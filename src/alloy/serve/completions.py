@@ -1,7 +1,6 @@
 """POST /v1/completions: texts or token ids continued, with echo and log probabilities of the prompt for scoring."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,11 +24,8 @@ async def answer_completion(
     head = new_head("text_completion", new_id("cmpl-"), model.check_name(body.model))
     requests = await asyncio.to_thread(prepare, model, body)
     run = service.run(requests, Layout(model, has_thoughts=False, is_score=body.max_tokens == 0))
-    # characters that each choice has said
-    said: Counter[int] = Counter()
-    return await run.complete(
-        http, body, head, partial(_chunks, model, body, run, said), partial(_choice, model, body, run)
-    )
+    chunks, choice = partial(_chunks, model, body, run), partial(_choice, model, body, run)
+    return await run.complete(http, body, head, chunks, choice)
 
 
 def prepare(model: ServedModel, body: CompletionRequest) -> list[Request]:
@@ -86,14 +82,13 @@ def _choice(model: ServedModel, body: CompletionRequest, run: Run, choice: Choic
     return whole
 
 
-def _chunks(model: ServedModel, body: CompletionRequest, run: Run, said: Counter[int], step: Step) -> Iterator[Json]:
+def _chunks(model: ServedModel, body: CompletionRequest, run: Run, step: Step) -> Iterator[Json]:
     """What an increment adds to a stream."""
     choice, news = step.choice, step.completion
 
     def chunk(text: str, entries: Sequence[TokenLogprobs | None], ids: Sequence[int], **more: Any) -> Json:
-        offset = said[choice.index]
-        scored = text_logprobs(model, entries, ids, offset) if body.logprobs is not None and ids else None
-        said[choice.index] += sum(map(len, scored["tokens"])) if scored else 0
+        scored = text_logprobs(model, entries, ids, choice.offset) if body.logprobs is not None and ids else None
+        choice.offset += sum(map(len, scored["tokens"])) if scored else 0
         part = {"index": choice.index, "text": text, "logprobs": scored, "finish_reason": None, **more}
         return {"choices": [part]}
 

@@ -1,34 +1,25 @@
-"""One thread owns the engine; everything else talks to it through this.
+"""Between the event loop and what computes: everything talks to the engine through this.
 
-Asyncio side, `Driver`: `submit` admits requests or refuses them, a `Ticket` yields their outputs, `cancel` ends them. What
-computes them is a `Backend`: here `EngineThread`, one loop that takes what came in, steps, and hands all outputs of a step
-over in one call; in fleet.py replicas in processes of their own. Counters of what waits come with the outputs, so that
-admission reads consistent numbers without locks.
+`Driver.submit` admits requests or refuses them, a `Ticket` yields their outputs, `cancel` ends them. What computes them is a
+`Backend`: an engine in a process of its own (process.py), or several (fleet.py). All outputs of a step are handed over in one
+call, and counters of what waits come with them, so that admission reads consistent numbers without locks.
 """
 
 import asyncio
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from alloy.core.logging import get_logger
 from alloy.engine.request import Output, Request
-from alloy.errors import RequestError
 from alloy.serve.errors import ApiError, bad, engine_dead, overloaded, timed_out
 from alloy.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
-    # they import PyTorch
-    from alloy.engine.engine import Engine, Gauges
+    # it imports PyTorch
+    from alloy.engine.engine import Gauges
 
-log = get_logger(__name__)
-
-# an idle engine thread looks up this often, in case it is told to stop
-IDLE_S = 1.0
 RETRY_S = 5
 
 Told = Literal["cancel", "pause", "resume"]
@@ -123,11 +114,12 @@ class Backend(Protocol):
         """Whether a request that comes now would be computed at once."""
         ...
 
+    @property
     def gauges(self) -> "Gauges":
         """What is held before anything ran."""
         ...
 
-    def start(self, driver: "Driver") -> None:
+    async def start(self, driver: "Driver") -> None:
         """Begin; from now on `driver.stepped` and `driver.died` are called on the running event loop."""
 
     def add(self, request: Request) -> None:
@@ -168,13 +160,13 @@ class Driver:
         self._taken = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.gauges = backend.gauges()
+        self.gauges = backend.gauges
         self.is_dead = False
         self.is_draining = False
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin to compute; outputs arrive on the running event loop."""
-        self._backend.start(self)
+        await self._backend.start(self)
 
     async def close(self) -> None:
         """Stop computing."""
@@ -262,7 +254,7 @@ class Driver:
         """Hand a round's outputs to their tickets.
 
         Args:
-            outputs: in the order in which they were computed
+            outputs: in the order in which they were computed; the prompts are left out
             failed: ids of requests that end here, and what their readers are told
             taken: requests that the backend has taken up since it began
             gauges: what it holds
@@ -307,90 +299,6 @@ class Driver:
             self._owners.pop(request_id, None)
         if not self._owners:
             self._idle.set()
-
-
-class EngineThread:
-    """A thread that owns an engine and closes it.
-
-    Args:
-        engine: touched by this thread alone
-    """
-
-    is_up = True
-
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
-        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        # requests that the engine has seen
-        self._taken = 0
-        # known from the start on
-        self._driver: Driver
-        self._loop: asyncio.AbstractEventLoop
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def gauges(self) -> "Gauges":
-        """What the engine holds before it runs."""
-        return self._engine.gauges()
-
-    def start(self, driver: Driver) -> None:
-        """Begin stepping."""
-        self._driver, self._loop = driver, asyncio.get_running_loop()
-        self._thread.start()
-
-    def add(self, request: Request) -> None:
-        """Hand a request to the engine."""
-        self._inbox.put(("add", request))
-
-    def tell(self, kind: Told, request_id: str) -> None:
-        """Have the engine's method of this name called."""
-        self._inbox.put((kind, request_id))
-
-    async def close(self) -> None:
-        """Stop the thread."""
-        self._inbox.put(("stop", None))
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
-
-    def _run(self) -> None:
-        engine = self._engine
-        try:
-            while True:
-                refused = self._take(block=not engine.busy)
-                if refused is None:
-                    return
-                outputs = engine.step() if engine.busy else []
-                self._post(self._driver.stepped, outputs, refused, self._taken, engine.gauges(), engine.stats)
-        except Exception:
-            log.exception("the engine failed")
-            self._post(self._driver.died)
-        finally:
-            engine.close()
-
-    def _take(self, block: bool) -> list[tuple[str, ApiError]] | None:
-        """Everything in the inbox goes to the engine: the requests that it refused, or None to stop."""
-        refused: list[tuple[str, ApiError]] = []
-        while True:
-            try:
-                kind, value = self._inbox.get(block, IDLE_S if block else None)
-            except queue.Empty:
-                return refused
-            block = False
-            if kind == "stop":
-                return None
-            if kind != "add":
-                # "cancel", "pause" or "resume"
-                getattr(self._engine, kind)(value)
-                continue
-            self._taken += 1
-            try:
-                self._engine.add(value)
-            except RequestError as error:
-                refused.append((value.id, bad(value.id.partition("-")[0], str(error))))
-
-    def _post(self, call: Callable[..., None], *arguments: object) -> None:
-        # the loop may be gone when the process ends
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(call, *arguments)
 
 
 def _tokens(output: Output) -> int:

@@ -1,6 +1,6 @@
 """Several engines, each in a process of its own, behind one front: `serve.replicas` (serving.md section 11).
 
-The front is the server of app.py; in the engine thread's place its driver has a `Fleet`. Ray Serve starts the replicas,
+The front is the server of app.py; in the place of one engine its driver has a `Fleet`. Ray Serve starts the replicas,
 looks after them, replaces those that die, and carries requests there and outputs back. This is the only module that
 imports Ray.
 """
@@ -41,8 +41,9 @@ from alloy.engine.request import Output, Request
 from alloy.engine.runner import EngineStats
 from alloy.errors import AlloyError, RecipeError, ResourceError
 from alloy.serve.affinity import Affinity
-from alloy.serve.driver import Driver, EngineThread, Failed, Told
+from alloy.serve.driver import Driver, Failed, Told
 from alloy.serve.errors import ApiError, internal
+from alloy.serve.process import engine_thread
 from alloy.serve.settings import ServerSettings
 from alloy.serve.sse import end
 
@@ -76,7 +77,7 @@ class Report:
 
     Attributes:
         replica: its name
-        outputs: what is new of a request, without its prompt
+        outputs: what is new of a request
         gauges: what its engine holds; as waiting counts what has not begun
         stats: its engine's counters
         refused: why the engine does not take the request
@@ -111,8 +112,8 @@ class Replica:
         setup(console=False)
         torch.set_num_threads(threads)
         try:
-            self._llm, rows = load()
-            self._engine = self._llm.engine()
+            llm, rows = load()
+            self._engine = llm.engine()
         except AlloyError as error:
             # all that Ray passes on is a traceback
             if failure.parent.exists():
@@ -120,13 +121,13 @@ class Replica:
             raise
         # the front has admitted what comes here
         settings = settings.model_copy(update={"max_queue": 0, "max_queue_tokens": 0})
-        self._thread = EngineThread(self._engine)
+        self._thread = engine_thread(self._engine, llm.check)
         # an engine that failed ends its process: who waits for it learns so, and Ray starts another
         self._driver = Driver(self._thread, settings, on_death=partial(os._exit, 1))
-        self._facts = self._llm.max_model_len, {**describe(self._llm, self._driver.gauges), **rows}
+        self._facts = llm.max_model_len, {**describe(llm, self._driver.gauges), **rows}
         self._name = serve.get_replica_context().replica_id.unique_id
         # Ray makes replicas on the event loop that calls them
-        self._driver.start()
+        self._starting = asyncio.create_task(self._driver.start())
 
     async def describe(self) -> tuple[int, Rows]:
         """What the front must know: max_model_len, and rows of the start-up table."""
@@ -143,8 +144,6 @@ class Replica:
 
     async def answer(self, request: Request, name: str | None) -> AsyncGenerator[Report]:
         """Outputs of a request as they come; the first report only says that it was taken up. `name` is the router's."""
-        # compiles its grammar, for which the engine's thread has no time
-        await asyncio.to_thread(self._llm.check, request)
         ticket = self._driver.submit([request])
         try:
             yield await self.report()
@@ -152,8 +151,7 @@ class Replica:
                 outputs = [output]
                 while ticket.unread_tokens:
                     outputs.append(await anext(ticket))
-                bare = tuple(replace(o, prompt_token_ids=()) for o in outputs)
-                yield replace(await self.report(), outputs=bare)
+                yield replace(await self.report(), outputs=tuple(outputs))
         except ApiError as error:
             yield replace(await self.report(), refused=error)
         finally:
@@ -206,6 +204,7 @@ class Fleet:
         """Whether any replica answers."""
         return bool(self.replicas)
 
+    @property
     def gauges(self) -> Gauges:
         """What all replicas hold."""
         return _total([NOTHING, *self.replicas.values()])
@@ -215,7 +214,7 @@ class Fleet:
         """Counters of all replicas there ever were."""
         return _total([EngineStats(), *self._stats.values()])
 
-    def start(self, driver: Driver) -> None:
+    async def start(self, driver: Driver) -> None:
         """Begin to ask replicas what they hold."""
         self._driver = driver
         self._tasks["watch"] = asyncio.create_task(self._watch_replicas())
@@ -282,11 +281,10 @@ class Fleet:
         self._unseen.discard(request.id)
         self._places[request.id] = report.replica
         self.replicas[report.replica], self._stats[report.replica] = report.gauges, report.stats
-        outputs = [replace(o, prompt_token_ids=request.token_ids) for o in report.outputs]
-        self._tell(outputs, [(request.id, report.refused)] if report.refused else [])
+        self._tell(report.outputs, [(request.id, report.refused)] if report.refused else [])
 
     def _tell(self, outputs: Sequence[Output], failed: Failed) -> None:
-        self._driver.stepped(outputs, failed, self._sent - len(self._unseen), self.gauges(), self.stats)
+        self._driver.stepped(outputs, failed, self._sent - len(self._unseen), self.gauges, self.stats)
 
     async def _watch_replicas(self) -> None:
         """Ask replicas what they hold, again and again; without Ray the server ends."""

@@ -1,4 +1,4 @@
-"""What all routes share: the model, the engine thread, metrics, and one way to run requests and to tell what comes of them."""
+"""What all routes share: the model, its driver, metrics, and one way to run requests and to tell what comes of them."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,0 +1,84 @@
+"""Messages between two ends of a socket, and a process at the other end of one."""
+
+import pickle
+import signal
+import socket
+import struct
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+# bytes of the message behind it
+HEAD = struct.Struct("!Q")
+# from a terminal they reach all its processes
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def packed(message: object) -> bytes:
+    """A message as it goes over a socket."""
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    return HEAD.pack(len(data)) + data
+
+
+def send(pipe: socket.socket, message: object) -> None:
+    """Send one message, once there is room for it; nothing happens if there is no other end any more."""
+    with suppress(ConnectionError):
+        pipe.sendall(packed(message))
+
+
+def receive(pipe: socket.socket) -> Any:
+    """Wait for the next message; EOFError: there is no other end any more."""
+    head = pipe.recv(HEAD.size, socket.MSG_WAITALL)
+    if len(head) < HEAD.size:
+        raise EOFError
+    return pickle.loads(pipe.recv(HEAD.unpack(head)[0], socket.MSG_WAITALL))
+
+
+class Unpacker:
+    """Messages out of the bytes of a socket, however they are cut."""
+
+    def __init__(self) -> None:
+        # what is behind the last whole message
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """The messages that end in `data`."""
+        self._rest += data
+        while len(self._rest) >= HEAD.size:
+            end = HEAD.size + HEAD.unpack_from(self._rest)[0]
+            if len(self._rest) < end:
+                return
+            message = self._rest[HEAD.size : end]
+            del self._rest[:end]
+            yield pickle.loads(message)
+
+
+@contextmanager
+def beside(name: str, target: Callable[..., None], *arguments: object) -> Generator[tuple[SpawnProcess, socket.socket]]:
+    """A new process, and the end of a socket that leads to it; killed when the context ends.
+
+    Ctrl-C and SIGTERM do not end it: this process alone answers them.
+
+    Args:
+        name: of the process
+        target: called there with its end of the socket and what follows
+        *arguments: that can be pickled
+    """
+    here, there = socket.socketpair()
+    process = get_context("spawn").Process(name=name, target=target, args=(there, *arguments))
+    # or it is started below, and lets signals through again
+    resource_tracker.ensure_running()
+    with here:
+        with there:
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        try:
+            yield process, here
+        finally:
+            process.kill()
+            process.join()
