@@ -14,8 +14,8 @@ that shares 8k with others and ends in 64 tokens of its own (the third of its ki
 drafts: tokens a second of one request with three drafts a step, of which each is kept with probability 0.7 whatever the model
 says, beside none; a model without multi-token prediction gets one block of attention and MLP for it.
 
-serve: `alloy serve` on a checkpoint of those weights, `alloy bench serve` at 1k/1k with 64 at once, at 8k/16k with 16, and at rising
-rates of requests.
+serve: `alloy serve` on a checkpoint of those weights, `alloy bench serve` at rising rates of requests, at 1k/1k with 64 at once, and at
+8k/16k with 16.
 """
 
 import argparse
@@ -63,8 +63,8 @@ class Setting:
         self.prefix, self.tail, self.repeats = (256, 16, 2) if quick else (8192, 64, 5)
         self.answer = 32 if quick else 384
         # input, output, at once, requests
-        self.loads = [(32, 16, 4, 8)] if quick else [(1024, 1024, 64, 128), (8192, 16384, 16, 16)]
-        self.sweep = ("8", 32, 16, 16) if quick else ("2,4,8", 1024, 128, 64)
+        self.loads = [(32, 16, 4, 8)] if quick else [(1024, 1024, 64, 64), (8192, 16384, 16, 16)]
+        self.sweep = ("8", 32, 16, 16) if quick else ("4,8,16", 1024, 128, 64)
 
 
 def model_of(name: str, device: str, has_drafts: bool = False) -> CausalLM:
@@ -236,8 +236,8 @@ def serve(name: str, device: str, setting: Setting) -> Iterator[dict[str, Any]]:
         clear()
         longest = max(given + taken for given, taken, *_ in setting.loads) + 64
         rates, given, taken, count = setting.sweep
-        kinds = [[*_sizes(i, o, n), "--max-concurrency", str(at_once)] for i, o, at_once, n in setting.loads]
-        kinds.append([*_sizes(given, taken, count), "--rate-sweep", rates])
+        kinds = [[*_sizes(given, taken, count), "--rate-sweep", rates]]
+        kinds += [[*_sizes(i, o, n), "--max-concurrency", str(at_once)] for i, o, at_once, n in setting.loads]
         port = free_port()
         command = ["alloy", "serve", str(folder), "--port", str(port), "--served-name", "m"]
         command += [f"engine.device={device}", f"engine.max_model_len={longest}", "engine.dtype=bfloat16"]
