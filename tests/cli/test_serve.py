@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 import alloy
 from alloy.cli import app
-from alloy.cli.serve import _load, _open_socket
+from alloy.cli.serve import _load
 from alloy.errors import RecipeError, ResourceError
 from alloy.serve.guard import Keys
+from alloy.serve.listen import open_socket
 from alloy.serve.settings import read_settings
 from tests.engine.conftest import build, byte_tokenizer
 
@@ -79,7 +80,7 @@ def test_settings_are_read_with_their_types() -> None:
 
 def test_tokens_do_not_wait_for_acknowledgements() -> None:
     """Accepted connections send at once: with Nagle's algorithm a token on a kept connection comes 40 ms late."""
-    with _open_socket("127.0.0.1", 0, False, False) as bound:
+    with open_socket("127.0.0.1", 0, False, False) as bound:
         bound.listen()
         with socket.create_connection(bound.getsockname()[:2]), bound.accept()[0] as accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

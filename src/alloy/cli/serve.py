@@ -1,8 +1,6 @@
 """`alloy serve`: a model behind OpenAI's API, with a page to talk to it."""
 
 import asyncio
-import errno
-import ipaddress
 import os
 import socket
 from collections.abc import Generator, Mapping, Sequence
@@ -59,7 +57,7 @@ def serve(
         require(package, extra="serve", why="alloy serve works")
     from alloy.core import logging
     from alloy.serve.guard import Keys
-    from alloy.serve.listen import Listener
+    from alloy.serve.listen import Listener, open_socket
     from alloy.serve.settings import read_settings
 
     # settings and the socket come first: a mistake there is known before the model is read
@@ -76,7 +74,7 @@ def serve(
         # read when Ray is imported: it neither starts again by itself while it ends, nor reports its use
         os.environ |= {"RAY_ENABLE_AUTO_CONNECT": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         require("ray", extra="scale", why=f"serve.replicas = {limits.replicas} works")
-    with _open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
+    with open_socket(host, port, len(keys) > 0, limits.insecure) as bound:
         logging.setup()
         names = served_name or [_name(model)]
         with _computing(model, chosen.engine.chosen, names, limits) as (served, backend, rows):
@@ -88,31 +86,6 @@ def serve(
             # uvloop where it is installed
             with asyncio.Runner(loop_factory=listener.config.get_loop_factory()) as runner:
                 runner.run(listener.listen(bound))
-
-
-def _open_socket(host: str, port: int, has_keys: bool, insecure: bool) -> socket.socket:
-    """A bound socket, before any model is loaded; refuses to serve other machines without a key."""
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError, OverflowError) as error:
-        raise RecipeError(f'host = "{host}" with port {port} is no address of this machine ({error})') from error
-    if not (has_keys or insecure or ipaddress.ip_address(info[4][0]).is_loopback):
-        raise RecipeError(
-            f'host = "{host}" can be reached from other machines, and no API key is set; give --api-key, '
-            "or serve.insecure=true to serve everyone"
-        )
-    bound = socket.socket(*info[:3])
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # accepted sockets inherit it: a token must not wait for the acknowledgement of the one before
-        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        bound.bind(info[4])
-    except (OSError, OverflowError) as error:
-        bound.close()
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise RecipeError(f"port {port} on {host} is in use; stop what uses it, or give --port") from error
-        raise RecipeError(f"cannot listen on {host}, port {port}: {error}; give --host or --port") from error
-    return bound
 
 
 @contextmanager

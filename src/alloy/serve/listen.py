@@ -1,6 +1,8 @@
-"""The process around the application: signals, draining, and the exit code (serving.md 7.6)."""
+"""The process around the application: a socket, signals, draining, and the exit code (serving.md 7.6)."""
 
 import asyncio
+import errno
+import ipaddress
 import signal
 import socket
 from types import FrameType
@@ -19,6 +21,31 @@ log = get_logger(__name__)
 
 class EngineDiedError(AlloyError):
     """The engine failed; a supervisor starts the server again."""
+
+
+def open_socket(host: str, port: int, has_keys: bool, insecure: bool) -> socket.socket:
+    """A bound socket, before any model is loaded; refuses to serve other machines without a key."""
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise RecipeError(f'host = "{host}" with port {port} is no address of this machine ({error})') from error
+    if not (has_keys or insecure or ipaddress.ip_address(info[4][0]).is_loopback):
+        raise RecipeError(
+            f'host = "{host}" can be reached from other machines, and no API key is set; give --api-key, '
+            "or serve.insecure=true to serve everyone"
+        )
+    bound = socket.socket(*info[:3])
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # accepted sockets inherit it: a token must not wait for the acknowledgement of the one before
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        bound.bind(info[4])
+    except (OSError, OverflowError) as error:
+        bound.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise RecipeError(f"port {port} on {host} is in use; stop what uses it, or give --port") from error
+        raise RecipeError(f"cannot listen on {host}, port {port}: {error}; give --host or --port") from error
+    return bound
 
 
 class Listener(uvicorn.Server):
