@@ -379,7 +379,7 @@ def test_least_recently_used_leaves_go_first() -> None:
 def test_states_on_the_way_go_first_then_the_least_recently_used() -> None:
     """Three prompts with states, the first used again, and one on the way of the last."""
     cache, pool = tree()
-    for first, end, kind in ((1, 30, "kept"), (2, 30, "kept"), (3, 30, "way"), (3, 40, "kept")):
+    for first, end, kind in ((1, 30, "prompt"), (2, 30, "prompt"), (3, 30, "way"), (3, 40, "prompt")):
         slot = held(pool, end)
         cache.keep(cache.insert([first] * end, slot), Snapshot(pool.open_apart(), kind))
         pool.close([slot])
@@ -393,6 +393,37 @@ def test_states_on_the_way_go_first_then_the_least_recently_used() -> None:
     assert gone == [(3, 30), (2, 30), (3, 40), (1, 30)]
     assert pool.slots_free == pool.slots
     assert pool.blocks_free == pool.blocks
+
+
+@pytest.mark.parametrize("wanted", ["asked", "answer"])
+def test_states_that_no_template_uses_make_room_for_those_that_are(wanted: str) -> None:
+    """Eight conversations take turns, each turn leaves three states, and twelve have room: after some turns all find theirs.
+
+    Which of the three the next turn continues differs from template to template. In order of use alone none would be found.
+    """
+    pool = build("hybrid").new_paged_cache(13, 400, 300)
+    cache, found = PrefixCache(pool, True), list[bool]()
+    # tokens by which a turn's states are behind its beginning
+    behind = {"asked": 4, "prompt": 6, "answer": 9}
+    for turn in range(24):
+        for chat in range(8):
+            begun = 1 + 9 * turn
+            while not pool.slots_free:
+                assert cache.evict_slot()
+            slot, salt = pool.open(1)[0], str(chat)
+            match = cache.match([1] * begun, begun, salt)
+            cache.begin(slot, match)
+            found.append(match.length == begun - 9 + behind[wanted])
+            for kind, more in behind.items():
+                # what the next turn does not continue ends in a token of its own
+                tokens = [1] * (begun + more - 1) + [1 if kind == wanted else 100 + turn]
+                pool.reserve([slot], len(tokens) - pool.held[slot])
+                pool.count([slot], len(tokens) - pool.held[slot])
+                node = cache.insert(tokens, slot, salt)
+                if pool.slots_free or cache.evict_slot():
+                    cache.keep(node, Snapshot(pool.open_apart(), kind))
+            pool.close([slot])
+    assert all(found[-32:])
 
 
 def test_a_beginning_of_a_few_tokens_leaves_no_state() -> None:

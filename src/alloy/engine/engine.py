@@ -204,9 +204,10 @@ class Engine:
         kinds: dict[int, Kind] = {}
         if self._keeps and self._recurrent:
             kinds |= dict.fromkeys(range(self.checkpoint_every, target, self.checkpoint_every), "way")
-            branch = [match.shared] if match.shared - match.length >= LEAST_BRANCH else []
-            kinds |= dict.fromkeys((*branch, *sequence.request.keep_at), "kept")
-        kinds[target] = "kept"
+            if match.shared - match.length >= LEAST_BRANCH:
+                kinds[match.shared] = "branch"
+            kinds |= dict.fromkeys(sequence.request.keep_at, "asked")
+        kinds[target] = "prompt"
         return sorted((at, kind) for at, kind in kinds.items() if match.length < at <= target)
 
     def _read(self) -> None:
@@ -330,7 +331,7 @@ class Engine:
         self._runner.remove(sequences)
         for sequence in sequences:
             if sequence.finish_reason != "error":
-                self._keep(sequence, "kept")
+                self._keep(sequence, "answer")
             self.pool.close([sequence.slot])
             sequence.slot = -1
 

@@ -5,17 +5,26 @@ long as the deepest node, within what the prompt shares, that has a snapshot (of
 what it shares). Keys compare tokens, never hashes. serving.md section 4.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from alloy.models.paged import PagedCache, blocks_of
 from alloy.ops.attention import BLOCK
 
-# why a snapshot was taken; those on the way go first
-Kind = Literal["way", "kept"]
+# why a snapshot was taken: on the way through a long prompt, where prompts part, where the caller asked for it, at the end of a
+# prompt, of an answer; or that it was used
+Kind = Literal["way", "branch", "asked", "prompt", "answer", "used"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# what becomes of snapshots counts this much after the next one of their kind
+FADE = 0.98
+# a kind of which nothing is known counts as one that is used once in so many times
+UNKNOWN = 20
+# while no kind is used more often than this, the newest snapshot goes so often, else the least recently used
+LITTLE, NEWEST = 0.06, 0.75
 
 
 @dataclass(slots=True)
@@ -24,7 +33,7 @@ class Snapshot:
 
     Attributes:
         slot: of the cache, which the snapshot owns
-        kind: "way": one of many inside a long prompt
+        kind: says how likely it is wanted
         tokens: what the multi-token prediction has not seen yet, without the token that follows
         hidden: (tokens + 1, hidden) the hidden states those tokens followed, and that of the node's last token; None: the
             engine makes no drafts
@@ -89,9 +98,13 @@ class PrefixCache:
     def __init__(self, pool: PagedCache, recurrent: bool, lag: int = 0) -> None:
         self.pool, self.recurrent, self.lag = pool, recurrent, lag
         self._roots: dict[str, Node] = {}
-        # all nodes, and by kind those whose snapshot has a slot; least recently used first
+        # all nodes; and by kind those that have a snapshot, with the time of their last use; least recently used first
         self._used: dict[Node, None] = {}
-        self._held: dict[Kind, dict[Node, None]] = {"way": {}, "kept": {}}
+        self._held: dict[Kind, dict[Node, int]] = {kind: {} for kind in KINDS}
+        self._time, self._random = 0, random.Random(0)
+        # by kind how many snapshots were used, and how many were used or went; those of long ago count less
+        self._fates: dict[Kind, tuple[float, float]] = dict.fromkeys(KINDS, (0.0, 0.0))
+        self._worths: dict[Kind, float] = dict.fromkeys(KINDS, 1 / UNKNOWN)
 
     def match(self, tokens: Sequence[int], limit: int, salt: str = "") -> Match:
         """The longest reusable part of `tokens`, at most `limit` of them."""
@@ -126,6 +139,11 @@ class PrefixCache:
         if snapshot is None:
             return (), None
         pool.copy_states(snapshot.slot, slot)
+        self._note(snapshot.kind, 1)
+        assert match.node is not None, "it has the snapshot"
+        del self._held[snapshot.kind][match.node]
+        snapshot.kind = "used"
+        self.keep(match.node, snapshot)
         return snapshot.tokens, snapshot.hidden
 
     def insert(self, tokens: Sequence[int], slot: int, salt: str = "", with_mtp: bool = False) -> Node:
@@ -147,7 +165,8 @@ class PrefixCache:
     def keep(self, node: Node, snapshot: Snapshot) -> None:
         """Enter the state after a node's last token."""
         node.snapshot = snapshot
-        self._held[snapshot.kind][node] = None
+        self._time += 1
+        self._held[snapshot.kind][node] = self._time
 
     def evict_blocks(self, wanted: int) -> None:
         """Free blocks until `wanted` are free or nothing is left: least recently used leaves first."""
@@ -164,10 +183,25 @@ class PrefixCache:
         return sum(map(len, self._held.values()))
 
     def evict_slot(self) -> bool:
-        """Free the slot of one snapshot: of those on the way the least recently used, then of all; False: there is none."""
-        node = next((node for held in self._held.values() for node in held), None)
-        if node is None:
-            return False
+        """Free the slot of one snapshot; False: there is none.
+
+        Those on the way go first. Of each other kind the least recently used may go: that which waits longest for its worth,
+        which is the share of its kind that was used so far. A conversation leaves three states a turn, of which its template
+        lets the next turn use one: so the other two make room, and conversations that take turns do not lose all of theirs.
+        """
+        if self._held["way"]:
+            node = next(iter(self._held["way"]))
+        else:
+            kinds: list[Kind] = [kind for kind in KINDS if self._held[kind]]
+            if not kinds:
+                return False
+            # always the oldest: each might go just before it is wanted, and none would ever show what it is worth
+            is_newest = max(self._worths.values()) < LITTLE and self._random.random() < NEWEST
+            ends = [next((reversed if is_newest else iter)(self._held[kind].items())) for kind in kinds]
+            ages = [(self._time - at + 1) / self._worths[kind] for kind, (_, at) in zip(kinds, ends, strict=True)]
+            node = ends[ages.index((min if is_newest else max)(ages))][0]
+        assert node.snapshot is not None, "it is held for its snapshot"
+        self._note(node.snapshot.kind, 0)
         self.forget(node)
         return True
 
@@ -186,6 +220,12 @@ class PrefixCache:
             self._drop(node)
         self._roots = {}
 
+    def _note(self, kind: Kind, use: int) -> None:
+        """One of a kind was used, or goes."""
+        used, all_ = self._fates[kind]
+        self._fates[kind] = used, all_ = FADE * used + use, FADE * all_ + 1
+        self._worths[kind] = (used + 1) / (all_ + UNKNOWN)
+
     def _mtp_first(self, start: int) -> int:
         """Index of the first block that a node holds of multi-token prediction, which was behind when the node was made."""
         return max(0, start - self.lag) // BLOCK
@@ -197,8 +237,8 @@ class PrefixCache:
         """It was used now."""
         self._used[node] = self._used.pop(node, None)
         if node.snapshot is not None:
-            held = self._held[node.snapshot.kind]
-            held[node] = held.pop(node)
+            del self._held[node.snapshot.kind][node]
+            self.keep(node, node.snapshot)
 
     def _split(self, node: Node, size: int) -> Node:
         """Cut a run after `size` tokens; returns the upper part."""

@@ -2,12 +2,12 @@
 
 from collections import deque
 from time import perf_counter
-from typing import Literal
 
 from torch import Tensor
 
 from alloy.engine.detokenizer import Detokenizer
 from alloy.engine.grammar import CompiledGrammar
+from alloy.engine.prefix import Kind
 from alloy.engine.random import uniforms
 from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, FinishReason, Request, Timings, TokenLogprobs
@@ -57,7 +57,7 @@ class Sequence:
         self.behind: tuple[int, ...] = ()
         self.hidden: Tensor | None = None
         # positions at which the prompt's computation stops for a snapshot, and of what kind
-        self.stops: list[tuple[int, Literal["way", "kept"]]] = []
+        self.stops: list[tuple[int, Kind]] = []
         self.preemptions = 0
         # tokens of its prompt that were found computed; None: it has not begun
         self.cached: int | None = None
