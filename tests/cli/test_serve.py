@@ -174,6 +174,14 @@ def wait_for(out: list[str]) -> None:
         time.sleep(0.005)
 
 
+def begun(url: str, tokens: int) -> tuple[list[str], threading.Thread]:
+    """As `stream`, once it has its first line: its lines so far, and the thread."""
+    out: list[str] = []
+    thread = stream(url, tokens, out)
+    wait_for(out)
+    return out, thread
+
+
 @pytest.mark.slow
 def test_sigterm_lets_running_answers_finish(folder: Path) -> None:
     """The table names what was loaded; under SIGTERM all streams end as they should, one that waited too; the code is 0."""
@@ -207,9 +215,7 @@ def test_sigterm_lets_running_answers_finish(folder: Path) -> None:
 @pytest.mark.slow
 def test_shutdown_at_once_ends_streams_with_an_error(folder: Path) -> None:
     with running(folder, "serve.shutdown_s=0") as (process, url, _):
-        out: list[str] = []
-        thread = stream(url, 158, out)
-        wait_for(out)
+        out, thread = begun(url, 158)
         process.send_signal(signal.SIGTERM)
         thread.join()
         assert process.wait(30) == 0

@@ -1,7 +1,6 @@
 """Captured steps with drafts, run call by call on the CPU, and captured on a GPU."""
 
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,13 +10,11 @@ from alloy.bench.tiny import build, teach
 from alloy.engine.request import SamplingParams
 from alloy.models.base import CausalLM
 from alloy.models.draft_graphs import DraftGraphs, may_capture
-from alloy.models.graphs import obstacle
-from tests.engine.test_graphs import with_calls
+from tests.engine.test_graphs import captured, cuda, with_calls
 from tests.engine.test_llm import TIE, prompts
 
 FAMILIES = ["attention", "hybrid", "moe", "mtp"]
 PERIOD = [5, 9, 200, 17, 3, 88, 41]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -33,14 +30,14 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def subject(family: str, taught: bool) -> tuple[CausalLM, Callable[[], list[list[int]]]]:
+def subject(family: str, taught: bool) -> tuple[CausalLM, list[list[int]]]:
     """A model, and ragged prompts of what it knows."""
     model = build(family, 3, drafting=True)
     if not taught:
-        return model, lambda: prompts(11)
+        return model, prompts(11)
     teach(model, PERIOD)
     r = random.Random(1)
-    return model, lambda: [(PERIOD * 4)[r.randrange(7) :][: r.randint(1, 19)] for _ in range(11)]
+    return model, [(PERIOD * 4)[r.randrange(7) :][: r.randint(1, 19)] for _ in range(11)]
 
 
 def check(model: CausalLM, asked: list[list[int]], got: list[list[int]], reference: CausalLM, tie: float = TIE) -> None:
@@ -56,8 +53,7 @@ def check(model: CausalLM, asked: list[list[int]], got: list[list[int]], referen
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_greedy_and_all_memory_comes_back(family: str, taught: bool, steps: list[int]) -> None:
     """Rows that come and go, in buckets with padding; every number of drafts; some kept, some dropped."""
-    model, make = subject(family, taught)
-    asked = make()
+    model, asked = subject(family, taught)
     params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(asked))]
     for length in (1, 3, 6, "auto"):
         llm = with_calls(model, speculate=length, max_model_len=80)
@@ -81,24 +77,24 @@ def test_answers_are_greedy_and_all_memory_comes_back(family: str, taught: bool,
 @pytest.mark.parametrize("family", ["hybrid", "mtp"])
 def test_other_ways_are_the_same(family: str, steps: list[int]) -> None:
     """Seeded samples, penalties, log probabilities, prefix hits and preemption as without this path."""
-    model, make = subject(family, True)
-    asked = make()
+    model, asked = subject(family, True)
     params = [
-        SamplingParams(temperature=0.8, seed=3, top_p=0.9, max_tokens=30, ignore_eos=True, logprobs=2),
-        SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=30, ignore_eos=True),
-        SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop_token_ids=[PERIOD[2]]),
+        SamplingParams(temperature=0.8, seed=3, top_p=0.9, max_tokens=60, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=0, repetition_penalty=1.3, max_tokens=60, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, stop_token_ids=[PERIOD[2]]),
     ]
     chosen = [params[i % 3] for i in range(len(asked))]
     # with so few blocks, sequences are put back
     for slots, blocks in ((11, 40), (4, 5)):
-        llm = with_calls(model, slots, blocks, max_model_len=80, speculate=2)
-        plain = LLM(model, max_model_len=80, speculate=0)
+        llm = with_calls(model, slots, blocks, max_model_len=100, speculate=2)
+        plain = LLM(model, max_model_len=100, speculate=0)
         for _ in range(2):
             for got, want in zip(llm.generate(asked, chosen), plain.generate(asked, chosen), strict=True):
                 assert got.completions[0].token_ids == want.completions[0].token_ids
                 for a, b in zip(got.completions[0].logprobs or (), want.completions[0].logprobs or (), strict=True):
                     assert a.model == pytest.approx(b.model, abs=1e-4)
         assert steps
+        assert bool(llm.engine().stats.preemptions) == (slots == 4)
 
 
 def test_prediction_blocks_with_states_are_not_captured() -> None:
@@ -113,14 +109,10 @@ def test_prediction_blocks_with_states_are_not_captured() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_answers_are_greedy(family: str, taught: bool) -> None:
     """On the device, in fp32."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    model, make = subject(family, taught)
-    asked = make()
+    model, asked = subject(family, taught)
     reference = type(model)(model.config)
     reference.load_state_dict(model.state_dict())
-    model = model.to("cuda")
-    if (why := obstacle(model)) is not None:
-        pytest.skip(why)
+    model = captured(model)
     params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(asked))]
     for length in (1, 3, "auto"):
         llm = LLM(model, max_seqs=4, speculate=length, max_model_len=80)

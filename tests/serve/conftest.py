@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+import alloy
 from alloy.engine.core import LLM
 from alloy.engine.request import Completion, Output, Request, TokenLogprobs
 from alloy.errors import RequestError
@@ -33,6 +35,14 @@ TOOL_TEMPLATE = (
 
 
 TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random hybrid called "tiny"."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    alloy.save(build("hybrid"), path, byte_tokenizer())
+    return path
 
 
 @functools.cache

@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 
-import alloy
 from alloy.core.pipe import beside, packed, receive, send
 from alloy.engine.core import LLM
 from alloy.engine.grammar import Grammar
@@ -26,22 +25,14 @@ from alloy.serve.driver import Driver
 from alloy.serve.errors import ApiError
 from alloy.serve.process import EngineLoop, RemoteEngine, engine_thread
 from alloy.serve.settings import ServerSettings
-from tests.cli.test_serve import ENVIRONMENT, running, stream, wait_for
+from tests.cli.test_serve import ENVIRONMENT, begun, running
 from tests.core.test_pipe import is_alive
-from tests.engine.conftest import build, byte_tokenizer
 from tests.serve.conftest import ScriptedEngine, serving
 from tests.serve.test_chat import ask, events
 from tests.serve.test_life import ENDLESS
 
 FREE = Grammar("regex", "a*")
 MILLION = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    alloy.save(build("hybrid"), path, byte_tokenizer())
-    return path
 
 
 def engine_of(pid: int) -> int:
@@ -66,9 +57,7 @@ def request(name: str, tokens: list[int] | None = None, **params: Any) -> Reques
 def test_an_engine_that_is_killed_ends_the_server(folder: Path) -> None:
     """Who waits is told, the log says how it ended, and a supervisor sees a failure."""
     with running(folder, "engine.max_model_len=100000") as (process, url, lines):
-        out: list[str] = []
-        thread = stream(url, 90_000, out)
-        wait_for(out)
+        out, thread = begun(url, 90_000)
         answers: list[httpx.Response] = []
         body = {"prompt": "ab", "max_tokens": 90_000, "ignore_eos": True}
         whole = threading.Thread(
@@ -93,9 +82,7 @@ def test_an_engine_that_is_killed_ends_the_server(folder: Path) -> None:
 @pytest.mark.multi
 def test_an_engine_whose_server_is_killed_ends(folder: Path) -> None:
     with running(folder, "engine.max_model_len=100000") as (process, url, lines):
-        out: list[str] = []
-        thread = stream(url, 90_000, out)
-        wait_for(out)
+        _, thread = begun(url, 90_000)
         engine = engine_of(process.pid)
         process.kill()
         thread.join()
@@ -155,9 +142,7 @@ def test_an_engine_that_is_killed_while_it_loads_is_one_sentence(folder: Path) -
 def test_a_signal_to_all_processes_lets_answers_finish(folder: Path, number: signal.Signals) -> None:
     with running(folder) as (process, url, _):
         engine = engine_of(process.pid)
-        out: list[str] = []
-        thread = stream(url, 100, out)
-        wait_for(out)
+        out, thread = begun(url, 100)
         for pid in (process.pid, engine):
             os.kill(pid, number)
         thread.join()

@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 
-import alloy
 from alloy.cli.serve import _load, start_rows
 from alloy.engine.core import LLM
 from alloy.engine.engine import Gauges
@@ -27,7 +26,6 @@ from alloy.serve.driver import Driver
 from alloy.serve.errors import ApiError
 from alloy.serve.settings import ServerSettings
 from tests.cli.test_serve import running, stream, wait_for
-from tests.engine.conftest import build, byte_tokenizer
 from tests.serve.conftest import Site, serving
 from tests.serve.test_chat import events
 from tests.serve.test_life import port_of, raw_post
@@ -162,13 +160,6 @@ def children(pid: int) -> dict[int, str]:
 
 def replica_pids() -> set[int]:
     return {pid for pid, title in children(os.getpid()).items() if title.startswith("ray::ServeReplica")}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    alloy.save(build("hybrid"), path, byte_tokenizer())
-    return path
 
 
 def test_the_front_reads_no_weights(folder: Path) -> None:
