@@ -9,6 +9,7 @@ step is compared with reading the layer's weights once at the rate that a sum ov
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -142,6 +143,29 @@ def moe_cases(tokens: int) -> tuple[dict[str, Case], dict[str, Case]]:
     return prefill, {"matmuls": forward(matmuls), "moe_experts (all)": training(experts, h, weights, up, down)}
 
 
+def few_row_cases(rows: int, inputs: int, outputs: int) -> dict[str, Case]:
+    """One product with weights from memory or, where they are few, from the processor's cache; first what reading them costs."""
+    count = max(1, (64 << 20) // (4 * inputs * outputs)) if inputs * outputs > 1 << 18 else 1
+    weights, x = [torch.randn(outputs, inputs) for _ in range(count)], torch.randn(rows, inputs)
+    turn = iter(range(10**9))
+
+    def product(fn: Callable[[Tensor, Tensor], object]) -> Case:
+        def run() -> None:
+            with torch.inference_mode():
+                # a call of the clock is a part of what is measured
+                for _ in range(20):
+                    fn(x, weights[next(turn) % count])
+
+        return run
+
+    return {
+        "weights read": product(lambda _, w: w.sum()),
+        "alloy": product(ops.linear),
+        "torch (MKL)": product(F.linear),
+        "oneDNN": product(lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")),
+    }
+
+
 def show(title: str, cases: dict[str, Case], rounds: int, factor: int = 1) -> None:
     """A table of milliseconds and shares of `factor` times the first case."""
     times = medians(cases, rounds)
@@ -174,6 +198,10 @@ def main() -> None:
         prefill, train = moe_cases(options.tokens)
         show("MoE layer, prefill", prefill, options.rounds)
         show("MoE layer, training (3 x matmuls)", train, options.rounds, factor=3)
+        for rows, inputs, outputs in itertools.product((2, 4, 8), (96, 2048), (256, 2048)):
+            if (inputs < 2048) == (outputs < 2048):
+                title = f"20 products of {rows} rows, {inputs} x {outputs} weights"
+                show(title, few_row_cases(rows, inputs, outputs), options.rounds * 5)
 
 
 if __name__ == "__main__":

@@ -66,9 +66,10 @@ def engine_rates(folder: Path, waves: int) -> dict[int, list[float]]:
 
     def wave(streams: int) -> float:
         params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
+        prompts = [[drawn.randrange(256) for _ in range(INPUT)] for _ in range(streams)]
         start = time.process_time()
-        for i in range(streams):
-            engine.add(Request(id=str(i), token_ids=[drawn.randrange(256) for _ in range(INPUT)], params=params))
+        for i, prompt in enumerate(prompts):
+            engine.add(Request(id=str(i), token_ids=prompt, params=params))
         tokens = 0
         while engine.busy:
             tokens += sum(len(c.token_ids) for output in engine.step() for c in output.completions)

@@ -7,7 +7,7 @@ from torch import Tensor
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 from alloy.models.cache import DenseCache
-from alloy.models.configs import HybridConfig
+from alloy.models.configs import AttentionConfig, HybridConfig, MambaConfig
 from alloy.models.registry import MODELS
 from tests.models.zoo import CONFIGS, build, random_tokens
 
@@ -73,6 +73,27 @@ def test_chunks_steps_and_drafts_give_the_full_pass(name: str) -> None:
         assert torch.equal(cache.lengths, held)
     ends = tokens.gather(1, held[:, None])
     close(run(model, cache, ends)[:, 0], whole[torch.arange(2), held])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_filling_the_cache_alone(name: str) -> None:
+    """`only_cache` leaves what a whole call leaves, and computes no block that keeps nothing behind the last that does."""
+    model, tokens = build(name), random_tokens(2, SEQ)
+    whole, filled = model.new_cache(batch=2), model.new_cache(batch=2)
+    run(model, whole, tokens[:, :9])
+    ran: list[int] = []
+    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(model.layers)]
+    out = model(tokens[:, :9], cache=filled, only_cache=True)
+    for hook in hooks:
+        hook.remove()
+    kept = [i for i, mixer in enumerate(model.cached_mixers()[0]) if isinstance(mixer, MambaConfig | AttentionConfig)]
+    assert ran == list(range(max(kept) + 1))
+    assert out.logits is None
+    assert out.last_hidden.shape[1] == 0
+    close(run(model, filled, tokens[:, 9:]), run(model, whole, tokens[:, 9:]))
+    with pytest.raises(RequestError, match="only_cache"):
+        model(tokens, only_cache=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,9 +1,13 @@
 """The linear product of the CPU backend against float64: values and gradients."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
 from alloy.ops.backend import use_backend
+from alloy.ops.cpu import compiled
 from alloy.ops.linear import linear
 
 
@@ -71,3 +75,81 @@ def test_linear_equals_matmul(shape: tuple[int, ...], outputs: int, bias: bool) 
     want = (x.double() @ weight.double().T + (0 if b is None else b.double())).float()
     torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
     assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("width", [4, 8, None])
+def test_the_compiled_loop_reads_and_writes_what_it_should(width: int | None) -> None:
+    """Against float64, for sizes around its tiles and vectors; what lies around x, w and y is NaN, and stays."""
+    pytest.importorskip("llvmlite")
+    loop = compiled.Compiler(width).few_rows()
+    generator = torch.Generator().manual_seed(0)
+
+    def framed(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = torch.full((math.prod(shape) + 64,), torch.nan)
+        return whole, whole[32:-32].view(shape).copy_(torch.randn(shape, generator=generator))
+
+    for rows, outputs, inputs in itertools.product((1, 2, 4, 5, 9), (1, 3, 4, 6), (1, 3, 16, 31, 33, 100)):
+        (_, x), (_, w), (whole, y) = framed(rows, inputs), framed(outputs, inputs), framed(rows, outputs)
+        loop(x.data_ptr(), w.data_ptr(), y.data_ptr(), rows, outputs, inputs)
+        torch.testing.assert_close(y, (x.double() @ w.double().T).float(), atol=1e-4, rtol=1e-4)
+        assert whole[:32].isnan().all()
+        assert whole[-32:].isnan().all()
+    loop(x.data_ptr(), w.data_ptr(), y.data_ptr(), rows, outputs, 0)
+    assert not y.any()
+
+
+def test_infinity_and_nan_pass_through_the_loop() -> None:
+    """As in torch, and only in their own row and column."""
+    x, w = torch.randn(5, 40), torch.randn(7, 40).abs()
+    x[1, 3], x[2, 39], w[4, 0] = torch.inf, torch.nan, -torch.inf
+    with torch.inference_mode():
+        y = linear(x, w)
+    torch.testing.assert_close(y, x @ w.T, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 33), (5, 1, 33), (2, 4, 33), (24, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_take_the_loop(shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only values are wanted, with the same values as where llvmlite is missing; strided input too."""
+    pytest.importorskip("llvmlite")
+    x, weight = torch.randn(*shape[:-1], 40)[..., 3:36], torch.randn(19, 33)
+    b = torch.randn(19) if bias else None
+    taken: list[int] = []
+    real = compiled.few_rows()
+    assert real is not None
+
+    def counted(*given: int) -> None:
+        taken.append(given[3])
+        real(*given)
+
+    monkeypatch.setattr("alloy.ops.cpu.linear.few_rows", lambda: counted)
+    with torch.inference_mode():
+        y = linear(x, weight, b)
+    assert taken == [math.prod(shape[:-1])]
+    assert y.shape == (*shape[:-1], 19)
+    with torch.no_grad():
+        plain = linear(x, weight, b)
+    with torch.inference_mode():
+        linear(x[..., :0], weight[:, :0])
+        linear(x.double(), weight.double())
+        linear(x, torch.randn(66, 19).t()[:, :33])
+        linear(torch.randn(9, 512), torch.randn(256, 512))
+    assert len(taken) == 1
+    monkeypatch.setattr("alloy.ops.cpu.linear.few_rows", lambda: None)
+    with torch.inference_mode():
+        missing = linear(x, weight, b)
+    torch.testing.assert_close(y, plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(y, missing, atol=1e-4, rtol=1e-4)
+
+
+def test_several_cores_keep_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One core takes many weights alone only where it is alone."""
+    pytest.importorskip("llvmlite")
+    taken: list[tuple[int, ...]] = []
+    monkeypatch.setattr("alloy.ops.cpu.linear.few_rows", lambda: lambda *given: taken.append(given))
+    x, weight = torch.randn(3, 512), torch.randn(256, 512)
+    for threads, count in ((2, 0), (1, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with torch.inference_mode():
+            linear(x, weight)
+        assert len(taken) == count

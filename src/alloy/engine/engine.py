@@ -345,17 +345,15 @@ class Engine:
 
     def _news(self, sequence: Sequence) -> Output:
         request, order = sequence.request, sequence.order
-        completion = sequence.take()
-        self._open[order] -= completion.finish_reason is not None
-        finished = not self._open[order]
-        if finished:
-            del self._open[order]
+        finished = False
+        if sequence.finished:
+            self._open[order] -= 1
+            if finished := not self._open[order]:
+                del self._open[order]
         scores = None
         if sequence.index == 0 and sequence.params.prompt_logprobs is not None and sequence.prompt_scores:
             scores, sequence.prompt_scores = sequence.prompt_scores, []
-        return Output(
-            request.id, order, request.token_ids, [completion], scores, finished, cached_tokens=sequence.cached or 0
-        )
+        return Output(request.id, order, request.token_ids, [sequence.take()], scores, finished, sequence.cached or 0)
 
 
 def _turn(sequence: Sequence) -> tuple[int, int, int]:

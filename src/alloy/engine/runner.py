@@ -95,7 +95,10 @@ class Runner:
         tokens, counts = padded(ids, self._device)
         wanted = sequences[0].scored
         logits = None if wanted is None else "all"
-        out = self.model(tokens, cache=view, documents=documents_of(tokens, counts), logits=logits)
+        # nobody reads what the last blocks make of a prompt
+        only_cache = wanted is None and self._drafter is None
+        documents = documents_of(tokens, counts)
+        out = self.model(tokens, cache=view, documents=documents, logits=logits, only_cache=only_cache)
         if wanted is not None and out.logits is not None:
             sequence, end = pieces[0]
             following = sequence.known[sequence.computed + 1 : end + 1]

@@ -7,6 +7,7 @@ blocks, final norm and head; `hybrid.py` and `llama.py` only say which blocks.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, Protocol, Self, cast, runtime_checkable
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from alloy.errors import RequestError
 from alloy.models.cache import Cache, DenseCache
 from alloy.models.checkpointing import run_block
-from alloy.models.configs import Checkpointing, DecoderConfig, HybridConfig, Mixer
+from alloy.models.configs import AttentionConfig, Checkpointing, DecoderConfig, HybridConfig, MambaConfig, Mixer
 from alloy.models.paged import PagedCache
 from alloy.ops.documents import Packing, read_packing, segment_ids
 
@@ -46,7 +47,8 @@ class ModelOutput:
 
     Attributes:
         logits: fp32; (batch, seq, vocab) for "all", (batch, 1, vocab) for "last", (indices, vocab) for indices, or None
-        last_hidden: (batch, seq, hidden) after the final norm, what the head and the fused loss take
+        last_hidden: (batch, seq, hidden) after the final norm, what the head and the fused loss take; none of seq with
+            `only_cache`
         hidden: with `return_hidden`, one (batch, seq, hidden) per block: the residual stream after it
         mtp_logits: with `return_mtp` and logits="all", [k-1] is (batch, seq - k, vocab): position t predicts t + k + 1
         mtp_hidden: with `return_mtp`, [k-1] is (batch, seq - k, hidden), what the head takes for depth k
@@ -328,6 +330,7 @@ class CausalLM(nn.Module):
         logits: Literal["all", "last"] | Tensor | None = "all",
         return_hidden: bool = False,
         return_mtp: bool | int = False,
+        only_cache: bool = False,
     ) -> ModelOutput:
         """Run the model.
 
@@ -340,12 +343,15 @@ class CausalLM(nn.Module):
             return_hidden: also return the residual stream after every block
             return_mtp: also run multi-token prediction; True: two depths if one is stored and repeats, else all stored;
                 an int: that many depths
+            only_cache: fill the cache and return nothing: blocks behind the last one that keeps something are left out
         """
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                return self.forward(tokens, cache, documents, positions, logits, return_hidden, return_mtp)
+                return self.forward(tokens, cache, documents, positions, logits, return_hidden, return_mtp, only_cache)
         if cache is not None and return_mtp:
             raise RequestError("return_mtp works without a cache; with one, call mtp_step")
+        if only_cache and (cache is None or return_hidden):
+            raise RequestError("only_cache needs a cache, and returns no hidden states")
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise RequestError(f"tokens must be (batch, seq) with seq >= 1, but have shape {tuple(tokens.shape)}")
         layout = Layout(tokens, documents, positions, cache)
@@ -353,15 +359,17 @@ class CausalLM(nn.Module):
         residual, delta = self.embed_tokens(layout.tokens), None
         hidden: list[Tensor] = []
         routers: list[RouterStats] = []
-        for layer in self.layers:
+        for layer in islice(self.layers, self._count_cached() if only_cache else None):
             residual, delta, stats = self.run_layer(cast(Layer, layer), residual, delta, layout, cache)
             if stats is not None:
                 routers.append(stats)
             if return_hidden:
                 hidden.append(layout.restore(residual if delta is None else residual + delta))
-        last, _ = cast(Adds, self.norm).add(delta, residual)
         if cache is not None:
             cache.advance(tokens.shape[1] if layout.lengths is None else layout.lengths)
+        if only_cache:
+            return ModelOutput(None, residual[:, :0], cache=cache)
+        last, _ = cast(Adds, self.norm).add(delta, residual)
         output = ModelOutput(
             None, layout.restore(last), hidden if return_hidden else None, cache=cache, routers=routers
         )
@@ -449,6 +457,11 @@ class CausalLM(nn.Module):
     def cached_mixers(self) -> tuple[Sequence[Mixer | None], Sequence[Mixer | None]]:
         """The mixers that a cache keeps something for, by layer, of the model and of its MTP blocks (empty: none)."""
         raise NotImplementedError
+
+    def _count_cached(self) -> int:
+        """Layers up to the last one that a cache keeps something for."""
+        mixers = self.cached_mixers()[0]
+        return max((i + 1 for i, m in enumerate(mixers) if isinstance(m, MambaConfig | AttentionConfig)), default=0)
 
     def gates(self) -> list[nn.Module]:
         """The routers of the MoE layers, MTP's last; their `bias` balances the load without gradient."""

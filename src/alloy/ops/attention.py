@@ -119,7 +119,14 @@ def gather_kv(kv: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     batch, n = blocks.shape
     if not kv.is_cuda:
         # along another dimension than the first, index_select copies all of kv before it looks
-        both = kv.index_select(0, blocks.flatten()).unflatten(0, (batch, n)).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+        if n == 1:
+            both = kv.index_select(0, blocks.flatten())
+            return both[:, 0], both[:, 1]
+        # a block's keys of one head, or its values, are one piece of memory, and pieces come in the order of the result
+        heads, _, width = kv.shape[2:]
+        first = torch.arange(2 * heads, device=kv.device).view(2, 1, heads, 1)
+        pieces = first + blocks[:, None] * (2 * heads)  # (2, batch, kv_heads, n)
+        both = kv.view(-1, BLOCK * width).index_select(0, pieces.flatten()).view(2, batch, heads, n * BLOCK, width)
         return both[0], both[1]
     keys, values = (
         kv[:, i]

@@ -1,14 +1,20 @@
-"""Linear maps in fp32 on CPU cores: oneDNN for many rows, eight parts of the weight as a batch for few.
+"""Linear maps in fp32 on CPU cores: oneDNN for many rows, for few a loop of our own or parts of the weight as a batch.
 
 `F.linear` calls MKL, which leaves half of an AVX-512 core unused on some processors; oneDNN, which torch ships and calls
 for other dtypes, does not. Measured on one AMD EPYC core with torch 2.13, 512 x 512 x 2576: 83 GFLOP/s against 206. One
 row (decode) reads weights at 12 to 18 GB/s, as a batch of eight at 22 to 28, where a sum over a large buffer reaches 37.
+Both copy the weight into an order of their own at each call, which for few rows takes longer than the products; the loop in
+`compiled.py` does not.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from alloy.ops.cpu.compiled import few_rows
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # below these many products oneDNN's call costs more than it saves, and below these many weights (which then lie in the
@@ -18,6 +24,8 @@ FEW_PRODUCTS, FEW_WEIGHTS = 1 << 20, 1 << 17
 PARTS = 8
 # up to this many rows, and numbers of input in all of them, a batched product of parts beats oneDNN
 FEW_ROWS, FEW_INPUTS = 4, 4096
+# up to this many rows the compiled loop beats both, and up to so many more where the weights are few
+LOOP_ROWS, LOOP_ROWS_OF_FEW = 8, 24
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,9 +36,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _Linear.apply(x, weight, bias)
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
+    if 1 < rows <= LOOP_ROWS_OF_FEW and _suits_loop(rows, x, weight) and (loop := few_rows()) is not None:
+        return _looped(loop, x, weight, bias)
     is_small = rows == 1 or (rows <= FEW_ROWS and x.numel() <= FEW_INPUTS)
     if is_small and weight.numel() >= FEW_WEIGHTS and outputs % PARTS == 0 and weight.is_contiguous():
-        return _few_rows(x, weight, bias)
+        return _in_parts(x, weight, bias)
     return F.linear(x, weight, bias) if rows * weight.numel() < FEW_PRODUCTS else _product(x, weight, bias)
 
 
@@ -50,7 +60,27 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _suits_loop(rows: int, x: Tensor, weight: Tensor) -> bool:
+    """Whether one core computes the product soonest, and nothing but numbers is wanted of it."""
+    has_few = weight.numel() < FEW_WEIGHTS
+    return (
+        (has_few or (rows <= LOOP_ROWS and torch.get_num_threads() == 1))
+        # gradients, also forward ones, and transforms do not see what has no operation
+        and torch.is_inference_mode_enabled()
+        and weight.is_contiguous()
+    )
+
+
+def _looped(loop: Callable[..., None], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., inputs) with few rows: the compiled loop."""
+    outputs, inputs = weight.shape
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    loop(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // inputs, outputs, inputs)
+    return y if bias is None else y.add_(bias)
+
+
+def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., inputs) with few rows: parts of the weight as a batch of products."""
     outputs, inputs = weight.shape
     columns = x.reshape(-1, inputs).t().expand(PARTS, -1, -1)  # (parts, inputs, rows)

@@ -70,8 +70,8 @@ def mamba_rows(
         return gated.mul_(inverse_rms(gated, eps)).view(batch, -1).mul_(norm_weight)
 
     batch = projected.shape[0]
-    numbers = slot_numbers(slots, ssm_state, batch)
-    rows = consecutive(numbers)
+    numbers = list(range(batch)) if slots is None else slot_numbers(slots, ssm_state, batch)
+    rows = slice(batch) if slots is None else consecutive(numbers)
     own_bytes = ssm_state.shape[1] * ssm_state.stride(1) * ssm_state.element_size()
     is_cached = batch * own_bytes <= CACHED
     if rows is not None and is_cached:
