@@ -81,7 +81,8 @@ def test_linear_equals_matmul(shape: tuple[int, ...], outputs: int, bias: bool) 
 def test_the_compiled_loop_reads_and_writes_what_it_should(width: int | None) -> None:
     """Against float64, for sizes around its tiles and vectors; what lies around x, w and y is NaN, and stays."""
     pytest.importorskip("llvmlite")
-    loop = compiled.Compiler(width).few_rows()
+    loop = compiled.few_rows(width)
+    assert loop is not None
     generator = torch.Generator().manual_seed(0)
 
     def framed(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The mixer of one token against the ops over a sequence, and what it refuses."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alloy.ops import causal_conv1d, gated_rms_norm, mamba_step, ssd_scan, use_backend
+from alloy.ops.cpu.compiled import state_rows
 from alloy.ops.cpu.mamba_step import CACHED
 
 HEADS, HEAD_DIM, GROUPS, STATE, KERNEL = 4, 5, 2, 7, 4
@@ -131,3 +133,80 @@ def test_rows_together_and_alone(
         torch.testing.assert_close(y, want.to(dtype), **bound)
         torch.testing.assert_close(conv, twin_conv.to(dtype), **bound)
         torch.testing.assert_close(ssm, twin_ssm.to(dtype), **bound)
+
+
+@pytest.mark.parametrize("slots", [None, [1, 2, 3], [3, -1, 0]])
+@pytest.mark.parametrize("cached", [0, CACHED])
+def test_the_loop_computes_what_torch_does(
+    slots: list[int] | None, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32, where only values are wanted: same output, same states, and no other slot's."""
+    pytest.importorskip("llvmlite")
+    monkeypatch.setattr("alloy.ops.cpu.mamba_step.CACHED", cached)
+    real, taken = state_rows(), [0]
+    assert real is not None
+
+    def counted(*given: int) -> None:
+        taken[0] += 1
+        real(*given)
+
+    projected = draw(3, INNER + CHANNELS + HEADS).float()
+    # other layers' states lie between
+    conv = draw(5, 2, KERNEL - 1, CHANNELS).float()
+    ssm = draw(5, 2, HEADS, HEAD_DIM, STATE).float()
+    weights = [t.float() for t in WEIGHTS]
+    found: list[tuple[Tensor, ...]] = []
+    for loop in (lambda: counted, lambda: None):
+        monkeypatch.setattr("alloy.ops.cpu.mamba_step.state_rows", loop)
+        own = conv.clone(), ssm.clone()
+        with torch.inference_mode():
+            y = mamba_step(
+                projected,
+                own[0][:, 1].transpose(1, 2),
+                own[1][:, 1],
+                *weights,
+                1e-5,
+                **SIZES,
+                dt_limit=LIMIT,
+                slots=None if slots is None else torch.tensor(slots),
+            )
+        found.append((y, *own))
+    assert taken[0]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    used = [0, 1, 2] if slots is None else [slot for slot in slots if slot >= 0]
+    untouched = [slot for slot in range(5) if slot not in used]
+    assert torch.equal(found[0][2][untouched], ssm[untouched])
+    assert torch.equal(found[0][2][:, 0], ssm[:, 0])
+    assert not torch.equal(found[0][2][used, 1], ssm[used, 1])
+
+
+@pytest.mark.parametrize("width", [4, 8, None])
+def test_the_loop_reads_and_writes_what_it_should(width: int | None) -> None:
+    """Against the formula in float64, for sizes around its tiles and vectors; what lies around is NaN, and stays."""
+    pytest.importorskip("llvmlite")
+    loop = state_rows(width)
+    assert loop is not None
+
+    def framed(*shape: int) -> tuple[Tensor, Tensor]:
+        whole = torch.full((math.prod(shape) + 64,), math.nan)
+        return whole, whole[32:-32].view(shape).copy_(draw(*shape))
+
+    for batch, heads, groups, head_dim, state in itertools.product((1, 3), (2, 6), (1, 2), (1, 4, 5), (1, 16, 17, 40)):
+        inner, wide = heads * head_dim, groups * state
+        (around, h), (_, xbc) = framed(batch, heads, head_dim, state), framed(batch, inner + 2 * wide)
+        (_, d), (_, decay), (_, D), (edge, y) = (
+            framed(*shape) for shape in ((batch, heads), (batch, heads), (heads,), (batch, heads, head_dim))
+        )
+        x, B, C = xbc.double().split([inner, wide, wide], 1)
+        x = x.view(batch, heads, head_dim)
+        B, C = (t.view(batch, groups, 1, state).repeat_interleave(heads // groups, 1) for t in (B, C))
+        want_h = h.double() * decay.double()[..., None, None] + (x * d.double()[..., None])[..., None] * B
+        want = (want_h * C).sum(-1) + D.double()[:, None] * x
+        addresses = [t.data_ptr() for t in (h, xbc, d, decay, D, y)]
+        loop(*addresses, batch, heads, head_dim, groups, state, h.stride(0), xbc.stride(0))
+        torch.testing.assert_close(h, want_h.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(y, want.float(), atol=1e-4, rtol=1e-4)
+        for frame in (around, edge):
+            assert frame[:32].isnan().all()
+            assert frame[-32:].isnan().all()

@@ -18,7 +18,7 @@ _PACKAGES = (
 )  # fmt: skip
 # what each extra is for; its packages come from the installed metadata
 _EXTRAS = {
-    "cpu": "products of few rows on a CPU in loops compiled for it: several answers at once, drafts",
+    "cpu": "loops compiled for the processor: several answers at once, drafts, recurrent states",
     "track": "TensorBoard as a metric sink (log.tensorboard = true)",
     "serve": "the HTTP server (alloy serve), grammars, load on servers (alloy bench serve), talking to them (alloy chat URL)",
     "dev": "tests and checks of this repository",

@@ -7,14 +7,12 @@ Both copy the weight into an order of their own at each call, which for few rows
 `compiled.py` does not.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from alloy.ops.cpu.compiled import few_rows
+from alloy.ops.cpu.compiled import Loop, few_rows
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # below these many products oneDNN's call costs more than it saves, and below these many weights (which then lie in the
@@ -71,7 +69,7 @@ def _suits_loop(rows: int, x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _looped(loop: Callable[..., None], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _looped(loop: Loop, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., inputs) with few rows: the compiled loop."""
     outputs, inputs = weight.shape
     x = x.contiguous()

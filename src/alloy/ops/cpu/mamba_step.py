@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alloy.ops.cpu.compiled import Loop, state_rows
 from alloy.ops.cpu.norm import inverse_rms
 from alloy.ops.cpu.ssd import NO_LIMIT
 from alloy.ops.slots import consecutive, slot_numbers
 
-# bytes of states that stay in a core's cache over the three passes of the recurrence
+# bytes of states that stay in a core's cache over the passes of the recurrence, and how many there are
 CACHED = 1 << 19
+PASSES = 3
 
 
 def fits(projected: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor) -> bool:
@@ -38,7 +40,8 @@ def mamba_rows(
 ) -> Tensor:
     """As `alloy.ops.mamba_step` for what `fits`; quick where the channels of a tap lie side by side, in state and weight.
 
-    Rows whose states fit into the cache together are computed together, others one after another.
+    Rows whose states fit into the cache together are computed together, others one after another, unless a compiled loop
+    passes over the states once.
     """
     heads, head_dim, groups, state = sizes
     inner, wide = heads * head_dim, groups * state
@@ -52,21 +55,11 @@ def mamba_rows(
         before.copy_(window[:, 1:])
         xbc = window.mul_(conv_weight.t()).sum(1)
         xbc = F.silu(xbc if conv_bias is None else xbc.add_(conv_bias), inplace=True)
-        x, B, C = xbc.split([inner, wide, wide], dim=1)
-        x = x.view(batch, heads, head_dim)
         d = F.softplus(dt + dt_bias)
         d = d if dt_limit == NO_LIMIT else d.clamp_(*dt_limit)
-        # a state is contiguous, those of a layer are not: other layers' lie between
-        own = ssm_state.mul_((d * A).exp_()[..., None, None]).view(batch, groups, -1, state)
-        B, C = B.view(batch, groups, 1, state), C.view(batch, groups, 1, state)
-        own.addcmul_((x * d[..., None]).view(batch, groups, -1, 1), B)
-        # the products of a group, or of a row where there are fewer: rows times matrices into contiguous memory, as torch is
-        # many times slower with columns of stride 1, and twice as slow into any other
-        outer = int(batch > groups)
-        pairs = zip(C.unbind(outer), own.transpose(2, 3).unbind(outer), strict=True)
-        products = [torch.bmm(a, b) for a, b in pairs]
-        y = (products[0] if batch == 1 else torch.stack(products, outer)).view(x.shape).addcmul_(x, D[:, None])
-        gated = F.silu(z).mul_(y.view(batch, -1)).view(batch * groups, 1, -1)
+        given = ssm_state, xbc, d, (d * A).exp_(), D, sizes
+        y = _recur(*given) if loop is None else _recur_in_one_pass(loop, *given)
+        gated = F.silu(z).mul_(y).view(batch * groups, 1, -1)
         return gated.mul_(inverse_rms(gated, eps)).view(batch, -1).mul_(norm_weight)
 
     batch = projected.shape[0]
@@ -74,7 +67,8 @@ def mamba_rows(
     rows = slice(batch) if slots is None else consecutive(numbers)
     own_bytes = ssm_state.shape[1] * ssm_state.stride(1) * ssm_state.element_size()
     is_cached = batch * own_bytes <= CACHED
-    if rows is not None and is_cached:
+    loop = state_rows() if _suits_loop(ssm_state, D, is_cached) else None
+    if rows is not None and (is_cached or loop is not None):
         return mixed(projected, conv_state[rows], ssm_state[rows])
     y = projected.new_zeros(batch, inner)
     used = [row for row, slot in enumerate(numbers) if slot >= 0]
@@ -88,3 +82,48 @@ def mamba_rows(
         place = slice(numbers[row], numbers[row] + 1)
         y[row] = mixed(projected[row : row + 1], conv_state[place], ssm_state[place])[0]
     return y
+
+
+def _recur(
+    ssm_state: Tensor, xbc: Tensor, d: Tensor, decay: Tensor, D: Tensor, sizes: tuple[int, int, int, int]
+) -> Tensor:
+    """Update ssm_state (batch, heads, head_dim, state) from xbc (batch, channels) and d and decay (batch, heads) -> (batch,
+    inner), in passes."""
+    heads, head_dim, groups, state = sizes
+    batch, inner = len(xbc), heads * head_dim
+    x, B, C = xbc.split([inner, groups * state, groups * state], dim=1)
+    x = x.view(batch, heads, head_dim)
+    # a state is contiguous, those of a layer are not: other layers' lie between
+    own = ssm_state.mul_(decay[..., None, None]).view(batch, groups, -1, state)
+    B, C = B.view(batch, groups, 1, state), C.view(batch, groups, 1, state)
+    own.addcmul_((x * d[..., None]).view(batch, groups, -1, 1), B)
+    # the products of a group, or of a row where there are fewer: rows times matrices into contiguous memory, as torch is
+    # many times slower with columns of stride 1, and twice as slow into any other
+    outer = int(batch > groups)
+    pairs = zip(C.unbind(outer), own.transpose(2, 3).unbind(outer), strict=True)
+    products = [torch.bmm(a, b) for a, b in pairs]
+    y = products[0] if batch == 1 else torch.stack(products, outer)
+    return y.view(x.shape).addcmul_(x, D[:, None]).view(batch, inner)
+
+
+def _recur_in_one_pass(
+    loop: Loop, ssm_state: Tensor, xbc: Tensor, d: Tensor, decay: Tensor, D: Tensor, sizes: tuple[int, int, int, int]
+) -> Tensor:
+    """As `_recur`."""
+    y = xbc.new_empty(len(xbc), sizes[0] * sizes[1])
+    given = [t.data_ptr() for t in (ssm_state, xbc, d, decay, D, y)]
+    loop(*given, len(xbc), *sizes, ssm_state.stride(0), xbc.stride(0))
+    return y
+
+
+def _suits_loop(ssm_state: Tensor, D: Tensor, is_cached: bool) -> bool:
+    """Whether one core in one pass is the quickest, and the numbers lie as the compiled loop reads them."""
+    _, head_dim, state = ssm_state.shape[1:]
+    return (
+        # gradients and transforms do not see what has no operation
+        torch.is_inference_mode_enabled()
+        and ssm_state.dtype == D.dtype == torch.float32
+        and ssm_state.stride()[1:] == (head_dim * state, state, 1)
+        and D.is_contiguous()
+        and (is_cached or torch.get_num_threads() <= PASSES)
+    )
