@@ -9,7 +9,7 @@ from alloy import LLM
 from alloy.bench.tiny import build, teach
 from alloy.engine.request import SamplingParams
 from alloy.models.base import CausalLM
-from alloy.models.draft_graphs import DraftGraphs, may_capture
+from alloy.models.draft_graphs import Buffers, DraftGraphs, may_capture
 from tests.engine.test_graphs import captured, cuda, with_calls
 from tests.engine.test_llm import TIE, prompts
 
@@ -55,7 +55,7 @@ def test_answers_are_greedy_and_all_memory_comes_back(family: str, taught: bool,
     """Rows that come and go, in buckets with padding; every number of drafts; some kept, some dropped."""
     model, asked = subject(family, taught)
     params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(asked))]
-    for length in (1, 3, 6, "auto"):
+    for length in (1, 3, 9, "auto"):
         llm = with_calls(model, speculate=length, max_model_len=80)
         outs = llm.generate(asked, params)
         assert [len(o.completions[0].token_ids) for o in outs] == [p.max_tokens for p in params]
@@ -103,6 +103,49 @@ def test_prediction_blocks_with_states_are_not_captured() -> None:
     assert not may_capture(build("hybrid").new_paged_cache(2, 4, 64))
 
 
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_end_of_an_answer_captures_nothing_shorter(taught: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts go on beyond max_tokens, and beyond the model's length where the cache has room for them."""
+    capture, lengths = DraftGraphs._capture, set[int]()
+
+    def note(self: DraftGraphs, size: int, length: int, buffers: Buffers):
+        lengths.add(length)
+        return capture(self, size, length, buffers)
+
+    monkeypatch.setattr(DraftGraphs, "_capture", note)
+    model, asked = subject("mtp", taught)
+    for draft, limit in ((3, 80), (3, 40), (20, 40)):
+        llm = with_calls(model, speculate=draft, max_model_len=limit)
+        params = [SamplingParams(temperature=0, max_tokens=limit - len(prompt), ignore_eos=True) for prompt in asked]
+        outs = llm.generate(asked, params)
+        assert [len(o.completions[0].token_ids) for o in outs] == [p.max_tokens for p in params]
+        check(model, asked, [o.completions[0].token_ids for o in outs], model)
+        # twenty do not fit behind a sequence that is nearly as long as it may be: there they get fewer
+        assert draft == 20 or lengths == {3}
+        lengths.clear()
+
+
+def test_warming_up_is_for_accelerators() -> None:
+    """On a CPU it computes nothing."""
+    llm = with_calls(build("mtp"), max_model_len=80)
+    llm.warm_up()
+    assert llm.engine().stats.prompt_tokens == 0
+
+
+@pytest.mark.gpu
+@cuda
+def test_warming_up_leaves_nothing() -> None:
+    """Steps and drafts are captured, and the cache is empty."""
+    llm = LLM(captured(build("mtp")), max_seqs=4, speculate=3, max_model_len=80, max_step_tokens=16)
+    llm.warm_up()
+    engine = llm.engine()
+    assert engine._runner._draft_graphs is not None
+    assert engine._runner._draft_graphs._steps
+    assert llm.stats.prompt_tokens == 0
+    assert engine.pool.blocks_free == engine.pool.blocks
+    assert engine.pool.slots_free == engine.pool.slots
+
+
 @pytest.mark.gpu
 @cuda
 @pytest.mark.parametrize("taught", [False, True])
@@ -114,7 +157,7 @@ def test_captured_answers_are_greedy(family: str, taught: bool) -> None:
     reference.load_state_dict(model.state_dict())
     model = captured(model)
     params = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(len(asked))]
-    for length in (1, 3, "auto"):
+    for length in (1, 3, 9, "auto"):
         llm = LLM(model, max_seqs=4, speculate=length, max_model_len=80)
         got = [o.completions[0].token_ids for o in llm.generate(asked, params)]
         assert llm.engine()._runner._draft_graphs is not None

@@ -134,6 +134,7 @@ def _run_engine(pipe: socket.socket, model: str, settings: Mapping[str, Any]) ->
     loop = EngineLoop(pipe, partial(os._exit, 0))
     try:
         llm, cost = _load(model, settings)
+        llm.warm_up()
         engine = llm.engine()
         gauges = engine.gauges()
         send(pipe, (gauges, llm.max_model_len, start_rows(llm, gauges) | cost))

@@ -44,6 +44,8 @@ STEP_TOKENS = {"cpu": 512}
 STEP_TOKENS_ACCELERATOR = 2048
 # between two states that are kept on the way through a prompt
 CHECKPOINT_TOKENS = 1024
+# answers of a warm-up: a step behind each prompt, and one of several rows
+WARM_UP_TOKENS = 4
 # requests read ahead of the running ones, so that prompts can be computed together
 LOOKAHEAD = 64
 
@@ -296,6 +298,21 @@ class LLM:
             self._engine.forget()
         self._weights = weights
         return self._engine
+
+    def warm_up(self) -> None:
+        """Answer prompts of several pieces, and forget them: an accelerator's kernels are compiled now and not while the first
+        requests wait. Nothing where there is nothing to compile."""
+        if self.model.embed.weight.device.type == "cpu":
+            return
+        length = min(self.max_model_len - WARM_UP_TOKENS, 2 * self.max_step_tokens + 1)
+        if length < 1:
+            return
+        params = SamplingParams(temperature=0, max_tokens=WARM_UP_TOKENS, ignore_eos=True)
+        # whole pieces of one prompt, then pieces of two beside each other
+        for count in (1, 2):
+            self.generate([[token] * length for token in range(count)], params)
+            self.engine().forget()
+        self.stats = EngineStats()
 
     def stream(self, requests: Iterable[Request]) -> Generator[Output]:
         """Increments of the answers to `requests`, which are read only as room comes free.

@@ -151,7 +151,13 @@ class Runner:
             return 0
         # the last token of a sequence needs no draft
         room = max(s.max_tokens - len(s.tokens) for s in self.sequences) - 1
-        return min(self.length.choose(len(self.sequences)), room)
+        length = self.length.choose(len(self.sequences))
+        # a captured step that drafts beyond an answer's end costs nothing beside the capture of a shorter one
+        length = min(length, room) if self._draft_graphs is None or not room else length
+        held = max(self.pool.held[s.slot] for s in self.sequences)
+        while length and held + self.reach(length) > self.pool.most_tokens:
+            length -= 1
+        return length
 
     def reach(self, length: int) -> int:
         """Tokens that a step with `length` drafts may write in each row, padding included."""

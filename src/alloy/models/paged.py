@@ -78,7 +78,7 @@ class PagedCache:
             self.arenas.append(arena)
             self.kv.update(zip(layers, arena, strict=True))
         self.table = torch.zeros(
-            slots + 1, blocks_of(max_tokens + SLACK) if shapes else 1, device=device, dtype=torch.int32
+            slots + 1, blocks_of(self.most_tokens) if shapes else 1, device=device, dtype=torch.int32
         )
         self.lengths = torch.zeros(slots + 1, device=device, dtype=torch.int32)
         self.held = [0] * slots
@@ -92,6 +92,11 @@ class PagedCache:
         self._free_blocks = list(range(1, blocks + 1))[::-1]
         # how many hold each block
         self._holders = [0] * (blocks + 1)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a row may hold, those of its last step's padding and drafts included."""
+        return self.max_tokens + SLACK
 
     @property
     def slots_free(self) -> int:
@@ -292,7 +297,10 @@ class PagedView(Cache):
         pool: the cache
         rows: the slot of each row, on the host
         places: int32 (batch,), the same on the device
+        is_static: the host does not know what the rows hold when the call runs
     """
+
+    is_static = False
 
     def __init__(self, pool: PagedCache, rows: Sequence[int]) -> None:
         self.pool = pool
@@ -320,8 +328,19 @@ class PagedView(Cache):
             # nothing is held: the call is an ordinary causal one
             return attention(q, k, v, window=window)
         # on a CPU gathering is quicker, for rows that stand for something
-        if seq <= MAX_QUERIES and (q.is_cuda or min(self.rows) < 0):
-            return attn_decode(q.transpose(1, 2), kv, table, lengths, self.places, window=window).transpose(1, 2)
+        if self.is_static or (seq <= MAX_QUERIES and (q.is_cuda or min(self.rows) < 0)):
+            parts = [
+                attn_decode(
+                    part.transpose(1, 2),
+                    kv,
+                    table,
+                    lengths + i * MAX_QUERIES if i else lengths,
+                    self.places,
+                    window=window,
+                )
+                for i, part in enumerate(q.split(MAX_QUERIES, 2))
+            ]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
         total = self.longest + seq
         blocks = table[self.places.long(), : blocks_of(total)]
         keys, values = (t[:, :, :total] for t in gather_kv(kv, blocks))
@@ -398,6 +417,8 @@ class StaticView(PagedView):
         pool: the cache
         slots: int32 (batch,), the buffer
     """
+
+    is_static = True
 
     def __init__(self, pool: PagedCache, slots: Tensor) -> None:
         super().__init__(pool, [-1] * len(slots))

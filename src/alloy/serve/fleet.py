@@ -113,6 +113,7 @@ class Replica:
         torch.set_num_threads(threads)
         try:
             llm, rows = load()
+            llm.warm_up()
             self._engine = llm.engine()
         except AlloyError as error:
             # all that Ray passes on is a traceback
