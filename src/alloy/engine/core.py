@@ -304,11 +304,12 @@ class LLM:
         requests wait. Nothing where there is nothing to compile."""
         if self.model.embed.weight.device.type == "cpu":
             return
-        length = min(self.max_model_len - WARM_UP_TOKENS, 2 * self.max_step_tokens + 1)
+        # whole pieces and a part of one, of odd length: kernels differ by what divides the numbers they are given
+        length = min(self.max_model_len - WARM_UP_TOKENS, 5 * self.max_step_tokens // 2 + 2)
         if length < 1:
             return
         params = SamplingParams(temperature=0, max_tokens=WARM_UP_TOKENS, ignore_eos=True)
-        # whole pieces of one prompt, then pieces of two beside each other
+        # one prompt, then two beside each other
         for count in (1, 2):
             self.generate([[token] * length for token in range(count)], params)
             self.engine().forget()
