@@ -154,3 +154,22 @@ def test_several_cores_keep_large_weights(monkeypatch: pytest.MonkeyPatch) -> No
         with torch.inference_mode():
             linear(x, weight)
         assert len(taken) == count
+
+
+def test_a_processor_that_llvm_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch computes, and one line says so."""
+    binding = pytest.importorskip("llvmlite.binding")
+
+    def fail() -> None:
+        raise RuntimeError("failed to get host cpu features")
+
+    said: list[str] = []
+    monkeypatch.setattr(binding, "get_host_cpu_features", fail)
+    monkeypatch.setattr(compiled.log, "warning", lambda text, *given: said.append(text % given))
+    monkeypatch.setattr("alloy.ops.cpu.linear.few_rows", compiled.few_rows.__wrapped__)
+    x, weight = torch.randn(3, 33), torch.randn(7, 33)
+    with torch.inference_mode():
+        y = linear(x, weight)
+    torch.testing.assert_close(y, x @ weight.T)
+    assert len(said) == 1
+    assert "failed to get host cpu features" in said[0]

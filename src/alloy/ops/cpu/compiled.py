@@ -11,6 +11,10 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from alloy.core.logging import get_logger
+
+log = get_logger(__name__)
+
 Loop = Callable[..., None]
 
 # what is computed together on a side: as many sums as leave registers for what they are made of
@@ -28,9 +32,9 @@ def few_rows(width: int | None = None) -> Loop | None:
 
     Weights are read once from memory, in order, four rows of them at a time, each as they meet the rows of x.
     """
-    if find_spec("llvmlite") is None:
+    f = _begin("few_rows", 3, 3, width)
+    if f is None:
         return None
-    f = _Writer("few_rows", 3, 3, width)
     x, w, y, rows, outputs, inputs = f.args
     with f.range(outputs, TILE) as n, f.range(rows, TILE) as m:
         rows_of_tile, outputs_of_tile = f.tile(m, rows), f.tile(n, outputs)
@@ -56,9 +60,9 @@ def state_rows(width: int | None = None) -> Loop | None:
     y (batch, heads * head_dim), then batch, heads, head_dim, groups, state and what lies between rows of h and of xbc; all
     else is contiguous. `width` and None as in `few_rows`.
     """
-    if find_spec("llvmlite") is None:
+    f = _begin("state_rows", 6, 7, width)
+    if f is None:
         return None
-    f = _Writer("state_rows", 6, 7, width)
     h, xbc, d, decay, D, y, batch, heads, head_dim, groups, state, h_stride, xbc_stride = f.args
     share, inner = f.over(heads, groups), f.times(heads, head_dim)
     with f.range(batch) as row, f.range(heads) as head:
@@ -88,6 +92,17 @@ def state_rows(width: int | None = None) -> Loop | None:
             for p, value, place in zip(places, inputs, sums, strict=True):
                 f.write(f.at(out, p), f.sum_of(f.total(place), f.product(skip, value)))
     return f.compiled()
+
+
+def _begin(name: str, pointers: int, numbers: int, width: int | None) -> "_Writer | None":
+    """What writes a function; None without llvmlite, or where it knows nothing of the processor."""
+    if find_spec("llvmlite") is None:
+        return None
+    try:
+        return _Writer(name, pointers, numbers, width)
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        log.warning("llvmlite cannot compile for this processor (%s); PyTorch computes instead, more slowly", error)
+        return None
 
 
 class _Writer:

@@ -67,7 +67,7 @@ def mamba_rows(
     rows = slice(batch) if slots is None else consecutive(numbers)
     own_bytes = ssm_state.shape[1] * ssm_state.stride(1) * ssm_state.element_size()
     is_cached = batch * own_bytes <= CACHED
-    loop = state_rows() if _suits_loop(ssm_state, D, is_cached) else None
+    loop = state_rows() if _suits_loop(ssm_state, (A, D, dt_bias), is_cached) else None
     if rows is not None and (is_cached or loop is not None):
         return mixed(projected, conv_state[rows], ssm_state[rows])
     y = projected.new_zeros(batch, inner)
@@ -116,14 +116,15 @@ def _recur_in_one_pass(
     return y
 
 
-def _suits_loop(ssm_state: Tensor, D: Tensor, is_cached: bool) -> bool:
-    """Whether one core in one pass is the quickest, and the numbers lie as the compiled loop reads them."""
+def _suits_loop(ssm_state: Tensor, by_head: tuple[Tensor, ...], is_cached: bool) -> bool:
+    """Whether one core in one pass is the quickest, and the numbers (`by_head`: (heads,) each) lie as the compiled loop reads
+    them."""
     _, head_dim, state = ssm_state.shape[1:]
     return (
         # gradients and transforms do not see what has no operation
         torch.is_inference_mode_enabled()
-        and ssm_state.dtype == D.dtype == torch.float32
+        and ssm_state.dtype == torch.float32
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in by_head)
         and ssm_state.stride()[1:] == (head_dim * state, state, 1)
-        and D.is_contiguous()
         and (is_cached or torch.get_num_threads() <= PASSES)
     )
