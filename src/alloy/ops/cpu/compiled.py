@@ -5,15 +5,14 @@ some 50 ms.
 """
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from alloy.core.logging import get_logger
-
-log = get_logger(__name__)
+log = logging.getLogger(__name__)
 
 Loop = Callable[..., None]
 
