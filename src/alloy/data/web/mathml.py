@@ -6,6 +6,7 @@ Source: MathML 3, W3C Recommendation of 2014, chapter 3; MathML Core for what br
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from alloy.data.web.symbols import (
     FUNCTIONS,
@@ -58,11 +59,11 @@ class Element:
     def word(self) -> str:
         """All text below, without what no reader sees and with single spaces."""
         parts: list[str] = []
-        waiting = [self]
+        waiting: list[Element] = [self]
         while waiting:
             element = waiting.pop()
             parts.append(element.text)
-            waiting += reversed(element.children)
+            waiting.extend(reversed(element.children))
         return " ".join("".join(c for c in "".join(parts) if c not in INVISIBLE).split())
 
 
@@ -136,13 +137,16 @@ def _is_nothing(element: Element) -> bool:
     """Whether it has neither children nor text, such as an invisible operator."""
     if element.tag in ("mspace", "none", "mprescripts", "mglyph", "mrow", "mtd", "mphantom") or element.children:
         return element.tag == "mphantom"
-    # an empty fence is a delimiter that is not drawn
-    return not element.word() and element.tag != "mo"
+    # an empty fence is a delimiter that is not drawn, and a text of spaces keeps its neighbours apart
+    return element.tag != "mo" and not (element.text if element.tag == "mtext" else element.word())
 
 
 def _is_fence(element: Element, known: dict[str, str]) -> bool:
-    return element.tag == "mo" and not element.children and element.word() in known and (
-        bool(element.word()) or element.get("fence") == "true"
+    return (
+        element.tag == "mo"
+        and not element.children
+        and element.word() in known
+        and (bool(element.word()) or element.get("fence") == "true")
     )
 
 
@@ -256,8 +260,8 @@ def _base(element: Element, depth: int) -> str:
         return "{}"
     inner = _inner_table(element)
     if inner.tag in ("mi", "mn", "mo", "mtext", "mover", "munder", "mroot", "msqrt", "menclose", "mfenced"):
-        is_word = inner.tag == "mn" and len(latex) > 1 and not latex.startswith("\\")
-        return latex if not is_word else latex
+        # of several digits a script would take the last
+        return _group(latex) if inner.tag == "mn" and len(latex) > 1 else latex
     children = [child for child in inner.children if not _is_nothing(child)]
     # parentheses carry what stands behind them
     if children and _is_fence(children[0], OPENING) and _is_fence(children[-1], CLOSING):
@@ -270,8 +274,11 @@ def _scripts(base: str, below: str, above: str) -> str:
     if below.strip():
         latex += f"_{_group(below)}"
     if above.strip():
-        is_primes = not above.strip("' ") and "'" in above
-        latex = latex.rstrip() + above.strip() if is_primes and not below.strip() else latex + f"^{_group(above)}"
+        if not above.strip("' ") and not below.strip():
+            return latex.rstrip() + above.strip()
+        # an apostrophe is a script of its own
+        above = above.replace("'", "\\prime ")
+        latex += f"^{_group(above)}"
     return latex
 
 
@@ -477,9 +484,9 @@ def _tidy(latex: str) -> str:
     words = latex.split(" ")
     # a space ends a command before a letter; before anything else it is not needed
     out = words[0]
-    for before, word in zip(words, words[1:], strict=False):
+    for before, word in pairwise(words):
         is_command_end = bool(before) and before[-1].isalpha() and "\\" in before
-        keeps = word[:1].isalpha() and is_command_end or before.endswith("\\") or not _outside_text(out)
+        keeps = (word[:1].isalpha() and is_command_end) or before.endswith("\\") or not _outside_text(out)
         out += f" {word}" if keeps or before.endswith("&") or word.startswith(("&", "\\\\")) else word
     return out.strip()
 
