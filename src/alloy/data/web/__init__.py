@@ -1,0 +1,1 @@
+"""From web pages to text that keeps mathematics, code and tables."""
