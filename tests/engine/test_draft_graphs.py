@@ -114,14 +114,14 @@ def test_the_end_of_an_answer_captures_nothing_shorter(taught: bool, monkeypatch
 
     monkeypatch.setattr(DraftGraphs, "_capture", note)
     model, asked = subject("mtp", taught)
-    for draft, limit in ((3, 80), (3, 40), (20, 40)):
+    for draft, limit in ((3, 80), (3, 40), (16, 40)):
         llm = with_calls(model, speculate=draft, max_model_len=limit)
         params = [SamplingParams(temperature=0, max_tokens=limit - len(prompt), ignore_eos=True) for prompt in asked]
         outs = llm.generate(asked, params)
         assert [len(o.completions[0].token_ids) for o in outs] == [p.max_tokens for p in params]
         check(model, asked, [o.completions[0].token_ids for o in outs], model)
-        # twenty do not fit behind a sequence that is nearly as long as it may be: there they get fewer
-        assert draft == 20 or lengths == {3}
+        # sixteen do not fit behind a sequence that is nearly as long as it may be: there they get fewer
+        assert draft == 16 or lengths == {3}
         lengths.clear()
 
 

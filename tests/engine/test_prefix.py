@@ -371,7 +371,7 @@ def test_least_recently_used_leaves_go_first() -> None:
     slot = pool.open(1)[0]
     cache.begin(slot, cache.match([1] * 70, 69))
     pool.close([slot])
-    cache.evict_blocks(pool.blocks_free + 2)
+    cache.evict_blocks([pool.blocks_free + 2])
     assert [cache.match([first] * 70, 70).length for first in (1, 2, 3)] == [70, 0, 70]
     assert pool.blocks_free == pool.blocks - 2 * blocks_of(70)
 

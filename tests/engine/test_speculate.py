@@ -8,8 +8,9 @@ import torch
 
 from alloy.bench.tiny import teach
 from alloy.engine.core import LLM
-from alloy.engine.request import Output, SamplingParams
-from alloy.engine.speculate import DraftLength, Pairs, merge, stack
+from alloy.engine.request import Output, Request, SamplingParams
+from alloy.engine.speculate import MOST_PENDING, DraftLength, Pairs, merge, stack
+from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 
 PERIOD = [7, 91, 33, 200, 91, 12, 64]
@@ -140,3 +141,64 @@ def test_auto_settles_on_the_length_with_most_tokens_per_second(rate: float, cos
         chosen.append(n)
     usual = max(set(chosen[200:]), key=chosen[200:].count)
     assert low <= usual <= high
+
+
+def greedy(length: int, n: int = 1) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, n=n)
+
+
+def test_more_samples_than_rows_wait(mtp_model: CausalLM) -> None:
+    """Two prompts that end in one round, one of them with three samples: no round has more rows than were asked for."""
+    engine = LLM(mtp_model, max_seqs=2, max_model_len=60).engine()
+    engine.add(Request(id="a", token_ids=[5, 9, 3], params=greedy(6)))
+    engine.add(Request(id="b", token_ids=[7, 8, 4], params=greedy(6, n=3)))
+    most = 0
+    while engine.busy:
+        engine.step()
+        most = max(most, len(engine._live()))
+    assert most == 2
+
+
+def test_prompts_of_one_token_do_not_keep_others_waiting(mtp_model: CausalLM) -> None:
+    """One comes every round, with nothing to draft from: what the others' drafts have not seen stays bounded."""
+    engine = LLM(mtp_model, max_seqs=3, speculate=2, max_model_len=160).engine()
+    engine.add(Request(id="long", token_ids=[5, 9], params=greedy(140)))
+    found, widest = list[int](), 0
+    for i in range(400):
+        if i < 100:
+            engine.add(Request(id=f"{i}", token_ids=[i], params=greedy(1)))
+        if i == 97:
+            late = Request(id="late", token_ids=[7 * j % 250 for j in range(147)], params=greedy(9), priority=-1)
+            engine.add(late)
+        for news in engine.step():
+            if news.id == "long":
+                found += news.completions[0].token_ids
+        drafter = engine._runner._drafter
+        assert drafter is not None
+        widest = max(widest, drafter.width)
+        if not engine.busy:
+            break
+    assert len(found) == 140
+    with torch.no_grad():
+        logits = mtp_model(torch.tensor([[5, 9, *found]])).logits[0, 1:-1]
+    behind = logits.max(-1).values - logits[torch.arange(140), torch.tensor(found)]
+    assert float(behind.max()) < TIE
+    assert widest <= MOST_PENDING + 3
+
+
+def test_a_cache_as_large_as_one_sequence_is_enough(mtp_model: CausalLM) -> None:
+    """Pieces that end anywhere, where keys and the prediction's keys need a block at different times."""
+    llm = LLM(mtp_model, max_seqs=1, speculate=2, max_model_len=100, prefix_cache=False, max_step_tokens=1)
+    engine = llm.engine()
+    engine.add(Request(id="a", token_ids=[7 * j % 250 for j in range(90)], params=greedy(5)))
+    for _ in range(120):
+        engine.step()
+        if not engine.busy:
+            break
+    assert not engine.busy
+
+
+def test_too_many_drafts_are_refused(mtp_model: CausalLM) -> None:
+    """They would not fit behind the longest answer."""
+    with pytest.raises(RequestError, match="speculate = 17 is more than 16 drafts a step; lower it"):
+        LLM(mtp_model, speculate=17)

@@ -150,7 +150,8 @@ def test_the_loop_computes_what_torch_does(
         taken[0] += 1
         real(*given)
 
-    projected = draw(3, INNER + CHANNELS + HEADS).float()
+    # columns side by side, as no linear map makes them
+    projected = draw(INNER + CHANNELS + HEADS, 3).float().t()
     # other layers' states lie between
     conv = draw(5, 2, KERNEL - 1, CHANNELS).float()
     ssm = draw(5, 2, HEADS, HEAD_DIM, STATE).float()

@@ -27,7 +27,7 @@ from alloy.engine.reasoning import ThinkingBudget
 from alloy.engine.request import Completion, Output, Request, SamplingParams
 from alloy.engine.runner import EngineStats
 from alloy.engine.sequence import Sequence
-from alloy.engine.speculate import DraftLength
+from alloy.engine.speculate import MOST_DRAFTS, DraftLength
 from alloy.errors import RequestError
 from alloy.models.base import CausalLM
 from alloy.models.configs import DecoderConfig
@@ -123,6 +123,8 @@ class LLM:
         self.speculate: int | Literal["auto"] = speculate if self.model.has_mtp or speculate != "auto" else 0
         if speculate != "auto" and (not isinstance(speculate, int) or speculate < 0):  # pyright: ignore[reportUnnecessaryIsInstance]  users err
             raise RequestError(f'speculate = {speculate} must be "auto" or a number of tokens from 0')
+        if speculate != "auto" and speculate > MOST_DRAFTS:
+            raise RequestError(f"speculate = {speculate} is more than {MOST_DRAFTS} drafts a step; lower it")
         if self.speculate and not self.model.has_mtp:
             raise RequestError(f"speculate = {speculate}, but the model has no MTP layers to draft with; use 0")
         # captured at the first call; None: steps run one operation at a time

@@ -181,7 +181,7 @@ class Engine:
         # the block behind a hit is a copy, and everyone that runs may need one soon
         wanted = blocks_of(match.length + piece) - match.length // BLOCK + 1 + len(self._runner.sequences)
         alone = not self._live()
-        if not self._room(min(wanted, self.pool.blocks) if alone else wanted):
+        if not self._room([min(wanted, self.pool.blocks) if alone else wanted] * len(self._pools)):
             return False
         # making room may have taken a part of it
         match = self._cache.match(known, target, salt)
@@ -242,21 +242,22 @@ class Engine:
         done = [s for s in self._reading if s.computed == len(s.known) - 1]
         for sequence in done:
             self._reading.remove(sequence)
-            self._fork(sequence)
-        self._runner.join(done)
+            self._runner.join([*self._fork(sequence), sequence])
 
-    def _fork(self, sequence: Sequence) -> None:
-        """Let further samples of a request begin where its prompt ends, as far as there is room."""
+    def _fork(self, sequence: Sequence) -> list[Sequence]:
+        """Further samples of a request, as far as there is room, which begin where its prompt ends."""
+        made: list[Sequence] = []
         while self._waiting and self._waiting[0].request is sequence.request and not sequence.tokens:
             other = self._waiting[0]
-            full = len(self._live()) + 1 >= self.max_seqs
-            if full or other.tokens or not self._room(1):
-                return
+            full = len(self._live()) + 1 + len(made) >= self.max_seqs
+            if full or other.tokens or not self._room([1] * len(self._pools)):
+                break
             del self._waiting[0]
             other.slot, other.computed = self.pool.fork(sequence.slot, 1)[0], sequence.computed
             other.behind, other.hidden = sequence.behind, sequence.hidden
             other.start(sequence.computed)
-            self._runner.join([other])
+            made.append(other)
+        return made
 
     def _decode(self) -> None:
         """A token for each running sequence; the youngest make room if there is none."""
@@ -281,10 +282,10 @@ class Engine:
             self._wait(victim)
             sequences = [s for s in sequences if s is not victim]
 
-    def _missing(self, sequences: list[Sequence], tokens: int) -> int:
-        """Blocks that `tokens` more of each sequence take, of the kind of which they take most."""
+    def _missing(self, sequences: list[Sequence], tokens: int) -> list[int]:
+        """Blocks that `tokens` more of each sequence take, of each pool."""
         needed = {s.slot: self.pool.held[s.slot] + tokens for s in sequences}
-        return max(pool.blocks_missing(needed) for pool in self._pools)
+        return [pool.blocks_missing(needed) for pool in self._pools]
 
     def _fits(self, sequences: list[Sequence], tokens: int) -> bool:
         """Whether one call may compute `tokens` of each of several sequences: rows are padded, in the cache too."""
@@ -301,12 +302,13 @@ class Engine:
         spared = [s for s in live if s.preemptions < MOST_PREEMPTIONS] or live
         return max(spared, key=_turn)
 
-    def _room(self, blocks: int, slot: bool = True) -> bool:
-        """Whether `blocks` are free, and a slot, after the prefix cache gave back what it can."""
+    def _room(self, blocks: list[int], slot: bool = True) -> bool:
+        """Whether so many `blocks` of each pool are free, and a slot, after the prefix cache gave back what it can."""
         while slot and not self.pool.slots_free and self._cache.evict_slot():
             pass
         self._cache.evict_blocks(blocks)
-        return all(pool.blocks_free >= blocks for pool in self._pools) and (not slot or self.pool.slots_free > 0)
+        has_blocks = all(pool.blocks_free >= wanted for pool, wanted in zip(self._pools, blocks, strict=True))
+        return has_blocks and (not slot or self.pool.slots_free > 0)
 
     def _keep(self, sequence: Sequence, kind: Kind) -> None:
         """Enter what a sequence has computed into the prefix cache, its states too if there is a slot for them."""

@@ -168,10 +168,11 @@ class PrefixCache:
         self._time += 1
         self._held[snapshot.kind][node] = self._time
 
-    def evict_blocks(self, wanted: int) -> None:
-        """Free blocks until `wanted` are free or nothing is left: least recently used leaves first."""
+    def evict_blocks(self, wanted: Sequence[int]) -> None:
+        """Free blocks until so many are free, of the pool and, where it drafts, of its multi-token prediction's, or nothing is
+        left: least recently used leaves first."""
         pools = [self.pool] if self.pool.mtp is None else [self.pool, self.pool.mtp]
-        while any(pool.blocks_free < wanted for pool in pools):
+        while any(pool.blocks_free < count for pool, count in zip(pools, wanted, strict=False)):
             leaf = next((node for node in self._used if not node.children), None)
             if leaf is None:
                 return

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from alloy.models.base import CausalLM, ModelOutput
 from alloy.models.cache import Cache
+from alloy.models.paged import PagedView
 
 # published runs peak at six drafts for a batch of one (performance.md, appendix B)
 LONGEST_DRAFT = 6
@@ -32,6 +33,8 @@ PROBE_EVERY = 64
 DECAY = 0.98
 # pairs that steps without drafts let wait
 MOST_PENDING = 16
+# the most that can be asked for: as many pairs wait then, and must fit behind the longest sequence (SLACK in paged.py)
+MOST_DRAFTS = 16
 
 
 @dataclass
@@ -136,15 +139,24 @@ class Drafter:
             return (), None
         return tuple(int(token) for token in pairs.tokens[row, : count - 1]), pairs.hidden[row, :count].clone()
 
-    def flush(self, cache: Cache) -> None:
+    def flush(self, view: PagedView) -> None:
         """Show the MTP blocks what waits, once it is much; steps without drafts call this before `observe`."""
         if self.width < MOST_PENDING:
             return
-        pairs = merge(self._pending)
-        if pairs.counts is not None and not int(pairs.counts.min()):
+        pairs, self._pending = merge(self._pending), []
+        if pairs.counts is None:
+            pairs.show(self._model, view)
             return
-        pairs.show(self._model, cache)
-        self._pending = []
+        # rows of which nothing is known wait for their first pair; what no row has is not written
+        counts = [int(count) for count in pairs.counts]
+        rows = [row for row, count in enumerate(counts) if count]
+        if rows:
+            some = pairs.select(torch.tensor(rows, device=pairs.counts.device))
+            most = max(counts)
+            Pairs(some.tokens[:, :most], some.hidden[:, :most], some.counts).show(
+                self._model, view.pool.view([view.rows[row] for row in rows])
+            )
+            view.refresh()
 
 
 class DraftLength:

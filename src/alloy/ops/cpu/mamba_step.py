@@ -62,7 +62,7 @@ def mamba_rows(
         gated = F.silu(z).mul_(y).view(batch * groups, 1, -1)
         return gated.mul_(inverse_rms(gated, eps)).view(batch, -1).mul_(norm_weight)
 
-    batch = projected.shape[0]
+    projected, batch = projected.contiguous(), projected.shape[0]
     numbers = list(range(batch)) if slots is None else slot_numbers(slots, ssm_state, batch)
     rows = slice(batch) if slots is None else consecutive(numbers)
     own_bytes = ssm_state.shape[1] * ssm_state.stride(1) * ssm_state.element_size()
