@@ -13,6 +13,7 @@ from shouting import ShoutConfig
 
 from alloy.data.executors import Executor
 from alloy.data.pipeline import Waiting, read_manifest, run_stage
+from alloy.data.stages.remove import RemoveConfig
 from alloy.errors import DataError, RecipeError, ResourceError
 
 SERIAL = Executor(kind="serial")
@@ -72,6 +73,26 @@ def test_processes_write_the_bytes_of_a_serial_run(tmp_path: Path) -> None:
     run_stage(ShoutConfig(), [str(tmp_path / "in")], tmp_path / "serial", SERIAL)
     run_stage(ShoutConfig(), [str(tmp_path / "in")], tmp_path / "process", Executor(workers=2))
     assert outputs(tmp_path / "serial") == outputs(tmp_path / "process") != {}
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_ray_writes_the_bytes_of_a_serial_run(tmp_path: Path) -> None:
+    """On a real local Ray, through Ray Data and its actors."""
+    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'alloy-lm[scale]'")
+    make_inputs(tmp_path / "in")
+    urls = tmp_path / "urls"
+    urls.write_text("nowhere.example\n")
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.jsonl").write_text('{"url": "http://nowhere.example/x", "text": "gone"}\n')
+    for file in (tmp_path / "in").glob("[0-9].jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**row, "url": f"http://{row['id']}.example"}) + "\n" for row in rows))
+    config = RemoveConfig(urls=urls)
+    run_stage(config, [str(tmp_path / "in")], tmp_path / "serial", SERIAL)
+    manifest = run_stage(config, [str(tmp_path / "in")], tmp_path / "ray", Executor(kind="ray", workers=2))
+    assert manifest["rows_in"] - manifest["rows_out"] == 2
+    assert outputs(tmp_path / "ray") == outputs(tmp_path / "serial") != {}
 
 
 def test_tasks_of_an_array_share_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ reports come back in the order of the parts, again resumable part by part. Such 
 `read_part(part, rows, config.only)`. What `prepare` finds out is stored below `job.work`,
 too, and read in `run`, which knows its place: part, and row within the part.
 
-A stage that writes no rows (tokenize) overrides `write`, one that leaves more than parts overrides `finish`.
+A stage that writes no rows (tokenize) overrides `write` and says `writes_rows = False`, one that leaves more than parts overrides `finish`.
 
     folder/
       part-00000.parquet ...   rows (or .jsonl, .jsonl.gz, .jsonl.zst); a part appears whole or not at all
@@ -55,7 +55,8 @@ MANIFEST = "_manifest.json"
 log = get_logger(__name__)
 
 STAGES = Registry("stage")
-STAGES.add("render", "alloy.data.stages.render:Render")
+# STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("remove", "alloy.data.stages.remove:Remove")
 
 
 class StageConfig(Config):
@@ -141,6 +142,8 @@ class Stage(Generic[ConfigT]):
     statuses: ClassVar[tuple[str, ...]] = ()
     # rows of a table given to `run`
     batch_rows: ClassVar[int] = 256
+    # whether what it leaves is rows, which a later stage can read
+    writes_rows: ClassVar[bool] = True
     # whether WARC and HTML files can be read
     reads_pages: ClassVar[bool] = False
 
