@@ -230,9 +230,6 @@ def score(page: Page, body: bytes, text: str) -> PageScore:
     )
 
 
-# ---- formulas
-
-
 # what changes nothing that a reader sees, or only its size, place or font
 _DROPPED = re.compile(
     r"[,;:!> \n\t{}$]|q?quad|enspace|thinspace|left|right|middle|[bB]igg?[lrm]?|[lr]brace|(?:no)?limits"
@@ -363,9 +360,6 @@ def _symbols(element: Element) -> tuple[object, ...]:
     if element.tag in ("math", "mrow", "mstyle", "mpadded"):
         return inner
     return (element.tag, *(len(child) for child in children), *inner)
-
-
-# ---- code, prose, boilerplate
 
 
 def _code_checks(blocks: list[str], text: str) -> Iterator[Check]:
