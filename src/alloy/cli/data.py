@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alloy.cli.data_extract import eval_extract
 from alloy.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from alloy.data.io import Document
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From text to tokenizers and token shards.")
+app.command("eval-extract")(eval_extract)
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]

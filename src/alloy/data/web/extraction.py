@@ -9,7 +9,7 @@ share is a count of checks.
 import functools
 import html
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,16 +19,15 @@ from xml.etree.ElementTree import Element
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from alloy.core.device import require
+from alloy.data.web.renderers import Render
 from alloy.data.web.symbols import FUNCTIONS, PLAIN, SYMBOLS, command, plain_letter
 from alloy.errors import DataError
-
-# bytes of a page, its Content-Type, its address -> text
-Render = Callable[[bytes, str, str], str]
 
 EQUATIONS = ("eq", "eq_delim", "eq_soft", "eq_struct")
 METRICS = (*EQUATIONS, "code_exact", "code_text", "prose", "boilerplate")
 # shares over families of carriers instead of over formulas
 MACRO = {"eq_macro": "eq", "eq_delim_macro": "eq_delim"}
+SUMMARY = (*METRICS, *MACRO, "length", "error_rate")
 
 # families of carriers by how their names begin; a name of none is a family of its own
 FAMILIES = {
