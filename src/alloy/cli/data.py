@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alloy.cli.data_extract import eval_extract
 from alloy.cli.data_stages import add_stage_command
 from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
 from alloy.core.recipe import RunOptions
@@ -23,6 +24,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="From web pag
 # the stages that work on rows; `tokenize` has options of its own
 for _name in STAGES.names():
     add_stage_command(app, _name)
+
+app.command("eval-extract")(eval_extract)
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]
