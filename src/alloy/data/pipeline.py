@@ -54,6 +54,8 @@ log = get_logger(__name__)
 
 STAGES = Registry("stage")
 STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("dedup", "alloy.data.stages.dedup:Dedup")
+STAGES.add("decontaminate", "alloy.data.stages.decontaminate:Decontaminate")
 
 
 class StageConfig(Config):

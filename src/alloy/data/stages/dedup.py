@@ -42,10 +42,8 @@ class DedupConfig(StageConfig):
     ] = None
     score: Annotated[str, Field(description="Column of the quality, where it is there.")] = "finemath_score"
     source: Annotated[str, Field(description="Column of the source.")] = "source"
-    priority: Annotated[list[str], Field(description="Sources whose copies are kept before others, best first.")] = []
-    index: Annotated[Path | None, Field(description="Folder of signed parts, to be extended; default: a new one.")] = (
-        None
-    )
+    priority: Annotated[tuple[str, ...], Field(description="Sources whose copies are kept first, best first.")] = ()
+    index: Annotated[Path | None, Field(description="Folder of signed parts to extend; default: a new one.")] = None
     drop: Annotated[bool, Field(description="Leave copies out, instead of marking them.")] = False
     memory_mib: Annotated[int, Field(ge=16, description="For sorting.")] = 1024
 
