@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from alloy.core.runs import atomic_path, atomic_write
 from alloy.data.dedup import SIGN_ROWS, Entry, Index, Numbers, Signing, group
-from alloy.data.document import require_columns, set_columns
+from alloy.data.document import require_columns, set_columns, text_column
 from alloy.data.executors import Report, Tick
 from alloy.data.minhash import PRESETS, MinHash, collision_probability
 from alloy.data.parts import Part, columns_of, read_part
@@ -124,7 +124,7 @@ class Dedup(Stage[DedupConfig]):
     def _signing(self, parts: Sequence[Part]) -> Signing:
         config = self.config
         columns = columns_of(parts[0])
-        column = config.column or ("cleaned_text" if "cleaned_text" in columns else "text")
+        column = config.column or text_column(columns)
         wanted = [column, *([config.source] if config.priority else [])]
         for part in parts:
             require_columns(columns_of(part), wanted, config.stage, part.files[0])
