@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -37,7 +37,7 @@ class DecontaminateConfig(StageConfig):
 class Decontaminate(Stage[DecontaminateConfig]):
     """Adds contaminated_with and contamination_hits."""
 
-    Config: ClassVar[type[StageConfig]] = DecontaminateConfig
+    Config = DecontaminateConfig
 
     def reads(self) -> list[Path]:
         """The benchmarks: rows depend on them."""
@@ -77,7 +77,9 @@ class Decontaminate(Stage[DecontaminateConfig]):
     def write(self, tables: Iterator[pa.Table], path: Path) -> Report:
         """The part, and by benchmark what was found in it."""
         self._found = {}
-        return {**super().write(tables, path), "found": self._found}
+        report = super().write(tables, path)
+        found = {name: {**facts, "items": list(facts["items"])} for name, facts in self._found.items()}
+        return {**report, "found": found}
 
     def finish(self, job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         """The table of benchmarks."""
@@ -96,11 +98,11 @@ class Decontaminate(Stage[DecontaminateConfig]):
         for hit in hits:
             item = self._items[hit.item]
             name = self._benchmarks[item.benchmark].name
-            found = self._found.setdefault(name, {"documents": 0, "items": [], "examples": []})
+            found = self._found.setdefault(name, {"documents": 0, "items": {}, "examples": []})
             found["documents"] += name not in names
             names[name] = None
             if item.number not in found["items"]:
-                found["items"].append(item.number)
+                found["items"][item.number] = None
                 if len(found["examples"]) < self.config.examples:
                     around = text[max(0, hit.start - EXAMPLE_CHARS) : hit.stop + EXAMPLE_CHARS]
                     found["examples"].append({"item": item.number, "text": around})

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -65,9 +65,9 @@ class DedupConfig(StageConfig):
 class Dedup(Stage[DedupConfig]):
     """Signs all parts, groups their documents, then writes them."""
 
-    Config: ClassVar[type[StageConfig]] = DedupConfig
-    batch_rows: ClassVar[int] = 1024
-    statuses: ClassVar[tuple[str, ...]] = ("dup_keep",)
+    Config = DedupConfig
+    batch_rows = 1024
+    statuses = ("dup_keep",)
 
     def prepare(self, job: Job) -> None:
         """Sign and group, once; what was found stays the same when a run goes on."""
