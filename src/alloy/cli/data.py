@@ -97,7 +97,8 @@ def inspect_file(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what token shards hold, and print some documents."""
-    from alloy.data.tokens import TokenCorpus, load_tokenizer
+    from alloy.data.shards import TokenCorpus
+    from alloy.data.tokens import load_tokenizer
 
     corpus = TokenCorpus(path)
     if first >= corpus.num_documents:

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from alloy.core.recipe import Config
 from alloy.data.packing import ConcatPacking, Piece, Row, fill_row, num_concat_rows, pack_best_fit
-from alloy.data.tokens import Ids, TokenCorpus, tokenizer_hash
+from alloy.data.shards import Ids, TokenCorpus
+from alloy.data.tokens import tokenizer_hash
 from alloy.errors import DataError, RecipeError
 
 Pack = Literal["concat", "best_fit"]

@@ -24,7 +24,8 @@ from alloy.core.logging import short_time
 from alloy.core.recipe import Config, RunOptions, RunResult
 from alloy.data.io import read_documents
 from alloy.data.mixture import Batch, Mixture, Pack, Source
-from alloy.data.tokens import MANIFEST, load_tokenizer, save_tokenizer, tokenize_corpus, train_tokenizer
+from alloy.data.shards import MANIFEST
+from alloy.data.tokens import load_tokenizer, save_tokenizer, tokenize_corpus, train_tokenizer
 from alloy.errors import DataError, RecipeError, ResourceError
 from alloy.losses.base import Loss
 from alloy.losses.likelihood import document_nats
