@@ -54,6 +54,7 @@ log = get_logger(__name__)
 
 STAGES = Registry("stage")
 STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("tokenize", "alloy.data.stages.tokenize:Tokenize")
 
 
 class StageConfig(Config):

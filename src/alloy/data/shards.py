@@ -113,6 +113,9 @@ class ShardWriter:
         self._number += len(documents) - 1
         self.tokens += len(chunk.ids)
 
+    def __len__(self) -> int:
+        return self._number
+
     def index(self) -> bytes:
         """Content of the `.idx` file."""
         lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
@@ -361,7 +364,12 @@ def clear_for_shards(folder: Path, overwrite: bool) -> None:
 
 
 def write_manifest(
-    folder: Path, tokenizer: dict[str, Any], dtype: str | np.dtype, num_bytes: int | None, shards: list[dict[str, Any]]
+    folder: Path,
+    tokenizer: dict[str, Any],
+    dtype: str | np.dtype,
+    num_bytes: int | None,
+    shards: list[dict[str, Any]],
+    **more: str,
 ) -> dict[str, Any]:
     """Write what makes the folder a corpus; `num_bytes` of text, where that is known."""
     manifest = {
@@ -371,6 +379,7 @@ def write_manifest(
         **{key: sum(shard[key] for shard in shards) for key in ("documents", "tokens")},
         "bytes": num_bytes,
         "shards": shards,
+        **more,
     }
     atomic_write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     return manifest
@@ -402,8 +411,8 @@ def join_corpora(
     shards = write_shards(
         itertools.chain.from_iterable(corpus.chunks() for corpus in corpora), folder, dtype, shard_tokens
     )
-    sizes = [corpus.manifest["bytes"] if corpus.manifest else None for corpus in corpora]
+    sizes = [corpus.manifest["bytes"] for corpus in corpora if corpus.manifest and corpus.manifest["bytes"] is not None]
     unknown: dict[str, Any] = {"hash": None, "vocab": None, "bos": None, "eos": None}
     manifest = known[0].manifest if known else None
-    total = None if None in sizes else sum(sizes)
+    total = sum(sizes) if len(sizes) == len(corpora) else None
     return write_manifest(folder, manifest["tokenizer"] if manifest else unknown, dtype, total, shards)
