@@ -8,6 +8,7 @@ answer comes back as a typed failure in its place. Answers stand in the order of
 import asyncio
 import hashlib
 import json
+import math
 import os
 import random
 import sqlite3
@@ -427,7 +428,7 @@ def retry_after(value: str | None, now: datetime) -> float | None:
     if seconds is None:
         with suppress(ValueError, TypeError):
             seconds = (parsedate_to_datetime(value) - now).total_seconds()
-    return None if seconds is None else min(max(0.0, seconds), _LONGEST_PAUSE_S)
+    return None if seconds is None or math.isnan(seconds) else min(max(0.0, seconds), _LONGEST_PAUSE_S)
 
 
 def _is_retried(failure: ServerError) -> bool:
