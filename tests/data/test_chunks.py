@@ -47,7 +47,7 @@ def test_blocks_by_hand() -> None:
 def test_formulas_by_hand() -> None:
     text = (
         "$a$ and $$b\n\nc$$, \\(d\\) \\[e\\] $5 and $6, \\$f\\$ $g\\$h$\n```\n$no$\n```\n"
-        "\\begin{align*}i\\end{align*} $j$5 $k$, \\\\[2pt] $ l $ x$$y"
+        "\\begin{align*}i\\end{align*} `$no$` $j$5 $k$, \\\\[2pt] $ l $ x$$y"
     )
     found = ["a", "b\n\nc", "d", "e", "g\\$h", "\\begin{align*}i\\end{align*}", "k"]
     assert formulas(text) == found

@@ -16,14 +16,20 @@ LONGEST_FORMULA = 20_000
 _BLANK = re.compile(r"\n[ \t]*(?:\n[ \t]*)*\n")
 # what may stand before a fence: indentation, quotes and the mark of a list item
 _BEFORE_FENCE = re.compile(r"[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+)*>?[ \t]*")
-_ENVIRONMENTS = "equation|align|aligned|alignat|gather|multline|eqnarray|flalign|displaymath|math|cases|[bpvBV]?matrix|array"
-# opening dollar before a character, closing one behind a character and before no digit: prices are none (pandoc's rule)
+_ENVIRONMENTS = (
+    "equation|align|aligned|alignat|gather|multline|eqnarray|flalign|displaymath|math|cases|[bpvBV]?matrix|array"
+)
+# a formula, or what may hide a dollar: inline code and escaped characters. An opening dollar stands before a character, a
+# closing one behind a character and before no digit, so that prices are none (pandoc's rule). Each branch begins with a
+# literal, which lets the engine pass over plain text quickly
 FORMULA = re.compile(
-    r"(?<!\\)\$\$(?P<display>(?:[^$\\]|\\.|\$(?!\$))+)\$\$"
-    r"|(?<![\\$])\$(?P<inline>(?![\s$])(?:[^$\\\n]|\\.|\n(?![ \t]*\n))*?(?<!\s))(?<!\\)\$(?!\d)"
-    r"|(?<!\\)\\\((?P<round>.{1,4000}?)(?<!\\)\\\)"
-    r"|(?<!\\)\\\[(?P<square>.{1,20000}?)(?<!\\)\\\]"
-    rf"|(?P<environment>\\begin\{{(?P<name>(?:{_ENVIRONMENTS})\*?)\}}.{{1,20000}}?\\end\{{(?P=name)\}})",
+    r"\\\((?P<round>.{1,4000}?)(?<!\\)\\\)"
+    r"|\\\[(?P<square>.{1,20000}?)(?<!\\)\\\]"
+    rf"|\\begin\{{(?P<environment>(?:{_ENVIRONMENTS})\*?)\}}.{{1,20000}}?\\end\{{(?P=environment)\}}"
+    r"|\\(?P<escaped>.)"
+    r"|\$\$(?P<display>(?:[^$\\]|\\.|\$(?!\$))+)\$\$"
+    r"|\$(?P<inline>(?![\s$])(?:[^$\\\n]|\\.|\n(?![ \t]*\n))*?(?<!\s))\$(?!\d)"
+    r"|`(?P<code>`*[^`\n]+`+)",
     re.DOTALL,
 )
 
@@ -106,10 +112,24 @@ def formulas(text: str) -> list[str]:
     at = 0
     for start, end in [*fences(text), (len(text), len(text))]:
         for match in FORMULA.finditer(text, at, start):
-            inner = next(match[name] for name in ("display", "inline", "round", "square", "environment") if match[name])
-            found.append(inner.strip())
+            inner = latex(match)
+            if inner is not None:
+                found.append(inner)
         at = end
     return found
+
+
+def formula_spans(text: str) -> list[Span]:
+    """Where the formulas and inline code of a text without fences are."""
+    return [match.span() for match in FORMULA.finditer(text) if match["escaped"] is None]
+
+
+def latex(match: re.Match[str]) -> str | None:
+    """What a match of `FORMULA` holds between its delimiters; None where it is no formula."""
+    kind = match.lastgroup
+    if kind in ("escaped", "code") or kind is None:
+        return None
+    return match[0] if kind == "environment" else match[kind].strip()
 
 
 def code_lines(text: str) -> list[str]:
@@ -125,14 +145,15 @@ def code_lines(text: str) -> list[str]:
 
 def _paragraphs(text: str, start: int, stop: int, found: list[tuple[Kind, int, int]]) -> None:
     """Add the blocks between two positions, of which neither is inside a fence or formula."""
-    at = start
     for gap in [*(m.span() for m in _BLANK.finditer(text, start, stop)), (stop, stop)]:
-        piece = text[at : gap[0]]
-        stripped = piece.strip("\n")
-        if stripped.strip():
-            first = at + piece.index(stripped)
-            found.append((_kind(stripped), first, first + len(stripped)))
-        at = gap[1]
+        first, last = start, gap[0]
+        while first < last and text[first] == "\n":
+            first += 1
+        while first < last and text[last - 1] == "\n":
+            last -= 1
+        if first < last and not (text[first] in " \t" and text[first:last].isspace()):
+            found.append(("prose" if text[first] not in "#|$" else _kind(text[first:last]), first, last))
+        start = gap[1]
 
 
 def _kind(text: str) -> Kind:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alloy.data.blocks import FORMULA, block_spans
+from alloy.data.blocks import block_spans, formula_spans
 
 # characters of a token, where no tokenizer is given
 TOKEN_CHARS = 4
@@ -73,12 +73,12 @@ def merge(texts: Sequence[str]) -> str:
 
 def _cut(paragraph: str, max_tokens: int, count: Count) -> Iterator[Chunk]:
     """A paragraph that is too long, at sentence ends, or else between words."""
-    formulas = [match.span() for match in FORMULA.finditer(paragraph)]
+    formulas = formula_spans(paragraph)
     for sentences in _packed(paragraph, _places(_SENTENCE, paragraph, formulas), max_tokens, count):
         if count(sentences) <= max_tokens:
             yield Chunk(sentences.strip(), count(sentences))
             continue
-        inside = [match.span() for match in FORMULA.finditer(sentences)]
+        inside = formula_spans(sentences)
         for words in _packed(sentences, _places(_SPACE, sentences, inside), max_tokens, count):
             yield from _halves(words.strip(), max_tokens, count)
 
@@ -86,7 +86,7 @@ def _cut(paragraph: str, max_tokens: int, count: Count) -> Iterator[Chunk]:
 def _halves(words: str, max_tokens: int, count: Count) -> Iterator[Chunk]:
     """What is too long without any place to cut, in the middle; a formula stays whole."""
     tokens, middle = count(words), len(words) // 2
-    if tokens <= max_tokens or middle == 0 or FORMULA.search(words):
+    if tokens <= max_tokens or middle == 0 or formula_spans(words):
         yield Chunk(words, tokens, tokens <= max_tokens)
     else:
         yield from _halves(words[:middle], max_tokens, count)
