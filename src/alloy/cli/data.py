@@ -1,4 +1,4 @@
-"""`alloy data`: from text to tokenizers and token shards."""
+"""`alloy data`: from web pages and text to tokenizers and token shards."""
 
 import itertools
 import json
@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alloy.cli.data_stages import add_stage_command
+from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
+from alloy.core.recipe import RunOptions
+from alloy.data.pipeline import STAGES
 from alloy.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from alloy.data.io import Document
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="From text to tokenizers and token shards.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="From web pages to training tokens.")
+
+# the stages that work on rows; `tokenize` has options of its own
+for _name in STAGES.names():
+    add_stage_command(app, _name)
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]
@@ -125,6 +133,68 @@ def inspect_file(
         typer.echo(f"--- document {i}, {len(ids):,} tokens")
         # one screen of each
         typer.echo(decode(ids[:400]) if decode else " ".join(map(str, ids[:200].tolist())))
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Run the stages of a recipe one after the other; with --resume auto go on where an earlier run stopped."""
+    options = RunOptions(run_dir=run_dir, resume=resume, dry_run=dry_run, quiet=quiet, json=json)
+    run_recipe_command("data run", recipe, overrides, options)
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a stage, or of a run of several.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a stage.")] = False,
+) -> None:
+    """Say how far the stages of a folder are, running or finished."""
+    from alloy.data.status import stage_states
+
+    states = stage_states(folder)
+    if as_json:
+        for state in states:
+            typer.echo(json.dumps(state))
+        return
+    from rich.table import Table
+
+    from alloy.core.logging import console
+
+    columns = ["stage", "status", "parts", "rows_in", "rows_out", "failed", "rows_per_s"]
+    table = Table(*(name.replace("_", " ") for name in columns), box=None)
+    for state in states:
+        table.add_row(
+            *(f"{v:,}" if isinstance(v, int) else "-" if v is None else str(v) for v in map(state.get, columns))
+        )
+    console().print(table)
+
+
+@app.command()
+def card(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of stages in order, or one run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: the run.")] = None,
+    title: Annotated[str, typer.Option(help="Of the data set.")] = "",
+    license: Annotated[str, typer.Option(help="Identifier, such as odc-by.")] = "",
+    export: Annotated[bool, typer.Option(help="Write dataset/ beside the report.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+) -> None:
+    """Write report.html, stats.json and dataset/ with its card from what stages made."""
+    from alloy.data.card import CardTable, write_card
+    from alloy.data.status import stage_folders
+
+    stages = [stage for folder in folders for stage in stage_folders(folder)]
+    where = out or (folders[0] if len(folders) == 1 and stages != folders else None)
+    if where is None:
+        raise RecipeError("several folders have no common place for a card; give --out.")
+    write_card(stages, where, CardTable(title=title, license=license, export=export, seed=seed))
+    typer.echo(f"{where}: report.html, stats.json" + (", dataset/" if export else ""))
 
 
 def _documents(paths: list[Path], column: str) -> "Iterator[Document]":
