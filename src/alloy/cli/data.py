@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alloy.cli.data_extract import eval_extract
 from alloy.cli.data_stages import add_stage_command
 from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
 from alloy.core.recipe import RunOptions
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from alloy.data.io import Document
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From web pages to training tokens.")
+app.command("eval-extract")(eval_extract)
 
 # the stages that work on rows; `tokenize` has options of its own
 for _name in STAGES.names():
