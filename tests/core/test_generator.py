@@ -232,7 +232,10 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after(None, now) is None
 
 
-@given(st.binary(max_size=60) | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(lambda v: json.dumps(v).encode()))
+@given(
+    st.binary(max_size=60)
+    | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(lambda v: json.dumps(v).encode())
+)
 def test_no_body_of_a_response_breaks_the_reader(content: bytes) -> None:
     with pytest.raises(ServerError):
         read_answer(content)
