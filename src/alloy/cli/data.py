@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from alloy.data.io import Document
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From web pages to training tokens.")
+app.command("eval-extract")(eval_extract)
 
 # the stages that work on rows; `tokenize` has options of its own
-for _name in STAGES.names():
+for _name in (name for name in STAGES.names() if name != "tokenize"):
     add_stage_command(app, _name)
-
-app.command("eval-extract")(eval_extract)
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]
