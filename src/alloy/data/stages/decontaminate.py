@@ -109,10 +109,12 @@ class Decontaminate(Stage[DecontaminateConfig]):
         return sorted(names)
 
     def _without(self, table: pa.Table, column: str, texts: Sequence[str], hits: Sequence[Sequence[Hit]]) -> pa.Table:
-        rows, pieces, ids = [], [], []
-        own = table["id"].to_pylist()
+        rows: list[int] = []
+        pieces: list[str | None] = []
+        ids: list[str] = []
+        own, whole = table["id"].to_pylist(), table[column].to_pylist()
         for row, (text, found) in enumerate(zip(texts, hits, strict=True)):
-            left = cut(text, found) if found else [text]
+            left = cut(text, found) if found else [whole[row]]
             for number, piece in enumerate(left):
                 rows.append(row)
                 pieces.append(piece)

@@ -86,7 +86,10 @@ class Dedup(Stage[DedupConfig]):
         for part in job.parts:
             entry = index.entry(part)
             if entry is None:
-                raise DataError(f"{part.files[0]} has changed while it was read; run the same command again.")
+                raise DataError(
+                    f"{part.files[0]}: the index {index.folder} does not have it as it is now; it changed while it was read, "
+                    "or the index was emptied. Run again with --overwrite."
+                )
             first = int(starts[entry.stem])
             own = kept[first : first + entry.rows]
             groups = [names.get(int(number)) for number in own]
@@ -134,6 +137,7 @@ class Dedup(Stage[DedupConfig]):
             by_url=config.by_url,
             score=config.score,
             source=config.source,
+            only=config.only,
         )
 
 
@@ -147,7 +151,7 @@ class _Sign:
         self.index = Index(self.folder, self.signing)
 
     def run(self, part: Part, tick: Tick) -> Report:
-        entry = self.index.sign(part, read_part(part, SIGN_ROWS))
+        entry = self.index.sign(part, read_part(part, SIGN_ROWS, self.signing.only))
         tick(entry.rows, part.bytes)
         return {"rows_in": entry.rows}
 
