@@ -54,6 +54,11 @@ def require_columns(have: Sequence[str], needs: Sequence[str], stage: str, file:
             raise DataError(f'{file} has no column "{name}", which {stage} needs; {maker}. Columns: {", ".join(have)}.')
 
 
+def text_column(have: Sequence[str]) -> str:
+    """The column that holds the text as it is by now."""
+    return "cleaned_text" if "cleaned_text" in have else "text"
+
+
 def set_columns(table: pa.Table, **columns: object) -> pa.Table:
     """The table with these columns replaced or added at the end; known ones get the type of the schema."""
     for name, values in columns.items():

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from alloy.core.runs import atomic_path
 from alloy.data.document import COLUMNS, row_id
+from alloy.data.filter import Filter
 from alloy.data.io import ROW_SUFFIXES, json_rows
 from alloy.errors import DataError
 
@@ -133,14 +134,26 @@ def _pieces(file: Path, part_bytes: int) -> Iterator[tuple[int, int | None, int]
         raise DataError(f"{file} is none of {', '.join((*ROW_SUFFIXES, *WARC_SUFFIXES, *HTML_SUFFIXES))}; rename it.")
 
 
-def read_part(part: Part, rows: int, losses: Losses | None = None) -> Iterator[pa.Table]:
+def read_part(part: Part, rows: int, only: str | None = None, losses: Losses | None = None) -> Iterator[pa.Table]:
     """The rows of a part, in order, at most `rows` a table; every row has an `id`.
 
     Args:
         part: what to read
         rows: of a table
-        losses: takes what could not be read of a WARC; other damage is a DataError
+        only: condition that rows must meet (filter.py)
+        losses: takes what could not be read of a WARC, and counts rows that do not meet the condition; other damage is
+            a DataError
     """
+    losses = Losses() if losses is None else losses
+    meets = Filter(only) if only else None
+    for table in _tables(part, rows, losses):
+        kept = meets(table) if meets else table
+        if kept.num_rows < table.num_rows:
+            losses.counts["not asked for"] += table.num_rows - kept.num_rows
+        yield kept
+
+
+def _tables(part: Part, rows: int, losses: Losses) -> Iterator[pa.Table]:
     file = Path(part.files[0])
     if file.name.endswith(".parquet"):
         yield from _parquet_tables(file, part, rows)
@@ -149,12 +162,13 @@ def read_part(part: Part, rows: int, losses: Losses | None = None) -> Iterator[p
     else:
         from alloy.data.web.pages import page_tables
 
-        yield from page_tables(part, rows, Losses() if losses is None else losses)
+        yield from page_tables(part, rows, losses)
 
 
 def columns_of(part: Part) -> list[str]:
     """The columns that reading the part will give."""
     file = Path(part.files[0])
+    names: list[str]
     if file.name.endswith(".parquet"):
         names = _parquet(file).schema_arrow.names
     elif file.name.endswith(ROW_SUFFIXES):
