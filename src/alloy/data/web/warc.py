@@ -175,10 +175,12 @@ def _kind(head: bytes) -> Kind:
 def _open(path: Path, stack: contextlib.ExitStack, unpack: bool = True) -> tuple[mmap.mmap, Kind, bool] | Damage:
     """The bytes of a file, how its records are packed, and whether it is (to be) unpacked; or why it is no WARC."""
     file: IO[bytes] = stack.enter_context(path.open("rb"))
-    head = file.read(_BLOCK_BYTES)
+    head = file.read(_HEADER_BYTES)
     if not head:
         return Damage(0, "empty", "the file is empty")
     kind = _kind(head)
+    if kind in ("zstd", "lz4"):
+        head += file.read(_BLOCK_BYTES)
     plain = _beginning(head, kind)
     if _HTML.match(plain):
         raise DataError(f"{path} is HTML, not WARC; rename it to .html, or name the WARC file.")
@@ -292,16 +294,11 @@ class _Reader:
     def __init__(
         self, data: mmap.mmap, kind: Kind, limits: Limits, verify: bool, skipped: Counter[str], name: str
     ) -> None:
-        self.data, self.kind, self.limits, self.verify, self.skipped, self.name = (
-            data,
-            kind,
-            limits,
-            verify,
-            skipped,
-            name,
-        )
+        self.data, self.kind = data, kind
+        self.limits, self.verify, self.skipped, self.name = limits, verify, skipped, name
         self.magic = _MAGIC[kind]
         self.fastwarc = require("fastwarc.warc", extra="data", why="WARC files are read")
+        self.streams = require("fastwarc.stream_io", extra="data", why="WARC files are read")
         self.response = self.fastwarc.WarcRecordType.response
         self.resource = self.fastwarc.WarcRecordType.resource
 
@@ -319,22 +316,24 @@ class _Reader:
 
     def _run(self, first: int, stop: int) -> Generator[Item, None, int | None]:
         """Records from `first` on, until one is not followed by another as it should; the offset of that one is returned."""
-        records = iter(self._records(_Stream(self.data, first, len(self.data))))
+        stream: Any = _Stream(self.data, first, len(self.data))
+        if self.kind == "gzip":
+            stream = self.streams.GzipReader(stream)
+        records = iter(self._records(stream))
         place, held, other = first, [], ""
-        begun = False
-        while True:
+        begun = crossed = False
+        while not crossed:
             try:
                 record = next(records, None)
-                if record is None:
-                    return place
-                here = record.stream_pos
-                if not begun:
-                    if here != first:
-                        return first
-                elif not self._follows(place, here):
+                here = len(self.data) if record is None else record.stream_pos
+                if record is not None and not (self._follows(place, here) if begun else here == first):
                     return place
                 done, done_other = held, other
-                held, other = self._items(record, here) if here < stop else ([], "")
+                if record is not None and here < stop:
+                    held, other = self._items(record, here)
+                    record.reader.consume()
+                    # fastwarc reads on into the next member where a length is too large
+                    crossed = self.kind == "gzip" and stream.frame_start_position() != here
             except _DAMAGED:
                 return place
             if done_other:
@@ -346,22 +345,15 @@ class _Reader:
             if here >= stop:
                 return None
             place, begun = here, True
+        return place
 
-    def _records(self, stream: _Stream) -> Iterator[Any]:
-        return self.fastwarc.ArchiveIterator(stream, parse_http=not self.verify)
+    def _records(self, stream: Any) -> Iterator[Any]:
+        packed = self.kind in ("zstd", "lz4")
+        return self.fastwarc.ArchiveIterator(stream, parse_http=not self.verify, stream_detect=packed)
 
     def _follows(self, place: int, here: int) -> bool:
-        """Whether the next record after that of `place` may begin at `here`: no other one lies between them."""
-        if here <= place or self.data[here : here + len(self.magic)] != self.magic:
-            return False
-        if self.kind != "gzip":
-            return True
-        inner = self.data.find(self.magic, place + 1, here)
-        while inner >= 0:
-            if self._begins(inner):
-                return False
-            inner = self.data.find(self.magic, inner + 1, here)
-        return True
+        """Whether a record may begin at `here`, after that of `place`."""
+        return here > place and self.data[here : here + len(self.magic)] == self.magic
 
     def _begins(self, place: int) -> bool:
         # what is packed in blocks has to be seen to the end of the first one
@@ -454,7 +446,7 @@ class _Reader:
             while not decoder.eof and place < len(self.data):
                 packed = self.data[place : place + _PIECE_BYTES]
                 piece = decoder.decompress(packed, _PIECE_BYTES)
-                place += len(packed) - len(decoder.unconsumed_tail) - len(decoder.unused_data)
+                place += len(packed) - len(decoder.unused_data if decoder.eof else decoder.unconsumed_tail)
                 if total < keep:
                     pieces.append(piece)
                 total += len(piece)
@@ -474,13 +466,13 @@ class _Reader:
         return [], str(kind)
 
     def _response(self, record: Any, place: int) -> tuple[list[Item], str]:
-        if (record.headers.get("WARC-Target-URI") or "").startswith("dns:"):
-            return [], "dns"
         wrong = self.verify and self._wrong_digest(record)
         if self.verify:
             record.parse_http()
         http = record.http_headers
         if http is None or not http.status_code:
+            if (record.headers.get("WARC-Target-URI") or "").startswith("dns:"):
+                return [], "dns"
             return [Damage(place, "no_http", "a response record without an HTTP header")], ""
         content_type = http.get("Content-Type") or ""
         items, other = self._page(
