@@ -11,6 +11,7 @@ import typer
 
 from alloy.cli.data_stages import add_stage_command
 from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
+from alloy.cli.train_scorer import train_scorer
 from alloy.core.recipe import RunOptions
 from alloy.data.pipeline import STAGES
 from alloy.errors import DataError, RecipeError
@@ -23,6 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="From web pag
 # the stages that work on rows; `tokenize` has options of its own
 for _name in STAGES.names():
     add_stage_command(app, _name)
+app.command("train-scorer")(train_scorer)
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]

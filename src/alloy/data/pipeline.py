@@ -56,6 +56,7 @@ log = get_logger(__name__)
 
 STAGES = Registry("stage")
 # STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("score", "alloy.data.stages.score:Score")
 STAGES.add("remove", "alloy.data.stages.remove:Remove")
 
 
