@@ -12,6 +12,7 @@ import typer
 from alloy.cli.data_extract import eval_extract
 from alloy.cli.data_stages import add_stage_command
 from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
+from alloy.cli.train_scorer import train_scorer
 from alloy.core.recipe import RunOptions
 from alloy.data.pipeline import STAGES
 from alloy.errors import DataError, RecipeError
@@ -27,6 +28,7 @@ app.command("eval-extract")(eval_extract)
 # the stages that work on rows; `tokenize` has options of its own
 for _name in (name for name in STAGES.names() if name != "tokenize"):
     add_stage_command(app, _name)
+app.command("train-scorer")(train_scorer)
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]
