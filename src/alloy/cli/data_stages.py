@@ -57,7 +57,9 @@ def _command(config: "type[StageConfig]") -> Callable[..., None]:
     for name, field in fields.items():
         default, kind = field.get_default(call_default_factory=True), field.annotation
         if get_origin(kind) in (list, tuple):
-            kind, default = list[get_args(kind)[0]], list(default or ())
+            inner = get_args(kind)[0]
+            # typer has no lists of choices; pydantic refuses what is none
+            kind, default = list[str if get_origin(inner) is Literal else inner], list(default or ())
         flag = name.replace("_", "-")
         flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
         bounds = {

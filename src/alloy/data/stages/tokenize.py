@@ -16,6 +16,7 @@ from pydantic import Field
 
 from alloy.core.hub import resolve
 from alloy.data.chat import BadChat, ChatEncoder, Reasoning, Sample, pack_samples
+from alloy.data.document import text_column
 from alloy.data.executors import Report
 from alloy.data.parts import RowWriter, columns_of
 from alloy.data.pipeline import Job, Place, Stage, StageConfig
@@ -36,9 +37,9 @@ from alloy.errors import DataError, RecipeError
 class TokenizeConfig(StageConfig):
     """Settings of `tokenize`."""
 
-    stage: str = "tokenize"
+    stage: Literal["tokenize"] = "tokenize"
     tokenizer: Annotated[str, Field(description="Folder of the tokenizer, or of a checkpoint that has one.")]
-    column: Annotated[str, Field(description="Column of the text.")] = "text"
+    column: Annotated[str | None, Field(description="Text; default: cleaned_text where it is there, else text.")] = None
     eod: Annotated[bool, Field(description="End documents with the tokenizer's end token.")] = True
     shard_tokens: Annotated[int, Field(ge=1, description="Tokens in a shard, about.")] = SHARD_TOKENS
     shards: Annotated[int | None, Field(ge=1, description="Number of shards, instead of their size.")] = None
@@ -50,9 +51,10 @@ class TokenizeConfig(StageConfig):
 
 
 class Tokenize(Stage[TokenizeConfig]):
-    """See the module."""
+    """Texts to token shards, chats to packed rows; rows marked as duplicates are left out."""
 
     Config = TokenizeConfig
+    writes_rows = False
 
     def prepare(self, job: Job) -> None:
         """Refuse rows without text, and a folder that holds a corpus of another origin."""
@@ -62,9 +64,10 @@ class Tokenize(Stage[TokenizeConfig]):
             kinds.add("messages" in names)
             if len(kinds) > 1:
                 raise DataError(f"{part.files[0]} and the files before it are chats and texts; tokenize them apart.")
-            if "messages" not in names and self.config.column not in names:
+            column = self.config.column or text_column(names)
+            if "messages" not in names and column not in names:
                 raise DataError(
-                    f'{part.files[0]} has neither the column "{self.config.column}" nor "messages" but {", ".join(names)}; '
+                    f'{part.files[0]} has neither the column "{column}" nor "messages" but {", ".join(names)}; '
                     "name the one that holds the text."
                 )
         if (job.out / MANIFEST).exists():
@@ -84,11 +87,16 @@ class Tokenize(Stage[TokenizeConfig]):
 
     def run(self, table: pa.Table, place: Place) -> pa.Table:
         """`ids` of each text, or `ids` and `mask` of each sample of chats."""
+        if "dup_keep" in table.column_names:
+            kept = table.filter(table["dup_keep"].fill_null(True))
+            self.counts["duplicates left out"] += table.num_rows - kept.num_rows
+            table = kept
         if "messages" in table.column_names:
             samples = self._samples(table)
             # offsets and values: no Python number for every token
             return pa.table({name: _lists([getattr(s, name) for s in samples]) for name in Sample._fields})
-        texts = [text for text in table[self.config.column].to_pylist() if text]
+        column = self.config.column or text_column(table.column_names)
+        texts = [text for text in table[column].to_pylist() if text]
         self.counts["empty"] += table.num_rows - len(texts)
         self.counts["bytes"] += sum(len(text.encode()) for text in texts)
         return pa.table({"ids": _lists(self.encoder.documents(texts))})
