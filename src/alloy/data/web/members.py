@@ -43,9 +43,12 @@ def beginning(head: bytes, kind: Kind) -> bytes:
     if kind == "plain":
         return head[:1024]
     if kind == "gzip":
+        decoder, plain = zlib.decompressobj(31), b""
         with contextlib.suppress(zlib.error):
-            return zlib.decompressobj(31).decompress(head, 1024)
-        return b""
+            plain = decoder.decompress(head, 16)
+            # of a short member the damage may be in reach
+            plain += decoder.decompress(decoder.unconsumed_tail, 1024)
+        return plain
     with contextlib.suppress(OSError):
         return _expander(Stream(head, 0, len(head)), kind).read(1024)
     return b""
@@ -173,10 +176,19 @@ class Members:
             start += 1
         return len(self.data)
 
-    def follows(self, place: int, here: int) -> bool:
-        """Whether a member may begin at `here`, after that of `place`."""
-        magic = MAGIC[self.kind]
-        return here > place and self.data[here : here + len(magic)] == magic
+    def fits(self, place: int, here: int, size: int) -> bool:
+        """Whether a record of `size` bytes, header and line ends included, reaches from `place` to a member or the end at `here`.
+
+        A gzip member ends with its plain size; what LZ4 and zstd hold is not looked into.
+        """
+        magic, data = MAGIC[self.kind], self.data
+        if here <= place or (here < len(data) and data[here : here + len(magic)] != magic):
+            return False
+        if self.kind == "gzip":
+            return int.from_bytes(data[here - 4 : here], "little") == size & 0xFFFFFFFF
+        if self.kind == "plain":
+            return here - place == size and data[here - 4 : here] == b"\r\n\r\n"
+        return here < len(data)
 
     def member(self, place: int) -> Member:
         """The member at `place`."""

@@ -9,6 +9,7 @@ over many records is unpacked into a temporary file first; offsets are then thos
 """
 
 import contextlib
+import io
 import re
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -172,7 +173,6 @@ class _Reader:
     def __init__(self, members: Members, limits: Limits, verify: bool, skipped: Counter[str], name: str) -> None:
         self.members, self.limits, self.verify, self.skipped, self.name = members, limits, verify, skipped, name
         self.fastwarc = require("fastwarc.warc", extra="data", why="WARC files are read")
-        self.streams = require("fastwarc.stream_io", extra="data", why="WARC files are read")
         self.response = self.fastwarc.WarcRecordType.response
         self.resource = self.fastwarc.WarcRecordType.resource
 
@@ -190,24 +190,20 @@ class _Reader:
 
     def _run(self, first: int, stop: int) -> Generator[Item, None, int | None]:
         """Records from `first` on, until one is not followed by another as it should; the offset of that one is returned."""
-        stream: Any = Stream(self.members.data, first, len(self.members.data))
-        if self.members.kind == "gzip":
-            stream = self.streams.GzipReader(stream)
-        records = iter(self._records(stream))
-        place, held, other = first, [], ""
-        begun = crossed = False
-        while not crossed:
+        members = self.members
+        records = iter(self._records(Stream(members.data, first, len(members.data))))
+        place, size, held, other = first, -1, [], ""
+        while True:
             try:
                 record = next(records, None)
-                here = len(self.members.data) if record is None else record.stream_pos
-                if record is not None and not (self.members.follows(place, here) if begun else here == first):
+                here = len(members.data) if record is None else record.stream_pos
+                if not (here == first if size < 0 else members.fits(place, here, size)):
                     return place
                 done, done_other = held, other
                 if record is not None and here < stop:
+                    # two line ends follow
+                    size = record.headers.write(io.BytesIO()) + int(record.headers.get("Content-Length") or 0) + 4
                     held, other = self._items(record, here)
-                    record.reader.consume()
-                    # fastwarc reads on into the next member where a length is too large
-                    crossed = self.members.kind == "gzip" and stream.frame_start_position() != here
             except _DAMAGED:
                 return place
             if done_other:
@@ -218,12 +214,10 @@ class _Reader:
                 yield item
             if here >= stop:
                 return None
-            place, begun = here, True
-        return place
+            place = here
 
-    def _records(self, stream: Any) -> Iterator[Any]:
-        packed = self.members.kind in ("zstd", "lz4")
-        return self.fastwarc.ArchiveIterator(stream, parse_http=not self.verify, stream_detect=packed)
+    def _records(self, stream: Stream) -> Iterator[Any]:
+        return self.fastwarc.ArchiveIterator(stream, parse_http=not self.verify)
 
     def _alone(self, place: int) -> tuple[list[Item], int]:
         """What the member at `place` holds, judged by itself, and where the next record is."""
@@ -243,7 +237,8 @@ class _Reader:
         at = 0
         while at < len(plain):
             stated = stated_end(plain, at)
-            rest = b"?" if stated is None or stated > total else plain[stated : stated + 64].lstrip(b"\r\n")
+            rest = b"?" if stated is None or stated > total else plain[stated : stated + 16]
+            rest = rest.removeprefix(b"\r\n\r\n" if rest.startswith(b"\r") else b"\n\n")
             if rest and not rest.startswith(b"WARC/"):
                 held = total - at
                 items.append(
@@ -293,8 +288,6 @@ class _Reader:
 
     def _response(self, record: Any, place: int) -> tuple[list[Item], str]:
         wrong = self.verify and self._wrong_digest(record)
-        if self.verify:
-            record.parse_http()
         http = record.http_headers
         if http is None or not http.status_code:
             if (record.headers.get("WARC-Target-URI") or "").startswith("dns:"):
@@ -314,11 +307,13 @@ class _Reader:
         return items, other
 
     def _wrong_digest(self, record: Any) -> bool:
-        if record.content_length > self.limits.body_bytes:
-            return False
-        if record.headers.get("WARC-Block-Digest"):
-            return not record.verify_block_digest()
-        return bool(record.headers.get("WARC-Payload-Digest")) and not record.verify_payload_digest()
+        """Whether a record has another digest than it states; its HTTP header is parsed afterwards."""
+        headers, small = record.headers, record.content_length <= self.limits.body_bytes
+        wrong = small and bool(headers.get("WARC-Block-Digest")) and not record.verify_block_digest()
+        record.parse_http()
+        if not small or headers.get("WARC-Block-Digest") or not headers.get("WARC-Payload-Digest"):
+            return wrong
+        return not record.verify_payload_digest()
 
     def _page(
         self, record: Any, place: int, content_type: str, http_status: int | None, transfer: str, coding: str
