@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from alloy.data.document import row_id, schema_of
 from alloy.data.parts import HTML_SUFFIXES, Losses, Part
-from alloy.data.web.warc import Damage, Page, read_warc
+from alloy.data.web.warc import Damage, Page, is_warc, read_warc
+from alloy.errors import DataError
 
 PAGE_COLUMNS = (
     "id", "url", "crawl", "fetch_time", "warc_filename", "warc_record_offset", "warc_record_length", "content_mime_type",
@@ -40,12 +41,15 @@ def _html_rows(part: Part) -> Iterator[dict[str, Any]]:
     for name in part.files:
         file = Path(name)
         kind = TYPES.get(file.suffix, "")
+        body = file.read_bytes()
+        if is_warc(body):
+            raise DataError(f"{file} is a WARC file, not HTML; rename it to .warc, or .warc.gz if it is compressed.")
         yield {
             "id": row_id(name, "", 0),
             "url": name,
             "content_type": kind,
             "content_mime_type": kind or "text/html",
-            "binary_content": file.read_bytes(),
+            "binary_content": body,
             "fetch_status": "ok",
         }
 

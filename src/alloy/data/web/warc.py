@@ -9,46 +9,29 @@ over many records is unpacked into a temporary file first; offsets are then thos
 """
 
 import contextlib
-import mmap
+import io
 import re
-import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from alloy.core.device import require
 from alloy.data.document import row_id
 from alloy.data.web.http_body import Limits, TooLargeError, decode_body
+from alloy.data.web.members import BLOCK_BYTES, CUT, HEADER_BYTES, Members, Stream, beginning, kind_of, stated_end
 from alloy.errors import DataError
 
-Kind = Literal["gzip", "zstd", "lz4", "plain"]
 DamageKind = Literal[
     "arc", "bad_coding", "corrupt", "empty", "garbage", "no_http", "truncated", "wrong_digest", "wrong_length"
 ]
 
-_MAGIC: dict[Kind, bytes] = {
-    "gzip": b"\x1f\x8b\x08",
-    "zstd": b"\x28\xb5\x2f\xfd",
-    "lz4": b"\x04\x22\x4d\x18",
-    "plain": b"WARC/",
-}
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|!--|html|head|body|\?xml|meta|title|p|div|table)\b", re.I)
-_RECORD = re.compile(rb"WARC/1\.\d+\r?\n(?:[^\r\n]+\r?\n)+\r?\n")
-_LENGTH = re.compile(rb"^content-length[ \t]*:[ \t]*(\d{1,18})[ \t]*\r?$", re.I | re.M)
 _ANY_LENGTH = re.compile(rb"^content-length[^\n]*\n", re.I | re.M)
-_PLAIN_START = re.compile(rb"WARC/1\.\d+\r?\n[A-Za-z-]+[ \t]*:")
-_CUT = "the data ends within the record"
 # what fastwarc raises at damage
 _DAMAGED = (OSError, ValueError, RuntimeError)
 _MARKUP_TYPES = ("text/html", "application/xhtml+xml")
-# longest header of a record, and what is inflated at a time
-_HEADER_BYTES = 1 << 16
-_PIECE_BYTES = 1 << 18
-# largest block of LZ4, more than that of zstd
-_BLOCK_BYTES = (4 << 20) + 64
 _CRAWL = re.compile(r"CC-MAIN-\d{4}-\d{2}")
 
 
@@ -121,39 +104,41 @@ def read_warc(
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        opened = _open(path, stack)
-        if isinstance(opened, Damage):
+        members = _open(path, stack)
+        if isinstance(members, Damage):
             if start == 0:
-                yield opened
+                yield members
             return
-        data, kind, unpacked = opened
-        if unpacked and start:
-            return
-        stop = len(data) if stop is None or unpacked else min(stop, len(data))
+        fault = ""
+        if members.unpacked:
+            if start:
+                return
+            fault, stop = members.unpack(), None
+        size = len(members.data)
         reader = _Reader(
-            data,
-            kind,
+            members,
             limits or Limits(),
             verify_digest,
             Counter() if skipped is None else skipped,
             path.name if name is None else name,
         )
-        yield from reader.read(start, stop)
+        yield from reader.read(start, size if stop is None else min(stop, size))
+        if fault:
+            yield Damage(size, "truncated" if fault == CUT else "corrupt", fault)
 
 
 def split_warc(path: str | Path, part_bytes: int) -> list[tuple[int, int]]:
     """Byte ranges of about `part_bytes` that `read_warc` takes, covering the file; one if it cannot be cut."""
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        opened = _open(path, stack, unpack=False)
+        members = _open(path, stack)
         size = path.stat().st_size
-        if isinstance(opened, Damage) or opened[2]:
+        if isinstance(members, Damage) or members.unpacked:
             return [(0, size)]
-        data, kind, _ = opened
-        if kind != "plain":
+        if members.kind != "plain":
             return [(start, min(start + part_bytes, size)) for start in range(0, size, part_bytes)]
         starts, place = [0], 0
-        while (place := _plain_end(data, place)) < size:
+        while (place := members.plain_end(place)) < size:
             if place - starts[-1] >= part_bytes:
                 starts.append(place)
         return list(zip(starts, [*starts[1:], size], strict=True))
@@ -161,150 +146,39 @@ def split_warc(path: str | Path, part_bytes: int) -> list[tuple[int, int]]:
 
 def is_warc(head: bytes) -> bool:
     """Whether the first bytes of a file are those of a WARC, compressed or not."""
-    kind = _kind(head)
-    return _beginning(head, kind).startswith(b"WARC/")
+    return beginning(head, kind_of(head)).startswith(b"WARC/")
 
 
-def _kind(head: bytes) -> Kind:
-    for kind, magic in _MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    return "plain"
-
-
-def _open(path: Path, stack: contextlib.ExitStack, unpack: bool = True) -> tuple[mmap.mmap, Kind, bool] | Damage:
-    """The bytes of a file, how its records are packed, and whether it is (to be) unpacked; or why it is no WARC."""
-    file: IO[bytes] = stack.enter_context(path.open("rb"))
-    head = file.read(_HEADER_BYTES)
+def _open(path: Path, stack: contextlib.ExitStack) -> Members | Damage:
+    file = stack.enter_context(path.open("rb"))
+    head = file.read(HEADER_BYTES)
     if not head:
         return Damage(0, "empty", "the file is empty")
-    kind = _kind(head)
+    kind = kind_of(head)
     if kind in ("zstd", "lz4"):
-        head += file.read(_BLOCK_BYTES)
-    plain = _beginning(head, kind)
+        head += file.read(BLOCK_BYTES)
+    plain = beginning(head, kind)
     if _HTML.match(plain):
         raise DataError(f"{path} is HTML, not WARC; rename it to .html, or name the WARC file.")
     if plain.startswith(b"filedesc:"):
         return Damage(
             0, "arc", "an ARC file, which is not read; convert it to WARC, for example with warcio recompress"
         )
-    unpacked = kind == "gzip" and _many_in_first(file)
-    if unpacked and unpack:
-        file, kind = stack.enter_context(_unpack(path)), "plain"
-    data = stack.enter_context(contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-    return data, kind, unpacked
-
-
-def _many_in_first(file: IO[bytes]) -> bool:
-    """Whether the first gzip member goes on after its first record."""
-    decoder, total, need, piece = zlib.decompressobj(31), 0, 0, b""
-    seen = b""
-    file.seek(0)
-    with contextlib.suppress(zlib.error):
-        while not decoder.eof and (piece := decoder.unconsumed_tail or file.read(_PIECE_BYTES)):
-            plain = decoder.decompress(piece, _PIECE_BYTES)
-            total += len(plain)
-            if not need:
-                seen += plain
-                stated = _stated(seen, 0)
-                if stated is None and len(seen) > _HEADER_BYTES:
-                    return False
-                # two line ends, and the beginning of another record
-                need = stated + 16 if stated is not None else 0
-            if need and total >= need:
-                return True
-    return False
-
-
-def _unpack(path: Path) -> IO[bytes]:
-    """The inflated file, up to where it is damaged."""
-    stream = require("fastwarc.stream_io", extra="data", why="WARC files are read")
-    file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
-    with contextlib.suppress(OSError), path.open("rb") as packed:
-        reader = stream.GzipReader(packed)
-        while piece := reader.read(_PIECE_BYTES):
-            file.write(piece)
-    file.flush()
-    return file
-
-
-class _Stream:
-    """Mapped bytes from `place` to `stop` as a file; several may be read at once."""
-
-    def __init__(self, data: mmap.mmap | bytes, place: int, stop: int) -> None:
-        self.data, self.place, self.stop = data, place, stop
-
-    def read(self, size: int = -1) -> bytes:
-        piece = self.data[self.place : self.stop if size < 0 else min(self.place + size, self.stop)]
-        self.place += len(piece)
-        return piece
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = offset + (0, self.place, self.stop)[whence]
-        return self.place
-
-    def close(self) -> None:
-        pass
-
-
-def _stated(plain: bytes | mmap.mmap, place: int) -> int | None:
-    """Where the record at `place` ends as its header says; None without a header or length."""
-    header = _RECORD.match(plain, place)
-    length = header and _LENGTH.search(header[0])
-    return header.end() + int(length[1]) if header and length else None
-
-
-def _plain_end(data: mmap.mmap, place: int) -> int:
-    """Where the uncompressed record at `place` ends, the line ends after it included."""
-    stated = _stated(data, place)
-    if stated is not None and stated <= len(data):
-        end = stated
-        while end < min(stated + 4, len(data)) and data[end] in b"\r\n":
-            end += 1
-        if end == len(data) or _PLAIN_START.match(data, end):
-            return end
-    found = _PLAIN_START.search(data, place + 1)
-    return found.start() if found else len(data)
-
-
-def _beginning(head: bytes, kind: Kind) -> bytes:
-    """The first plain bytes; none of what is not in that compression."""
-    if kind == "plain":
-        return head[:1024]
-    if kind == "gzip":
-        with contextlib.suppress(zlib.error):
-            return zlib.decompressobj(31).decompress(head, 1024)
-        return b""
-    with contextlib.suppress(OSError):
-        return _expander(_Stream(head, 0, len(head)), kind).read(1024)
-    return b""
-
-
-def _expander(stream: _Stream, kind: Kind) -> Any:
-    module = require("fastwarc.stream_io", extra="data", why="WARC files are read")
-    return (module.ZstdReader if kind == "zstd" else module.Lz4Reader)(stream)
+    return stack.enter_context(contextlib.closing(Members(file, kind)))
 
 
 class _Reader:
     """Goes over the records of mapped bytes."""
 
-    def __init__(
-        self, data: mmap.mmap, kind: Kind, limits: Limits, verify: bool, skipped: Counter[str], name: str
-    ) -> None:
-        self.data, self.kind = data, kind
-        self.limits, self.verify, self.skipped, self.name = limits, verify, skipped, name
-        self.magic = _MAGIC[kind]
+    def __init__(self, members: Members, limits: Limits, verify: bool, skipped: Counter[str], name: str) -> None:
+        self.members, self.limits, self.verify, self.skipped, self.name = members, limits, verify, skipped, name
         self.fastwarc = require("fastwarc.warc", extra="data", why="WARC files are read")
-        self.streams = require("fastwarc.stream_io", extra="data", why="WARC files are read")
         self.response = self.fastwarc.WarcRecordType.response
         self.resource = self.fastwarc.WarcRecordType.resource
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         """All of the records whose members begin in [start, stop)."""
-        place = self._find(start)
+        place = self.members.find(start)
         if start == 0 and place > 0:
             yield Damage(0, "garbage", f"{place:,} bytes before the first record")
         while place < stop:
@@ -316,24 +190,20 @@ class _Reader:
 
     def _run(self, first: int, stop: int) -> Generator[Item, None, int | None]:
         """Records from `first` on, until one is not followed by another as it should; the offset of that one is returned."""
-        stream: Any = _Stream(self.data, first, len(self.data))
-        if self.kind == "gzip":
-            stream = self.streams.GzipReader(stream)
-        records = iter(self._records(stream))
-        place, held, other = first, [], ""
-        begun = crossed = False
-        while not crossed:
+        members = self.members
+        records = iter(self._records(Stream(members.data, first, len(members.data))))
+        place, size, held, other = first, -1, [], ""
+        while True:
             try:
                 record = next(records, None)
-                here = len(self.data) if record is None else record.stream_pos
-                if record is not None and not (self._follows(place, here) if begun else here == first):
+                here = len(members.data) if record is None else record.stream_pos
+                if not (here == first if size < 0 else members.fits(place, here, size)):
                     return place
                 done, done_other = held, other
                 if record is not None and here < stop:
+                    # two line ends follow
+                    size = record.headers.write(io.BytesIO()) + int(record.headers.get("Content-Length") or 0) + 4
                     held, other = self._items(record, here)
-                    record.reader.consume()
-                    # fastwarc reads on into the next member where a length is too large
-                    crossed = self.kind == "gzip" and stream.frame_start_position() != here
             except _DAMAGED:
                 return place
             if done_other:
@@ -344,45 +214,31 @@ class _Reader:
                 yield item
             if here >= stop:
                 return None
-            place, begun = here, True
-        return place
+            place = here
 
-    def _records(self, stream: Any) -> Iterator[Any]:
-        packed = self.kind in ("zstd", "lz4")
-        return self.fastwarc.ArchiveIterator(stream, parse_http=not self.verify, stream_detect=packed)
-
-    def _follows(self, place: int, here: int) -> bool:
-        """Whether a record may begin at `here`, after that of `place`."""
-        return here > place and self.data[here : here + len(self.magic)] == self.magic
-
-    def _begins(self, place: int) -> bool:
-        # what is packed in blocks has to be seen to the end of the first one
-        window = 4096 if self.kind == "gzip" else _BLOCK_BYTES
-        return _beginning(self.data[place : place + window], self.kind).startswith(b"WARC/")
-
-    def _find(self, start: int) -> int:
-        """Where the first record at or after `start` begins; the end of the file if there is none."""
-        if self.kind == "plain":
-            found = _PLAIN_START.search(self.data, start)
-            return found.start() if found else len(self.data)
-        while (start := self.data.find(self.magic, start)) >= 0:
-            if self._begins(start):
-                return start
-            start += 1
-        return len(self.data)
+    def _records(self, stream: Stream) -> Iterator[Any]:
+        return self.fastwarc.ArchiveIterator(stream, parse_http=not self.verify)
 
     def _alone(self, place: int) -> tuple[list[Item], int]:
         """What the member at `place` holds, judged by itself, and where the next record is."""
-        keep = self.limits.body_bytes + _HEADER_BYTES
-        plain, total, end, fault = self._member(place, keep)
-        following = self._find(end if not fault else place + 1)
-        if fault:
-            return [Damage(place, "truncated" if fault == _CUT else "corrupt", fault)], following
+        keep = self.limits.body_bytes + HEADER_BYTES
+        member = self.members.member(place)
+        pieces, total = [], 0
+        for piece in member:
+            if total < keep:
+                pieces.append(piece)
+            total += len(piece)
+        if member.fault:
+            damage = Damage(place, "truncated" if member.fault == CUT else "corrupt", member.fault)
+            return [damage], self.members.find(place + 1)
+        plain, end = b"".join(pieces), member.end
+        following = self.members.find(end)
         items: list[Item] = []
         at = 0
         while at < len(plain):
-            stated = _stated(plain, at)
-            rest = b"?" if stated is None or stated > total else plain[stated : stated + 64].lstrip(b"\r\n")
+            stated = stated_end(plain, at)
+            rest = b"?" if stated is None or stated > total else plain[stated : stated + 16]
+            rest = rest.removeprefix(b"\r\n\r\n" if rest.startswith(b"\r") else b"\n\n")
             if rest and not rest.startswith(b"WARC/"):
                 held = total - at
                 items.append(
@@ -408,7 +264,7 @@ class _Reader:
         items: list[Item] = []
         other = ""
         try:
-            record = next(iter(self._records(_Stream(plain, 0, len(plain)))), None)
+            record = next(iter(self._records(Stream(plain, 0, len(plain)))), None)
             if record is not None:
                 items, other = self._items(record, place)
         except _DAMAGED as error:
@@ -418,41 +274,6 @@ class _Reader:
         elif not items:
             items = [Damage(place, "corrupt", "no WARC header")]
         return items
-
-    def _member(self, place: int, keep: int) -> tuple[bytes, int, int, str]:
-        """A member's first `keep` bytes, their number in all, its end in the file, and what is wrong with it."""
-        if self.kind == "plain":
-            end = _plain_end(self.data, place)
-            stated = _stated(self.data, place)
-            cut = end == len(self.data) and stated is not None and stated > end
-            return self.data[place : min(end, place + keep)], end - place, end, _CUT if cut else ""
-        if self.kind == "gzip":
-            return self._gzip_member(place, keep)
-        end = self._find(place + 1)
-        pieces, total = [], 0
-        try:
-            reader = _expander(_Stream(self.data, place, end), self.kind)
-            while piece := reader.read(_PIECE_BYTES):
-                if total < keep:
-                    pieces.append(piece)
-                total += len(piece)
-        except _DAMAGED as error:
-            return b"", 0, end, str(error) or "the data cannot be expanded"
-        return b"".join(pieces), total, end, ""
-
-    def _gzip_member(self, place: int, keep: int) -> tuple[bytes, int, int, str]:
-        decoder, pieces, total = zlib.decompressobj(31), [], 0
-        try:
-            while not decoder.eof and place < len(self.data):
-                packed = self.data[place : place + _PIECE_BYTES]
-                piece = decoder.decompress(packed, _PIECE_BYTES)
-                place += len(packed) - len(decoder.unused_data if decoder.eof else decoder.unconsumed_tail)
-                if total < keep:
-                    pieces.append(piece)
-                total += len(piece)
-        except zlib.error as error:
-            return b"", 0, place, str(error)
-        return b"".join(pieces), total, place, "" if decoder.eof else _CUT
 
     def _items(self, record: Any, place: int) -> tuple[list[Item], str]:
         """What a record gives: pages and damage, or the kind of record that is skipped."""
@@ -467,8 +288,6 @@ class _Reader:
 
     def _response(self, record: Any, place: int) -> tuple[list[Item], str]:
         wrong = self.verify and self._wrong_digest(record)
-        if self.verify:
-            record.parse_http()
         http = record.http_headers
         if http is None or not http.status_code:
             if (record.headers.get("WARC-Target-URI") or "").startswith("dns:"):
@@ -488,11 +307,13 @@ class _Reader:
         return items, other
 
     def _wrong_digest(self, record: Any) -> bool:
-        if record.content_length > self.limits.body_bytes:
-            return False
-        if record.headers.get("WARC-Block-Digest"):
-            return not record.verify_block_digest()
-        return bool(record.headers.get("WARC-Payload-Digest")) and not record.verify_payload_digest()
+        """Whether a record has another digest than it states; its HTTP header is parsed afterwards."""
+        headers, small = record.headers, record.content_length <= self.limits.body_bytes
+        wrong = small and bool(headers.get("WARC-Block-Digest")) and not record.verify_block_digest()
+        record.parse_http()
+        if not small or headers.get("WARC-Block-Digest") or not headers.get("WARC-Payload-Digest"):
+            return wrong
+        return not record.verify_payload_digest()
 
     def _page(
         self, record: Any, place: int, content_type: str, http_status: int | None, transfer: str, coding: str
@@ -507,7 +328,7 @@ class _Reader:
             return items, ""
         body = record.reader.read()
         if len(body) < record.content_length:
-            raise OSError(_CUT)
+            raise OSError(CUT)
         if transfer or coding:
             try:
                 body, problem = decode_body(body, transfer, coding, self.limits)
@@ -521,7 +342,7 @@ class _Reader:
         page.body = body
         if not mime and body:
             detect = require("resiliparse.parse.encoding", extra="data", why="pages without a type are read")
-            page.content_mime_type = detect.detect_mime(body[:_HEADER_BYTES])
+            page.content_mime_type = detect.detect_mime(body[:HEADER_BYTES])
         return items, ""
 
 
