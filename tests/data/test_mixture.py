@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alloy.data.mixture import Batch, Mixture, Source, WeightedChoice
-from alloy.data.tokens import tokenize_corpus, train_tokenizer, write_shard
+from alloy.data.shards import write_shard
+from alloy.data.tokens import tokenize_corpus, train_tokenizer
 from alloy.errors import DataError, RecipeError
 
 SEQ = 13

@@ -56,9 +56,12 @@ log = get_logger(__name__)
 
 STAGES = Registry("stage")
 # STAGES.add("render", "alloy.data.stages.render:Render")
-STAGES.add("remove", "alloy.data.stages.remove:Remove")
+STAGES.add("clean", "alloy.data.stages.clean:Clean")
+STAGES.add("score", "alloy.data.stages.score:Score")
 STAGES.add("dedup", "alloy.data.stages.dedup:Dedup")
 STAGES.add("decontaminate", "alloy.data.stages.decontaminate:Decontaminate")
+STAGES.add("remove", "alloy.data.stages.remove:Remove")
+STAGES.add("tokenize", "alloy.data.stages.tokenize:Tokenize")
 
 
 class StageConfig(Config):
