@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from alloy.cli.data_blend import app as blend_app
 from alloy.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from alloy.data.io import Document
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From text to tokenizers and token shards.")
+app.add_typer(blend_app, name="blend")
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]
