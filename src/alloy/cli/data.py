@@ -15,6 +15,7 @@ from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Re
 from alloy.cli.train_scorer import train_scorer
 from alloy.core.recipe import RunOptions
 from alloy.data.pipeline import STAGES
+from alloy.cli.data_blend import app as blend_app
 from alloy.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app.command("eval-extract")(eval_extract)
 for _name in (name for name in STAGES.names() if name != "tokenize"):
     add_stage_command(app, _name)
 app.command("train-scorer")(train_scorer)
+app.add_typer(blend_app, name="blend")
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]

@@ -55,7 +55,7 @@ MANIFEST = "_manifest.json"
 log = get_logger(__name__)
 
 STAGES = Registry("stage")
-# STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("render", "alloy.data.stages.render:Render")
 STAGES.add("clean", "alloy.data.stages.clean:Clean")
 STAGES.add("score", "alloy.data.stages.score:Score")
 STAGES.add("dedup", "alloy.data.stages.dedup:Dedup")
