@@ -88,6 +88,7 @@ def test_loops_and_shingles_by_hand() -> None:
     assert novel(letters, letters.replace("ab", "zz")) == 0.5
     assert novel(letters, "ef gh") == 0.0
     assert novel(letters, "ef ij") == 1.0
+    assert novel(letters, "ab cd\n\nuv wx yz") == 0.0
     assert novel(letters, "$ef = zz$ and 12".replace("and", "")) == 0.0
 
 
