@@ -34,7 +34,11 @@ The method is due to Babylonian scribes, who solved such problems on clay tablet
 
 def test_a_faithful_rewriting_passes() -> None:
     """Another notation of the same formulas, and a comma mended, count as nothing."""
-    output = PAGE.replace("\\frac", "\\dfrac").replace("a x^2 + b x + c", "ax^{2}+bx+c").replace("scribes, who", "scribes who")
+    output = (
+        PAGE.replace("\\frac", "\\dfrac")
+        .replace("a x^2 + b x + c", "ax^{2}+bx+c")
+        .replace("scribes, who", "scribes who")
+    )
     assert judge(PAGE, PAGE).is_good
     assert str(judge(PAGE, output)) == "ok"
 
@@ -56,7 +60,9 @@ def test_each_guard_names_its_figure(output: str, finish_reason: str, guards: di
 
 def test_a_refusal_a_loop_and_an_invention_are_seen() -> None:
     assert "refusal" in judge(PAGE, "I'm sorry, but I can't help with that.").failed
-    again = "the same words come again and again until the limit of the answer is reached and nobody knows why that is so "
+    again = (
+        "the same words come again and again until the limit of the answer is reached and nobody knows why that is so "
+    )
     assert {"loop", "novel"} <= set(judge(PAGE, PAGE + again * 3).failed)
     story = PAGE + "\n\n" + " ".join(f"invented{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(40))
     assert judge(PAGE, story).failed["novel"] > 0.4
@@ -64,7 +70,10 @@ def test_a_refusal_a_loop_and_an_invention_are_seen() -> None:
 
 def test_what_the_page_says_itself_is_no_fault() -> None:
     """A page may begin like an answer, and repeat itself."""
-    page = "Sure, here is the text of the oath. " + "It is read aloud in the square every year on the first day of spring by all. " * 9
+    page = (
+        "Sure, here is the text of the oath. "
+        + "It is read aloud in the square every year on the first day of spring by all. " * 9
+    )
     assert judge(page, page).is_good
 
 

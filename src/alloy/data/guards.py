@@ -86,13 +86,18 @@ def judge(source: str, output: str, finish_reason: str | None = "stop") -> Verdi
 
 def math_kept(source: str, output: str) -> float:
     """Share of the different formulas of `source` that stand in `output`; 1 where it has none."""
-    wanted = {formula for formula in formulas(source) if len(_TOKEN.findall(formula)) >= FORMULA_TOKENS}
+    wanted = {formula for formula in formulas(source) if len(latex_tokens(formula)) >= FORMULA_TOKENS}
     # most often nothing has changed, and comparing is slow
     if wanted <= set(formulas(output)):
         return 1.0
     wanted = {normalize(formula) for formula in wanted} - {""}
     have = normalize(output)
     return sum(formula in have for formula in wanted) / len(wanted)
+
+
+def latex_tokens(formula: str) -> list[str]:
+    """Commands, numbers, letters and signs of a formula; braces and spaces are none."""
+    return _TOKEN.findall(formula)
 
 
 def code_kept(source: str, output: str) -> float:

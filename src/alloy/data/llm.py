@@ -7,7 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -20,8 +20,9 @@ from alloy.core.generator import Generated, HttpGenerator, Patience, Prompt, Sam
 from alloy.core.logging import get_logger
 from alloy.data.chunks import Chunk, Count, counter, split
 from alloy.data.clean import normalise
+from alloy.data.document import row_id
 from alloy.data.executors import Report
-from alloy.data.pipeline import Job, Stage, StageConfig
+from alloy.data.pipeline import Job, Place, Stage, StageConfig
 from alloy.data.prompts import load_prompt
 from alloy.errors import DataError, RecipeError
 
@@ -172,6 +173,15 @@ class LlmStage(Stage[ConfigT]):
         """The chunks of a text."""
         return split(normalise(text), max_tokens or self.config.chunk_tokens, self.count)
 
+    def made_of(self, table: pa.Table, rows: Sequence[dict[str, Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
+        """New rows with the columns of those that they came from (`row` of each), but for bodies and former texts."""
+        gone = {"binary_content", "cleaned_text", self.config.column, *types}
+        source = table.drop_columns([name for name in table.column_names if name in gone])
+        source = source.take(pa.array([row["row"] for row in rows], pa.int64()))
+        for name, kind in types.items():
+            source = source.append_column(name, pa.array([row[name] for row in rows], kind))
+        return source
+
     def finish(self, job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         """End the server; the cost."""
         if self.config.server and self.config.asks:
@@ -215,6 +225,13 @@ def start_server(checkpoint: str, *arguments: str) -> tuple[Callable[[], None], 
             return stop, found[0]
     stop()
     raise RecipeError(f"`alloy serve {checkpoint}` ended before it served: {said[-1] if said else 'it said nothing'}")
+
+
+def row_ids(table: pa.Table, place: Place) -> list[str]:
+    """Ids of the rows, or where they have none, such as are made of their places."""
+    if "id" in table.column_names:
+        return [str(value) for value in table["id"].to_pylist()]
+    return [row_id("", f"part-{place.part}", place.row + i) for i in range(table.num_rows)]
 
 
 def check_prompt(name: str) -> str:

@@ -57,6 +57,8 @@ log = get_logger(__name__)
 STAGES = Registry("stage")
 # STAGES.add("render", "alloy.data.stages.render:Render")
 STAGES.add("clean", "alloy.data.stages.clean:Clean")
+STAGES.add("mind", "alloy.data.stages.mind:Mind")
+STAGES.add("rephrase", "alloy.data.stages.rephrase:Rephrase")
 STAGES.add("remove", "alloy.data.stages.remove:Remove")
 
 

@@ -131,8 +131,7 @@ class Clean(LlmStage[CleanConfig]):
 
     def _by_model(self, texts: Sequence[str], cleaned: Sequence[Cleaned]) -> list[dict[str, Any]]:
         pieces = [
-            [Piece(c.text, c.tokens, verdict="" if c.fits else "too-long") for c in self.split(text)]
-            for text in texts
+            [Piece(c.text, c.tokens, verdict="" if c.fits else "too-long") for c in self.split(text)] for text in texts
         ]
         todo = [piece for row in pieces for piece in row if not piece.verdict]
         self.counts["chunks"] += sum(map(len, pieces))
@@ -140,8 +139,7 @@ class Clean(LlmStage[CleanConfig]):
         for piece in smaller:
             half = max(1, piece.tokens // 2)
             piece.halves = [
-                Piece(c.text, c.tokens, verdict="" if c.fits else "too-long")
-                for c in self.split(piece.source, half)
+                Piece(c.text, c.tokens, verdict="" if c.fits else "too-long") for c in self.split(piece.source, half)
             ]
         self._round([*again, *(half for piece in smaller for half in piece.halves if not half.verdict)], is_last=True)
         return [
