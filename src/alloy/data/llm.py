@@ -7,20 +7,22 @@ import subprocess
 import sys
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
 from alloy.core.generator import Generated, HttpGenerator, Patience, Prompt, Sampling, Spent, TextGenerator
 from alloy.core.logging import get_logger
-from alloy.data.chunks import Count, counter
+from alloy.data.chunks import Chunk, Count, counter, split
+from alloy.data.clean import normalise
+from alloy.data.document import row_id
 from alloy.data.executors import Report
-from alloy.data.pipeline import Job, Stage, StageConfig
+from alloy.data.pipeline import Job, Place, Stage, StageConfig
 from alloy.data.prompts import load_prompt
 from alloy.errors import DataError, RecipeError
 
@@ -40,7 +42,9 @@ class LlmConfig(StageConfig):
         Literal["auto"] | None, Field(description="auto: start `alloy serve` with the checkpoint that --model names.")
     ] = None
     model: Annotated[str | None, Field(description="As the server calls it; default: the first that it lists.")] = None
-    column: Annotated[str, Field(description="Column that holds the text.")] = "text"
+    column: Annotated[
+        str | None, Field(description="Column that holds the text; default: what is there of cleaned_text and text.")
+    ] = None
     chunk_tokens: Annotated[int, Field(ge=1, description="Longest piece of a text asked about at once.")] = 5000
     tokenizer: Annotated[
         str | None, Field(description="Folder of the model's tokenizer; default: four characters are a token.")
@@ -91,6 +95,8 @@ class LlmStage(Stage[ConfigT]):
     """A stage with a model: `ask` answers prompts in order and books what they cost."""
 
     batch_rows = 1024
+    # the columns whose text is taken, the first that is there
+    columns: ClassVar[tuple[str, ...]] = ("cleaned_text", "text")
 
     def __init__(self, config: ConfigT, generator: TextGenerator | None = None) -> None:
         """With a `generator`, such as one that holds a model in this process, no server is talked to."""
@@ -149,12 +155,32 @@ class LlmStage(Stage[ConfigT]):
 
     def texts(self, table: pa.Table) -> list[str]:
         """The text of each row."""
-        if self.config.column not in table.column_names:
+        named = (self.config.column,) if self.config.column else self.columns
+        column = next((name for name in named if name in table.column_names), None)
+        if column is None:
             raise DataError(
-                f'there is no column "{self.config.column}"; name the one that holds the text: '
+                f"{self.config.stage}: there is no column {' or '.join(named)}; set column to the one that holds the text: "
                 f"{', '.join(table.column_names)}."
             )
-        return [text or "" for text in table[self.config.column].to_pylist()]
+        return [text or "" for text in table[column].to_pylist()]
+
+    def chunks(self, texts: Sequence[str]) -> tuple[list[Chunk], list[int], list[int]]:
+        """Chunks of all texts, the text that each is of, and its number there."""
+        found = [(chunk, i, n) for i, text in enumerate(texts) for n, chunk in enumerate(self.split(text))]
+        return [chunk for chunk, _, _ in found], [i for _, i, _ in found], [n for _, _, n in found]
+
+    def split(self, text: str, max_tokens: int | None = None) -> list[Chunk]:
+        """The chunks of a text."""
+        return split(normalise(text), max_tokens or self.config.chunk_tokens, self.count)
+
+    def made_of(self, table: pa.Table, rows: Sequence[dict[str, Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
+        """New rows with the columns of those that they came from (`row` of each), but for bodies and former texts."""
+        gone = {"binary_content", "cleaned_text", self.config.column, *types}
+        source = table.drop_columns([name for name in table.column_names if name in gone])
+        source = source.take(pa.array([row["row"] for row in rows], pa.int64()))
+        for name, kind in types.items():
+            source = source.append_column(name, pa.array([row[name] for row in rows], kind))
+        return source
 
     def finish(self, job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         """End the server; the cost."""
@@ -199,6 +225,13 @@ def start_server(checkpoint: str, *arguments: str) -> tuple[Callable[[], None], 
             return stop, found[0]
     stop()
     raise RecipeError(f"`alloy serve {checkpoint}` ended before it served: {said[-1] if said else 'it said nothing'}")
+
+
+def row_ids(table: pa.Table, place: Place) -> list[str]:
+    """Ids of the rows, or where they have none, such as are made of their places."""
+    if "id" in table.column_names:
+        return [str(value) for value in table["id"].to_pylist()]
+    return [row_id("", f"part-{place.part}", place.row + i) for i in range(table.num_rows)]
 
 
 def check_prompt(name: str) -> str:

@@ -30,6 +30,9 @@ class PromptFile:
     system: str = ""
     choices: tuple[str, ...] = ()
     highest: int | None = None
+    # of a conversation, and those of them who know
+    speakers: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
     def fill(self, text: str, sampling: Sampling) -> Prompt:
         """The question about one text."""
@@ -68,6 +71,7 @@ def load_prompt(name: str) -> PromptFile:
     if not isinstance(user, str) or "{text}" not in user:
         raise RecipeError(f'{name}: a prompt has a text "user" with {{text}} where the text of the page goes.')
     known = {key: table[key] for key in ("version", "system", "highest") if key in table}
+    known |= {key: tuple(table[key]) for key in ("choices", "speakers", "answers") if key in table}
     sha = hashlib.sha256(data).hexdigest()[:16]
     stem = Path(name).stem
-    return PromptFile(stem, sha, **{"version": 1, **known}, user=user, choices=tuple(table.get("choices", ())))
+    return PromptFile(stem, sha, **{"version": 1, **known}, user=user)

@@ -23,8 +23,8 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from alloy.core.generator import Generated
-from alloy.data.chunks import merge, split
-from alloy.data.clean import Cleaned, clean_text, clean_texts, normalise
+from alloy.data.chunks import merge
+from alloy.data.clean import Cleaned, clean_text, clean_texts
 from alloy.data.document import set_columns
 from alloy.data.executors import Report
 from alloy.data.guards import Verdict, judge, math_kept, strip_fence
@@ -88,6 +88,7 @@ class Clean(LlmStage[CleanConfig]):
     """Clean texts: boilerplate out, mathematics as LaTeX in dollars, code kept."""
 
     Config = CleanConfig
+    columns = ("text",)
     statuses = ("clean_status",)
 
     def run(self, table: pa.Table, place: Place) -> pa.Table:
@@ -130,8 +131,7 @@ class Clean(LlmStage[CleanConfig]):
 
     def _by_model(self, texts: Sequence[str], cleaned: Sequence[Cleaned]) -> list[dict[str, Any]]:
         pieces = [
-            [Piece(c.text, c.tokens, verdict="" if c.fits else "too-long") for c in self._chunks(text)]
-            for text in texts
+            [Piece(c.text, c.tokens, verdict="" if c.fits else "too-long") for c in self.split(text)] for text in texts
         ]
         todo = [piece for row in pieces for piece in row if not piece.verdict]
         self.counts["chunks"] += sum(map(len, pieces))
@@ -139,17 +139,13 @@ class Clean(LlmStage[CleanConfig]):
         for piece in smaller:
             half = max(1, piece.tokens // 2)
             piece.halves = [
-                Piece(c.text, c.tokens, verdict="" if c.fits else "too-long")
-                for c in split(piece.source, half, self.count)
+                Piece(c.text, c.tokens, verdict="" if c.fits else "too-long") for c in self.split(piece.source, half)
             ]
         self._round([*again, *(half for piece in smaller for half in piece.halves if not half.verdict)], is_last=True)
         return [
             self._row(text, by_rules, [leaf for piece in row for leaf in piece.leaves])
             for text, by_rules, row in zip(texts, cleaned, pieces, strict=True)
         ]
-
-    def _chunks(self, text: str) -> list[Any]:
-        return split(normalise(text), self.config.chunk_tokens, self.count)
 
     def _round(self, pieces: list[Piece], is_last: bool) -> tuple[list[Piece], list[Piece]]:
         """Ask for pieces; (those to be asked for again, those that need smaller chunks)."""
@@ -206,7 +202,7 @@ class Clean(LlmStage[CleanConfig]):
     def _labels(self, name: str, texts: Sequence[str]) -> list[str | None]:
         """What the model says of the first chunk of each text."""
         prompt, sampling = load_prompt(name), replace(self.config.sampling(512), temperature=0.0, max_tokens=512)
-        first = [(i, chunks[0].text) for i, text in enumerate(texts) if (chunks := self._chunks(text))]
+        first = [(i, chunks[0].text) for i, text in enumerate(texts) if (chunks := self.split(text))]
         labels: list[str | None] = [None] * len(texts)
         for (i, _), answer in zip(first, self.ask([prompt.fill(text, sampling) for _, text in first]), strict=True):
             labels[i] = prompt.label(answer.text)
