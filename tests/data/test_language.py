@@ -111,7 +111,8 @@ def test_real_texts_are_told(identifier: LanguageIdentifier) -> None:
         pytest.skip("ALLOY_TEST_DATA is not set")
     with gzip.open(Path(folder) / "parsinlu/entailment/dev.csv.gz", "rt", encoding="utf-8") as file:
         persian = [row["sent1"] for row in csv.DictReader(file)]
-    english = [json.loads(line)["text"] for line in gzip.open(Path(folder) / "text/bbc-test.jsonl.gz")]
+    with gzip.open(Path(folder) / "text/bbc-test.jsonl.gz") as file:
+        english = [json.loads(line)["text"] for line in file]
     assert sum(identifier.identify(text)[0] == "fa" for text in persian) >= 0.97 * len(persian)
     told = [identifier.identify(text) for text in english]
     assert all(code == "en" and score > 0.65 for code, score in told)

@@ -6,16 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, pipeline
+from transformers import pipeline
 
 from alloy.data.classifier import CENTRE_CHARS, Classifier, batches
 from alloy.data.score import band, html_marks, int_score, is_math, math_score
 from alloy.errors import CheckpointError
+from tests.data.encoder import save_bert
 
 
 def data() -> Path:
@@ -72,7 +68,8 @@ def test_math_score_by_hand() -> None:
 def test_math_score_of_news_is_low() -> None:
     """No article and no review is as mathematical as OpenWebMath's lower threshold asks."""
     for name in ("bbc", "imdb"):
-        texts = [json.loads(line)["text"] for line in gzip.open(data() / f"text/{name}-test.jsonl.gz")]
+        with gzip.open(data() / f"text/{name}-test.jsonl.gz") as file:
+            texts = [json.loads(line)["text"] for line in file]
         assert max(math_score(text)[0] for text in texts) < 0.17
         assert not any(is_math(*math_score(text)) for text in texts)
 
@@ -86,19 +83,7 @@ def test_bands_and_whole_scores() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT with one output; its scores lie around 2.5."""
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
-    inner = Tokenizer(WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = Whitespace()
-    inner.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=31, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(len(words), 24, 2, 2, 40, max_position_embeddings=37, num_labels=1, initializer_range=0.6)
-    model = BertForSequenceClassification(config)
-    torch.nn.init.constant_(model.classifier.bias, 2.5)
-    model.save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 TEXTS = ["a bc d", "h" * 9, "ab cd " * 40, "", "g", "zz a e f", "d e f g h a b c " * 3000, "\n"]
@@ -135,13 +120,10 @@ def test_batches_hold_what_they_may() -> None:
     assert groups[1] == [5, 6]
 
 
-def test_messages_say_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
+def test_messages_say_what_to_do(tmp_path: Path) -> None:
     """No model: the fallback is named. Two outputs: no score."""
     with pytest.raises(CheckpointError, match="train-scorer"):
         Classifier(tmp_path / "none")
-    model = BertForSequenceClassification(BertConfig(20, 8, 1, 1, 8, num_labels=2))
-    model.save_pretrained(tmp_path)
-    for file in checkpoint.glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_bert(tmp_path, num_labels=2)
     with pytest.raises(CheckpointError, match="has 2 outputs"):
         Classifier(tmp_path)

@@ -28,9 +28,9 @@ from alloy.data.train_scorer import (
 )
 from alloy.errors import AlloyError, CheckpointError, DataError, RecipeError
 
-GOOD = "proof lemma integer matrix vector theorem sum prime".split()
-BAD = "football weather recipe holiday film music dress garden".split()
-BOTH = "the of and a it was in for with that".split()
+GOOD = ["proof", "lemma", "integer", "matrix", "vector", "theorem", "sum", "prime"]
+BAD = ["football", "weather", "recipe", "holiday", "film", "music", "dress", "garden"]
+BOTH = ["the", "of", "and", "a", "it", "was", "in", "for", "with", "that"]
 
 
 def documents(count: int, seed: int) -> tuple[list[str], list[float], list[str]]:
@@ -119,7 +119,9 @@ def test_hosts_are_never_on_both_sides(members: list[int], seed: int) -> None:
     """Whole groups; both sides have rows; no more than the share unless one group alone is more."""
     groups = [f"h{member}" for member in members]
     is_test = split_groups(groups, 0.3, seed)
-    sides = {group: {bool(side) for other, side in zip(groups, is_test, strict=True) if other == group} for group in groups}
+    sides = {
+        group: {bool(side) for other, side in zip(groups, is_test, strict=True) if other == group} for group in groups
+    }
     assert all(len(side) == 1 for side in sides.values())
     assert 0 < is_test.sum() < len(groups)
     tested = {group for group, side in sides.items() if side == {True}}
@@ -138,7 +140,7 @@ def test_one_host_is_refused() -> None:
 @pytest.mark.parametrize(
     ("grades", "config", "error", "message"),
     [
-        ([0, 6, 1], ScorerConfig(), DataError, "grade 6.0 of row 1"),
+        ([0, 6, 1], ScorerConfig(), DataError, "grade 6 of row 1"),
         ([2, 2, 2], ScorerConfig(), DataError, "nothing can be learned"),
         ([0, 1, 2], ScorerConfig(backend="encoder"), RecipeError, "needs a model"),
     ],
@@ -192,10 +194,13 @@ def test_command(tmp_path: Path) -> None:
     """Rows in, a scorer and its figures out; refusals."""
     texts, grades, hosts = documents(200, seed=3)
     rows = [
-        {"text": text, "grade": grade, "url": f"http://{host}/"} for text, grade, host in zip(texts, grades, hosts, strict=True)
+        {"text": text, "grade": grade, "url": f"http://{host}/"}
+        for text, grade, host in zip(texts, grades, hosts, strict=True)
     ]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "x", "grade": None, "url": "http://a.b"}]))
+    file.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"text": "x", "grade": None, "url": "http://a.b"}])
+    )
     result = CliRunner().invoke(app, ["train-scorer", str(file), "--label", "grade", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "1 without a grade" in result.output
