@@ -10,8 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 
-def save_bert(folder: Path, num_labels: int = 1) -> Path:
-    """Write a BERT whose words are made of the letters a to h, at most 31 tokens."""
+def save_bert(folder: Path, num_labels: int = 1, spread: float = 0.6) -> Path:
+    """Write a BERT whose words are made of the letters a to h, at most 31 tokens; `spread` of the weights."""
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
     inner = Tokenizer(WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = Whitespace()
@@ -21,7 +21,7 @@ def save_bert(folder: Path, num_labels: int = 1) -> Path:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(words), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
-        max_position_embeddings=37, num_labels=num_labels, initializer_range=0.6,
+        max_position_embeddings=37, num_labels=num_labels, initializer_range=spread,
     )  # fmt: skip
     model = BertForSequenceClassification(config)
     torch.nn.init.constant_(model.classifier.bias, 5.0)

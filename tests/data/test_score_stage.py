@@ -91,7 +91,7 @@ def test_without_the_classifier(rows: Path, tmp_path: Path) -> None:
 
 def test_an_encoder_learns_letters(tmp_path: Path) -> None:
     """Texts of a, b, c are worth more than those of f, g, h, on hosts of their own; the saved one scores alike."""
-    start = save_bert(tmp_path / "bert", num_labels=3)
+    start = save_bert(tmp_path / "bert", num_labels=3, spread=0.05)
     rng = np.random.default_rng(0)
     grades = [float(grade) for grade in rng.integers(0, 2, 240) * 5]
     texts = [" ".join(rng.choice(list("abcde" if grade else "defgh"), 12)) for grade in grades]
