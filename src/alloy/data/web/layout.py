@@ -10,6 +10,7 @@ from alloy.data.web.content import ASIDE, DROP, NONE, Block, Node, hint_of
 from alloy.data.web.delimiters import Delimiters, find_formulas
 from alloy.data.web.element import Element
 from alloy.data.web.formula import Formula
+from alloy.data.web.glyphs import formula_of_katex, formula_of_mathjax
 from alloy.data.web.images import formula_of_image, is_math_image
 from alloy.data.web.markup import VOID, attributes_of, element_of, end_of, name_of, split, text_of, unescape
 from alloy.data.web.mathml import math_of, tex_of_glyph_lines
@@ -22,7 +23,7 @@ DEEPEST_PREFIX = 40
 _ATOM = re.compile(r"\0d?(\d+)\0")
 _DISPLAY = re.compile(r"\s*(\0d\d+\0)\s*")
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 
 # kinds of tags; from SPECIAL on they have a method
@@ -163,7 +164,7 @@ class Layout:
             return
         text = unescape(text) if "&" in text else text
         if not text.isascii():
-            text = text.translate(_INVISIBLE)
+            text = _INVISIBLE.sub("", text)
         if self._is_searched:
             text = self._with_formulas(text)
         if "$" in text:
@@ -210,9 +211,20 @@ class Layout:
     def math(self, tag: Tag, i: int) -> int:
         """`math`, also with a prefix."""
         j = end_of(self.parts, i, tag.name)
-        if not self._put(math_of(element_of(self.parts, i, j, self.parts[i - 1]))) and text_of(self.parts, i, j).strip():
+        if (noted := self._annotation(i, j)) is not None:
+            display = "block" in (tag.attributes.get("display", ""), tag.attributes.get("mode", "").replace("display", "block"))
+            self._put(formula(noted, display, "mathml-annotation"))
+        elif not self._put(math_of(element_of(self.parts, i, j, self.parts[i - 1]))) and text_of(self.parts, i, j).strip():
             self.lost += 1
         return j + 1
+
+    def _annotation(self, i: int, j: int) -> str | None:
+        """TeX that an annotation between two places notes."""
+        for at in range(i + 1, j, 2):
+            tag = self.parts[at]
+            if tag.startswith("annotation ") and "tex" in tag.lower() and self.parts[at + 1].strip():
+                return unescape(self.parts[at + 1])
+        return None
 
     def script(self, tag: Tag, i: int) -> int:
         """Scripts that hold formulas; others are left out."""
@@ -237,15 +249,23 @@ class Layout:
     def katex(self, tag: Tag, i: int) -> int:
         """What KaTeX typeset: the TeX in its MathML, also where a site dropped the tags."""
         j = end_of(self.parts, i, tag.name)
+        display = "katex-display" in tag.attributes.get("class", "").split()
+        if (noted := self._annotation(i, j)) is not None:
+            display = display or any(' display="block"' in t for t in self.parts[i + 1 : j : 2] if t.startswith("math "))
+            return self._typeset(formula(noted, display, "katex"), i, j)
         element = element_of(self.parts, i, j, self.parts[i - 1])
-        classes = tag.attributes.get("class", "").split()
-        what = self._math_inside(element, "katex-display" in classes, "katex")
-        if what is None:
-            for inner in _walk(element):
-                if "katex-mathml" in inner.get("class").split():
-                    tex = tex_of_glyph_lines(inner.word() if not inner.text else "".join(e.text for e in _walk(inner)))
-                    what = formula(tex, "katex-display" in classes, "katex") if tex else None
-                    break
+        what: Formula | None = None
+        for inner in _walk(element):
+            names = inner.get("class").split()
+            if inner.tag == "math" and (what := math_of(inner)) is not None:
+                what = Formula(what.tex, display or what.display, "katex")
+            elif "katex-mathml" in names:
+                tex = tex_of_glyph_lines("".join(e.text for e in _walk(inner)))
+                what = formula(tex, display, "katex") if tex else None
+            elif "katex-html" in names:
+                what = formula_of_katex(inner, display)
+            if what is not None:
+                break
         return self._typeset(what, i, j)
 
     def mathjax(self, tag: Tag, i: int) -> int:
@@ -253,9 +273,7 @@ class Layout:
         j = end_of(self.parts, i, tag.name)
         if self.has_scripts:
             return j + 1
-        display = tag.attributes.get("display") in ("true", "block") or "display" in tag.attributes.get("class", "").lower()
-        element = element_of(self.parts, i, j, self.parts[i - 1])
-        return self._typeset(self._math_inside(element, display, None), i, j)
+        return self._typeset(formula_of_mathjax(element_of(self.parts, i, j, self.parts[i - 1])), i, j)
 
     def _typeset(self, what: Formula | None, i: int, j: int) -> int:
         """Put a formula in place of the elements that draw it; without one they are read as text."""
@@ -265,16 +283,6 @@ class Layout:
             self.lost += 1
         self._stack.append(None)
         return i
-
-    def _math_inside(self, element: Element, display: bool, carrier: str | None) -> Formula | None:
-        for inner in _walk(element):
-            if inner.tag == "math":
-                what = math_of(inner)
-                if what is None:
-                    continue
-                display = display or what.display
-                return Formula(what.tex, display, "katex" if carrier else what.carrier)
-        return None
 
     def attribute(self, tag: Tag, i: int) -> int:
         """An element that may carry a formula in its attributes or be the text of one."""
@@ -407,7 +415,8 @@ class Layout:
     # structure
 
     def _block(self, block: Block) -> None:
-        block.prefix, block.marker, self._marker = self._prefix, self._marker, ""
+        # quote marks would be part of the code
+        block.prefix, block.marker, self._marker = self._prefix.replace("> ", ""), self._marker, ""
         self.blocks.append(block)
 
     def rule(self, tag: Tag, i: int) -> int:
@@ -467,7 +476,9 @@ class Layout:
         """A block quote."""
         self._flush()
         self._stack.append((self._end_indented, self._prefix))
-        if len(self._prefix) < DEEPEST_PREFIX:
+        # a bare div inside is how documentation generators indent
+        is_indentation = self.parts[i] .isspace() and self.parts[i + 1] == "div" if i + 1 < len(self.parts) else False
+        if len(self._prefix) < DEEPEST_PREFIX and not is_indentation:
             self._prefix += "> "
         return i
 

@@ -80,8 +80,10 @@ def end_of(parts: list[str], i: int, name: str) -> int:
             if at % 2:
                 break
             at += 1
-        between = parts[i + i % 2 + 1 : at : 2]
-        depth += sum(1 for tag in between if tag == name or tag.startswith(opening)) - 1
+        depth -= 1
+        if at > i + 1:
+            between = parts[i + 1 : at : 2]
+            depth += between.count(name) + sum([tag.startswith(opening) for tag in between])
         if depth == 0:
             return at
         i = at + 1
@@ -101,10 +103,10 @@ def element_of(parts: list[str], i: int, j: int, tag: str) -> Element:
         text = parts[at]
         if text:
             text = unescape(text) if "&" in text else text
-            if stack[-1].children:
-                stack[-1].children.append(Element("#text", text=text))
-            else:
+            if not stack[-1].children:
                 stack[-1].text = text
+            elif not text.isspace():
+                stack[-1].children.append(Element("#text", text=text))
         tag = parts[at + 1]
         if at + 1 == j or tag[0] == "!":
             continue

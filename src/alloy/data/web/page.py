@@ -80,16 +80,19 @@ def render_text(text: str, content_type: str = "", url: str = "", options: Rende
 def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> Rendered:
     """Text of an HTML page. Raises nothing, whatever the page holds."""
     parts = split(html, options.max_depth, options.max_nodes)
-    scripts = [part[part.index(">") + 1 :] for part in parts[1::2] if part.startswith("script") and ">" in part]
-    sources = [part for part in parts[1::2] if part.startswith("script ") and " src=" in part]
-    if len(scripts) > 50:
-        scripts = [script for script in scripts if "ath" in script or "acros" in script][:200]
+    tags = [tag for tag in parts[1::2] if tag[:6] == "script" and ">" in tag]
+    sources = [attributes_of(tag[: tag.index(">")]).get("src", "") for tag in tags if " src=" in tag]
+    has_scripts = any(tag.startswith(('script type="math/', 'script id="MathJax-Element')) for tag in tags)
+    scripts = [tag[tag.index(">") + 1 :] for tag in tags if "ath" in tag or "atex" in tag or "acros" in tag]
+    scripts = [script for script in scripts if len(script) > 10][:200] if not has_scripts else [
+        tag[tag.index(">") + 1 :] for tag in tags if 'type="math/' not in tag
+    ]
     layout = Layout(
         parts,
-        read_configuration(scripts, [attributes_of(tag[: tag.index(">")]).get("src", "") if ">" in tag else "" for tag in sources]),
+        read_configuration(scripts, sources),
         options.keep_alt,
         options.max_cells,
-        any(part.startswith(('script type="math/', 'script id="MathJax-Element')) for part in parts[1::2]),
+        has_scripts,
     )
     layout.read()
     if not layout.blocks:
@@ -115,11 +118,13 @@ def _written(blocks: list[Block], layout: Layout, scripts: list[str], options: R
             atom = Formula(tex, atom.display, atom.carrier)
             if not tex:
                 return ""
-        return atom.text
+        return atom.text.replace("\n", " ") if is_indented else atom.text
 
+    is_indented = False
     parts: list[str] = []
     before: Block | None = None
     for block in blocks:
+        is_indented = bool(block.prefix) or block.kind == "table"
         text = _ATOM.sub(shown, block.text) if "\0" in block.text and block.kind != "code" else block.text
         if not text.strip():
             continue
