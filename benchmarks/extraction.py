@@ -122,7 +122,12 @@ def openwebmath_text(module: Any, text: str) -> str:
         text,
         {
             **dict.fromkeys((*switches, "remove_chinese", "remove_edit_buttons", "extract_latex"), True),
-            "boilerplate_config": {"ratio_threshold": 0.18, "absolute_threshold": 10, "end_threshold": 15, "enable": True},
+            "boilerplate_config": {
+                "ratio_threshold": 0.18,
+                "absolute_threshold": 10,
+                "end_threshold": 15,
+                "enable": True,
+            },
             "table_config": {"min_rows": 2, "min_cols": 3, "format": "plain"},
         },
     )
