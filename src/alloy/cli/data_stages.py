@@ -126,7 +126,7 @@ def summary(manifest: dict[str, Any], out: Path) -> str:
     rows_in, rows_out = manifest.get("rows_in", 0), manifest.get("rows_out", 0)
     lines = [f"{out}: {rows_in:,} rows in, {rows_out:,} out, {manifest.get('wall_s', 0.0):.1f} s"]
     lines += [f"  {name}  {number:,}" for name, number in manifest.get("counts", {}).items()]
-    lines += [f"  lost: {name}  {number:,}" for name, number in manifest.get("losses", {}).items()]
+    lines += [f"  left out: {name}  {number:,}" for name, number in manifest.get("losses", {}).items()]
     return "\n".join(lines)
 
 

@@ -94,7 +94,7 @@ def train_scorer(
             f"grade {grades[outside[0]]} of row {outside[0]} is not within 0 to {HIGHEST}; mend the labels."
         )
     is_test = split_groups(groups, config.test_share, config.seed)
-    train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    train, test = np.flatnonzero(~is_test).tolist(), np.flatnonzero(is_test).tolist()
     if len(np.unique(wanted[train])) < 2:
         raise DataError(
             f"all {len(train)} training rows have the grade {wanted[train[0]]}; nothing can be learned from one."

@@ -26,7 +26,10 @@ class ScoreConfig(StageConfig):
         Literal["auto", "raw", "cleaned"],
         Field(description="Text that is scored: cleaned where there is one, always text, or always cleaned_text."),
     ] = "auto"
-    lang: Annotated[list[str], Field(description='Languages whose rows get a quality score, or "any".')] = ["en"]
+    lang: Annotated[
+        list[str],
+        Field(default_factory=lambda: ["en"], description='Languages whose rows get a quality score, or "any".'),
+    ]
     lang_threshold: Annotated[float, Field(ge=0, le=1, description="Least probability of the language.")] = THRESHOLD
     lang_model: Annotated[Path | None, Field(description="A fastText model file; default: py3langid's own.")] = None
     math_only: Annotated[
