@@ -7,83 +7,21 @@ from alloy.data.web.markup import VOID, attributes_of, end_of, name_of, text_of,
 
 # elements without `pre` whose lines are code
 CONTAINERS = frozenset(
-    [
-        "fragment",
-        "codemirror-code",
-        "hljs-ln",
-        "js-file-line-container",
-        "blob-wrapper",
-        "code-block",
-        "codeblock",
-        "sourcecode",
-        "verbatim",
-        "lstlisting",
-    ]
+    "fragment codemirror-code hljs-ln js-file-line-container blob-wrapper code-block codeblock sourcecode verbatim lstlisting".split()
 )
 GUTTERS = frozenset(
-    [
-        "lineno",
-        "linenos",
-        "linenodiv",
-        "line-number",
-        "line-numbers",
-        "linenumber",
-        "linenumbers",
-        "gutter",
-        "gutter-line",
-        "hljs-ln-numbers",
-        "hljs-ln-line-number",
-        "rouge-gutter",
-        "blob-num",
-        "line-numbers-rows",
-        "lnt",
-        "ln",
-        "copybtn",
-        "copy-button",
-        "btn-clipboard",
-        "clipboard-copy",
-        "codehilite-copy",
-    ]
+    "lineno linenos linenodiv line-number line-numbers linenumber linenumbers gutter gutter-line hljs-ln-numbers hljs-ln-line-number "
+    "rouge-gutter blob-num line-numbers-rows lnt ln copybtn copy-button btn-clipboard clipboard-copy codehilite-copy".split()
 )
-_LINES = frozenset(["div", "li", "p", "tr", "h1", "h2", "h3", "h4", "h5", "h6"])
-_DROPPED = frozenset(["button", "script", "style", "svg", "template", "select"])
+_LINES = frozenset("div li p tr h1 h2 h3 h4 h5 h6".split())
+_DROPPED = frozenset("button script style svg template select".split())
 _LANGUAGE = re.compile(
     r"(?:^|\s)(?:language-|lang-|highlight-source-|highlight-|brush:\s*|sourcecode\s+|prettyprint\s+lang-|code-|src-)([\w#+.-]+)",
     re.IGNORECASE,
 )
 _NO_LANGUAGE = frozenset(
-    [
-        "default",
-        "none",
-        "text",
-        "plain",
-        "notranslate",
-        "block",
-        "wrapper",
-        "container",
-        "highlight",
-        "source",
-        "code",
-        "plaintext",
-        "nohighlight",
-        "auto",
-        "box",
-        "area",
-        "toolbar",
-        "copy",
-        "line",
-        "lines",
-        "numbers",
-        "body",
-        "content",
-        "header",
-        "title",
-        "wrap",
-        "inner",
-        "example",
-        "section",
-        "cell",
-    ]
+    "default none text plain notranslate block wrapper container highlight source code plaintext nohighlight auto box area toolbar "
+    "copy line lines numbers body content header title wrap inner example section cell".split()
 )
 _SHOWN = re.compile(r"\n+|[^\n]+")
 
@@ -154,9 +92,7 @@ def _is_plain(tag: str) -> bool:
     known = _PLAIN.get(tag)
     if known is None:
         name = name_of(tag.removeprefix("/"))
-        known = (
-            name not in _LINES and name not in _DROPPED and name not in ("br", "code", "table", "td", "ol", "ul", "img")
-        )
+        known = name not in _LINES and name not in _DROPPED and name not in ("br", "code", "table", "td", "ol", "ul", "img")
         if known and 'class="' in tag:
             attributes = attributes_of(tag)
             known = not (is_gutter(attributes) or _is_line(attributes))

@@ -11,30 +11,13 @@ from selectolax.lexbor import LexborHTMLParser
 from alloy.data.web.element import Element
 
 VOID = frozenset(
-    [
-        "area",
-        "base",
-        "basefont",
-        "bgsound",
-        "br",
-        "col",
-        "embed",
-        "frame",
-        "hr",
-        "img",
-        "input",
-        "keygen",
-        "link",
-        "meta",
-        "param",
-        "source",
-        "track",
-        "wbr",
-    ]
+    "area base basefont bgsound br col embed frame hr img input keygen link meta param source track wbr".split()
 )
 # their content is text whatever it looks like; they are one tag with it
 RAW = ("script", "style", "iframe", "noembed", "noframes", "xmp", "plaintext")
-_TAG = re.compile(rf"<(!--.*?--|{'|'.join(f'{name}(?=[ >])[^>]*>.*?</{name}' for name in RAW)}|[^>]*)>", re.DOTALL)
+_TAG = re.compile(
+    rf"<(!--.*?--|{'|'.join(f'{name}(?=[ >])[^>]*>.*?</{name}' for name in RAW)}|[^>]*)>", re.DOTALL
+)
 _ATTRIBUTE = re.compile(r' ([^\s=]+?)="([^"]*)"')
 # elements for each of which the parser looks up all that are open
 _BLOCK = re.compile(
