@@ -59,10 +59,10 @@ class Endpoint:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 self.answer(200, {}, json.dumps({"data": [{"id": "scripted"}]}).encode())
 
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 text = request["messages"][-1]["content"]
                 is_probe = request["max_tokens"] == 1

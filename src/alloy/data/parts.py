@@ -168,6 +168,7 @@ def _tables(part: Part, rows: int, losses: Losses) -> Iterator[pa.Table]:
 def columns_of(part: Part) -> list[str]:
     """The columns that reading the part will give."""
     file = Path(part.files[0])
+    names: list[str]
     if file.name.endswith(".parquet"):
         names = _parquet(file).schema_arrow.names
     elif file.name.endswith(ROW_SUFFIXES):

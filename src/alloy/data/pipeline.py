@@ -55,11 +55,15 @@ MANIFEST = "_manifest.json"
 log = get_logger(__name__)
 
 STAGES = Registry("stage")
-# STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("render", "alloy.data.stages.render:Render")
 STAGES.add("clean", "alloy.data.stages.clean:Clean")
+STAGES.add("score", "alloy.data.stages.score:Score")
+STAGES.add("dedup", "alloy.data.stages.dedup:Dedup")
+STAGES.add("decontaminate", "alloy.data.stages.decontaminate:Decontaminate")
 STAGES.add("mind", "alloy.data.stages.mind:Mind")
 STAGES.add("rephrase", "alloy.data.stages.rephrase:Rephrase")
 STAGES.add("remove", "alloy.data.stages.remove:Remove")
+STAGES.add("tokenize", "alloy.data.stages.tokenize:Tokenize")
 
 
 class StageConfig(Config):
@@ -155,6 +159,10 @@ class Stage(Generic[ConfigT]):
         # what else is counted in the manifest, such as losses and tokens
         self.counts: Counter[str] = Counter()
 
+    def reads(self) -> list[Path]:
+        """Files besides the input on which rows depend; when they change, what was made of them is not taken as done."""
+        return []
+
     def prepare(self, job: Job) -> None:
         """Once, before the parts."""
 
@@ -213,7 +221,7 @@ def run_stage(
     parts = list_parts(files, config.part_mib << 20)
     for file, part in {part.files[0]: part for part in reversed(parts)}.items():
         require_columns(columns_of(part), stage.needs, config.stage, file)
-    identity = [_identity(file) for file in files]
+    identity = [_identity(file) for file in [*files, *stage.reads()]]
     settings = config.model_dump(mode="json", exclude={"input"})
     key = hashlib.sha256(json.dumps([settings, identity], sort_keys=True).encode()).hexdigest()[:32]
     out.mkdir(parents=True, exist_ok=True)

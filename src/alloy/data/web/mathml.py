@@ -4,10 +4,12 @@ Source: MathML 3, W3C Recommendation of 2014, chapter 3; MathML Core for what br
 `Element`: names without a namespace prefix, entities decoded.
 """
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 
+from alloy.data.web.content_mathml import CONTENT, presentation
+from alloy.data.web.element import Element
+from alloy.data.web.formula import Formula
 from alloy.data.web.symbols import (
     FUNCTIONS,
     INVISIBLE,
@@ -20,6 +22,7 @@ from alloy.data.web.symbols import (
     command,
     of_character,
 )
+from alloy.data.web.tex import clean_tex, end_of_group, formula, looks_like_tex
 
 # below this depth only the text of elements is kept
 DEEPEST = 150
@@ -40,31 +43,12 @@ ENCLOSED = {"box": "boxed", "roundedbox": "boxed", "updiagonalstrike": "cancel",
 # in text these would be read as commands
 ESCAPES = str.maketrans({c: f"\\{c}" for c in "#%&_{}$"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}",
                                                              "^": "\\textasciicircum{}", "\u00a0": " "})  # fmt: skip
+# spaces, and what decides about the one behind it
+_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+_WORD = re.compile(
+    r"\\[A-Za-z]+ +(?=[A-Za-z])|\\[A-Za-z]+|\\\\ *|\\ |\\.|& *|(?P<space> +)(?P<cell>(?=&|\\\\))?", re.DOTALL
+)
 GROUPS = ("mrow", "mstyle", "mpadded", "math", "merror", "mtd", "msqrt", "menclose", "semantics")
-
-
-@dataclass(slots=True)
-class Element:
-    """A MathML element: its name, attributes, children in order, and the text that stands in it."""
-
-    tag: str
-    attributes: dict[str, str] = field(default_factory=dict[str, str])
-    children: list["Element"] = field(default_factory=list["Element"])
-    text: str = ""
-
-    def get(self, name: str) -> str:
-        """An attribute, empty where it is missing."""
-        return self.attributes.get(name, "").strip()
-
-    def word(self) -> str:
-        """All text below, without what no reader sees and with single spaces."""
-        parts: list[str] = []
-        waiting: list[Element] = [self]
-        while waiting:
-            element = waiting.pop()
-            parts.append(element.text)
-            waiting.extend(reversed(element.children))
-        return " ".join("".join(c for c in "".join(parts) if c not in INVISIBLE).split())
 
 
 def to_latex(math: Element) -> str:
@@ -72,9 +56,42 @@ def to_latex(math: Element) -> str:
     return _tidy(_convert(math, 0))
 
 
+def math_of(math: Element) -> Formula | None:
+    """The formula of a `math` element: the TeX noted in it or beside it, else its markup as LaTeX; None where it is empty."""
+    display = math.get("display") == "block" or math.get("mode") == "display"
+    content: Element | None = None
+    waiting = [math]
+    while waiting:
+        element = waiting.pop()
+        encoding = element.get("encoding").lower()
+        if element.tag == "annotation" and ("tex" in encoding.split("/")[-1]):
+            what = formula(element.text, display, "mathml-annotation")
+            if what is not None:
+                return what
+        content = element if content is None and element.tag in CONTENT else content
+        waiting.extend(reversed(element.children))
+    if (noted := math.get("alttext")) and (looks_like_tex(noted) or math.get("class").startswith("ltx_")):
+        return formula(noted, display, "mathml-annotation")
+    latex = to_latex(math)
+    if not latex and noted:
+        return formula(noted, display, "mathml-annotation")
+    return formula(latex, display, "mathml" if content is None else "mathml-content")
+
+
+def tex_of_glyph_lines(text: str) -> str | None:
+    """TeX in the text of KaTeX's MathML whose tags a site dropped: what was its annotation is the last block behind blank lines."""
+    blocks = [block for block in _BLANK_LINES.split(text.strip()) if block.strip()]
+    if len(blocks) > 1:
+        return clean_tex(blocks[-1]) or None
+    # without blank lines the glyphs run into the annotation: a text that begins with its own glyphs
+    return clean_tex(text) if looks_like_tex(text) else None
+
+
 def _convert(element: Element, depth: int) -> str:
     if depth > DEEPEST:
         return "".join(map(of_character, element.word()))
+    if element.tag in CONTENT:
+        element = presentation(element)
     return _RULES.get(element.tag, _row)(element, depth + 1)
 
 
@@ -152,11 +169,18 @@ def _is_fence(element: Element, known: dict[str, str]) -> bool:
 
 def _is_tall(element: Element) -> bool:
     """Whether it is drawn higher than a line."""
-    if element.tag in ("mfrac", "mtable", "munderover", "munder", "mover"):
-        return element.tag != "mover" or not _accent_of(element)
-    if element.tag == "mo" and element.word() in LARGE | INTEGRALS:
-        return True
-    return any(map(_is_tall, element.children))
+    waiting = [element]
+    while waiting:
+        element = waiting.pop()
+        if element.tag in ("mfrac", "mtable", "munderover", "munder") or (
+            element.tag == "mover" and not _accent_of(element)
+        ):
+            return True
+        if element.tag == "mo" and element.word() in LARGE | INTEGRALS:
+            return True
+        # what covers an accented base is no child that counts
+        waiting.extend(element.children)
+    return False
 
 
 def _mi(element: Element, depth: int) -> str:
@@ -342,10 +366,10 @@ def _under_over(element: Element, depth: int) -> str:
     latex = _convert(base, depth)
     if inner.tag == "mo" and inner.word() in INTEGRALS:
         return _scripts(latex + "\\limits ", low, high)
-    if low.strip():
-        latex = f"\\underset{_group(low)}{_group(latex)}"
     if high.strip():
         latex = f"\\overset{_group(high)}{_group(latex)}"
+    if low.strip():
+        latex = f"\\underset{_group(low)}{_group(latex)}"
     return latex
 
 
@@ -453,7 +477,15 @@ def _chosen(element: Element, depth: int) -> str:
 
 
 def _semantics(element: Element, depth: int) -> str:
-    return _convert(element.children[0], depth) if element.children else ""
+    """What is shown: the first child, or presentation in an annotation where the first is content."""
+    if not element.children:
+        return ""
+    first = element.children[0]
+    if first.tag in CONTENT:
+        for child in element.children[1:]:
+            if child.tag == "annotation-xml" and "Presentation" in child.get("encoding"):
+                return _row(child, depth)
+    return _convert(first, depth)
 
 
 def _nothing(element: Element, depth: int) -> str:
@@ -481,36 +513,32 @@ def _tidy(latex: str) -> str:
             if end is not None and latex.startswith(closing, end):
                 latex = f"{latex[:at]}\\binom{latex[at + len(start) : end]}{latex[end + len(closing) :]}"
             at = latex.find(start, at + 1)
-    words = latex.split(" ")
-    # a space ends a command before a letter; before anything else it is not needed
-    out = words[0]
-    for before, word in pairwise(words):
-        is_command_end = bool(before) and before[-1].isalpha() and "\\" in before
-        keeps = (word[:1].isalpha() and is_command_end) or before.endswith("\\") or not _outside_text(out)
-        out += f" {word}" if keeps or before.endswith("&") or word.startswith(("&", "\\\\")) else word
-    return out.strip()
+    return _WORD.sub(_kept, _outside_text(latex)).replace("\x00", " ").strip()
 
 
-def _outside_text(latex: str) -> bool:
-    """Whether the end of `latex` is not inside an open \\text{."""
-    at = latex.rfind("\\text{")
-    return at < 0 or _end_of_groups(latex, at + 5, 1) is not None
+def _kept(found: re.Match[str]) -> str:
+    word = found[0]
+    # a space ends a command before a letter, and stands around what parts cells; elsewhere it is not needed
+    if found["space"] is None:
+        return word.rstrip(" ") + " " if word[-1] == " " else word
+    return " " if found["cell"] is not None else ""
+
+
+def _outside_text(latex: str) -> str:
+    """With the spaces inside \\text{} as a sign that tidying leaves alone."""
+    parts, at = list[str](), 0
+    while (start := latex.find("\\text{", at)) >= 0:
+        end = end_of_group(latex, start + 5) or len(latex)
+        parts.extend((latex[at:start], latex[start:end].replace(" ", "\x00")))
+        at = end
+    return "".join((*parts, latex[at:]))
 
 
 def _end_of_groups(latex: str, at: int, count: int) -> int | None:
     """Where `count` groups in braces that begin at `at` end; None: they do not."""
     for _ in range(count):
-        if not latex.startswith("{", at):
+        end = end_of_group(latex, at) if latex.startswith("{", at) else None
+        if end is None:
             return None
-        open_ = 0
-        while at < len(latex):
-            if latex[at] == "\\":
-                at += 2
-                continue
-            open_ += (latex[at] == "{") - (latex[at] == "}")
-            at += 1
-            if not open_:
-                break
-        if open_:
-            return None
+        at = end
     return at
