@@ -178,7 +178,7 @@ class LlmStage(Stage[ConfigT]):
         gone = {"binary_content", "cleaned_text", self.config.column, *types}
         places = pa.array([row["row"] for row in rows], pa.int64())
         kept = {name: table[name].take(places) for name in table.column_names if name not in gone}
-        return pa.table({**kept, **{name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}})
+        return pa.table(kept | {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()})
 
     def finish(self, job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         """End the server; the cost."""
