@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from alloy.errors import DataError
 
+# what columns of states say where nothing went wrong
+FINE = frozenset(("ok", "kept", "true", "rules", "skipped", "llm", "not_asked"))
 STRINGS = pa.list_(pa.string())
 # column -> (type, the stage that makes it)
 # fmt: off
@@ -52,6 +54,11 @@ def require_columns(have: Sequence[str], needs: Sequence[str], stage: str, file:
         if name not in have:
             maker = f"`alloy data {COLUMNS[name][1]}` makes it" if name in COLUMNS else "no stage makes it"
             raise DataError(f'{file} has no column "{name}", which {stage} needs; {maker}. Columns: {", ".join(have)}.')
+
+
+def text_column(have: Sequence[str]) -> str:
+    """The column that holds the text as it is by now."""
+    return "cleaned_text" if "cleaned_text" in have else "text"
 
 
 def set_columns(table: pa.Table, **columns: object) -> pa.Table:

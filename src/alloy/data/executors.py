@@ -225,6 +225,7 @@ def _ray(
     data = require("ray.data", extra="scale", why="executor.kind = ray runs")
     ours = not ray.is_initialized()
     if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         here: dict[str, Any] = {"address": executor.address} if executor.address else {"num_cpus": workers}
         ray.init(**here, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:

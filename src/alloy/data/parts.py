@@ -18,8 +18,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alloy.core.hub import text_path
 from alloy.core.runs import atomic_path
 from alloy.data.document import COLUMNS, row_id
+from alloy.data.filter import Filter
 from alloy.data.io import ROW_SUFFIXES, json_rows
 from alloy.errors import DataError
 
@@ -73,7 +75,7 @@ def find_files(inputs: Sequence[str], raw: bool) -> list[Path]:
     suffixes = (*ROW_SUFFIXES, *WARC_SUFFIXES, *HTML_SUFFIXES) if raw else ROW_SUFFIXES
     found: dict[Path, None] = {}
     for name in inputs:
-        path = Path(name)
+        path = text_path(name)
         if path.is_dir():
             files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name.endswith(suffixes)]
             files = [f for f in files if not any(part.startswith((".", "_")) for part in f.relative_to(path).parts)]
@@ -133,14 +135,26 @@ def _pieces(file: Path, part_bytes: int) -> Iterator[tuple[int, int | None, int]
         raise DataError(f"{file} is none of {', '.join((*ROW_SUFFIXES, *WARC_SUFFIXES, *HTML_SUFFIXES))}; rename it.")
 
 
-def read_part(part: Part, rows: int, losses: Losses | None = None) -> Iterator[pa.Table]:
+def read_part(part: Part, rows: int, only: str | None = None, losses: Losses | None = None) -> Iterator[pa.Table]:
     """The rows of a part, in order, at most `rows` a table; every row has an `id`.
 
     Args:
         part: what to read
         rows: of a table
-        losses: takes what could not be read of a WARC; other damage is a DataError
+        only: condition that rows must meet (filter.py)
+        losses: takes what could not be read of a WARC, and counts rows that do not meet the condition; other damage is
+            a DataError
     """
+    losses = Losses() if losses is None else losses
+    meets = Filter(only) if only else None
+    for table in _tables(part, rows, losses):
+        kept = meets(table) if meets else table
+        if kept.num_rows < table.num_rows:
+            losses.counts["not asked for"] += table.num_rows - kept.num_rows
+        yield kept
+
+
+def _tables(part: Part, rows: int, losses: Losses) -> Iterator[pa.Table]:
     file = Path(part.files[0])
     if file.name.endswith(".parquet"):
         yield from _parquet_tables(file, part, rows)
@@ -149,12 +163,13 @@ def read_part(part: Part, rows: int, losses: Losses | None = None) -> Iterator[p
     else:
         from alloy.data.web.pages import page_tables
 
-        yield from page_tables(part, rows, Losses() if losses is None else losses)
+        yield from page_tables(part, rows, losses)
 
 
 def columns_of(part: Part) -> list[str]:
     """The columns that reading the part will give."""
     file = Path(part.files[0])
+    names: list[str]
     if file.name.endswith(".parquet"):
         names = _parquet(file).schema_arrow.names
     elif file.name.endswith(ROW_SUFFIXES):

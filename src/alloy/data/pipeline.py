@@ -7,10 +7,11 @@ Extra columns pass through (`document.set_columns` adds or replaces some). What 
 
 Whole-set stages (dedup ...) also override `prepare`, which runs once before all parts, in the main process. It may go over all
 parts with `job.map(name, work)`, where `work` (an `executors.Work`) stores what it finds below `job.work / name` and whose
-reports come back in the order of the parts, again resumable part by part. What `prepare` finds out is stored below `job.work`,
+reports come back in the order of the parts, again resumable part by part. Such work reads its rows as the stage does:
+`read_part(part, rows, config.only)`. What `prepare` finds out is stored below `job.work`,
 too, and read in `run`, which knows its place: part, and row within the part.
 
-A stage that writes no rows (tokenize) overrides `write`, one that leaves more than parts overrides `finish`.
+A stage that writes no rows (tokenize) overrides `write` and says `writes_rows = False`, one that leaves more than parts overrides `finish`.
 
     folder/
       part-00000.parquet ...   rows (or .jsonl, .jsonl.gz, .jsonl.zst); a part appears whole or not at all
@@ -45,6 +46,7 @@ from alloy.core.registry import Registry
 from alloy.core.runs import acquire_lock, atomic_write, release_lock
 from alloy.data.document import require_columns
 from alloy.data.executors import Executor, Report, Tick, Work, map_parts
+from alloy.data.filter import Filter
 from alloy.data.parts import MOST_LOSSES, Losses, Part, RowWriter, columns_of, find_files, list_parts, read_part
 from alloy.errors import AlloyError, DataError, InterruptedRun, RecipeError
 
@@ -54,6 +56,15 @@ log = get_logger(__name__)
 
 STAGES = Registry("stage")
 STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("clean", "alloy.data.stages.clean:Clean")
+STAGES.add("score", "alloy.data.stages.score:Score")
+STAGES.add("dedup", "alloy.data.stages.dedup:Dedup")
+STAGES.add("decontaminate", "alloy.data.stages.decontaminate:Decontaminate")
+STAGES.add("mind", "alloy.data.stages.mind:Mind")
+STAGES.add("rephrase", "alloy.data.stages.rephrase:Rephrase")
+STAGES.add("remove", "alloy.data.stages.remove:Remove")
+STAGES.add("longdoc", "alloy.data.stages.longdoc:Longdoc")
+STAGES.add("tokenize", "alloy.data.stages.tokenize:Tokenize")
 
 
 class StageConfig(Config):
@@ -64,6 +75,7 @@ class StageConfig(Config):
         list[str] | str | None,
         Field(description="Files, folders or patterns; default in a chain: what the stage before made."),
     ] = None
+    only: Annotated[str | None, Field(description="Take rows that meet a condition: 'band == \"4plus\"'.")] = None
     format: Annotated[
         Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst"], Field(description="Of the parts written.")
     ] = "parquet"
@@ -138,6 +150,8 @@ class Stage(Generic[ConfigT]):
     statuses: ClassVar[tuple[str, ...]] = ()
     # rows of a table given to `run`
     batch_rows: ClassVar[int] = 256
+    # whether what it leaves is rows, which a later stage can read
+    writes_rows: ClassVar[bool] = True
     # whether WARC and HTML files can be read
     reads_pages: ClassVar[bool] = False
 
@@ -145,6 +159,10 @@ class Stage(Generic[ConfigT]):
         self.config = config
         # what else is counted in the manifest, such as losses and tokens
         self.counts: Counter[str] = Counter()
+
+    def reads(self) -> list[Path]:
+        """Files besides the input on which rows depend; when they change, what was made of them is not taken as done."""
+        return []
 
     def prepare(self, job: Job) -> None:
         """Once, before the parts."""
@@ -195,6 +213,8 @@ def run_stage(
         progress: hears of rows and bytes done
     """
     stage = new_stage(config)
+    if config.only:
+        Filter(config.only)
     executor = executor or Executor()
     files = [file for file in find_files(inputs, stage.reads_pages) if out.resolve() not in file.resolve().parents]
     if not files:
@@ -202,7 +222,7 @@ def run_stage(
     parts = list_parts(files, config.part_mib << 20)
     for file, part in {part.files[0]: part for part in reversed(parts)}.items():
         require_columns(columns_of(part), stage.needs, config.stage, file)
-    identity = [_identity(file) for file in files]
+    identity = [_identity(file) for file in [*files, *stage.reads()]]
     settings = config.model_dump(mode="json", exclude={"input"})
     key = hashlib.sha256(json.dumps([settings, identity], sort_keys=True).encode()).hexdigest()[:32]
     out.mkdir(parents=True, exist_ok=True)
@@ -289,7 +309,7 @@ class _StageWork:
         def outputs() -> Iterator[pa.Table]:
             nonlocal rows_in
             told = 0
-            for table in read_part(part, stage.batch_rows, losses):
+            for table in read_part(part, stage.batch_rows, self.config.only, losses):
                 result = stage.run(table, Place(part.index, rows_in))
                 for name in stage.statuses:
                     for entry in result[name].combine_chunks().value_counts().to_pylist():

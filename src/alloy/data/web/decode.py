@@ -161,7 +161,8 @@ def decode_as(body: bytes, encoding: str) -> str:
     if encoding == "x-user-defined" or codec.startswith(("cp12", "iso8859", "koi8", "mac", "cp874", "cp866")):
         if body.isascii():
             return body.decode("ascii")
-        return codecs.charmap_decode(body, "replace", _table(encoding))[0]
+        # a table may be a string, too, which the stub leaves out
+        return codecs.charmap_decode(body, "replace", _table(encoding))[0]  # type: ignore[arg-type]
     return body.decode(codec, "replace")
 
 
