@@ -12,8 +12,10 @@ import typer
 from alloy.cli.data_extract import eval_extract
 from alloy.cli.data_stages import add_stage_command
 from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
+from alloy.cli.train_scorer import train_scorer
 from alloy.core.recipe import RunOptions
 from alloy.data.pipeline import STAGES
+from alloy.cli.data_blend import app as blend_app
 from alloy.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -22,12 +24,13 @@ if TYPE_CHECKING:
     from alloy.data.io import Document
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="From web pages to training tokens.")
+app.command("eval-extract")(eval_extract)
 
 # the stages that work on rows; `tokenize` has options of its own
-for _name in STAGES.names():
+for _name in (name for name in STAGES.names() if name != "tokenize"):
     add_stage_command(app, _name)
-
-app.command("eval-extract")(eval_extract)
+app.command("train-scorer")(train_scorer)
+app.add_typer(blend_app, name="blend")
 
 Texts = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text, .jsonl[.gz|.zst], .parquet, or folders.")]
 Column = Annotated[str, typer.Option(help="Key or column that holds the text of .jsonl and .parquet.")]

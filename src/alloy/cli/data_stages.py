@@ -57,7 +57,9 @@ def _command(config: "type[StageConfig]") -> Callable[..., None]:
     for name, field in fields.items():
         default, kind = field.get_default(call_default_factory=True), field.annotation
         if get_origin(kind) in (list, tuple):
-            kind, default = list[get_args(kind)[0]], list(default or ())
+            inner = get_args(kind)[0]
+            # typer has no lists of choices; pydantic refuses what is none
+            kind, default = list[str if get_origin(inner) is Literal else inner], list(default or ())
         flag = name.replace("_", "-")
         flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
         bounds = {
@@ -124,7 +126,7 @@ def summary(manifest: dict[str, Any], out: Path) -> str:
     rows_in, rows_out = manifest.get("rows_in", 0), manifest.get("rows_out", 0)
     lines = [f"{out}: {rows_in:,} rows in, {rows_out:,} out, {manifest.get('wall_s', 0.0):.1f} s"]
     lines += [f"  {name}  {number:,}" for name, number in manifest.get("counts", {}).items()]
-    lines += [f"  lost: {name}  {number:,}" for name, number in manifest.get("losses", {}).items()]
+    lines += [f"  left out: {name}  {number:,}" for name, number in manifest.get("losses", {}).items()]
     return "\n".join(lines)
 
 

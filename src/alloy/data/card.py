@@ -22,15 +22,13 @@ from pydantic import Field
 from alloy.core.recipe import Config
 from alloy.core.report import Bars, Section, Table, Text, write_report
 from alloy.core.runs import atomic_write
-from alloy.data.document import COLUMNS
+from alloy.data.document import COLUMNS, FINE
 from alloy.data.parts import Part, RowWriter, find_files, read_part
 from alloy.data.pipeline import read_manifest
 from alloy.errors import DataError
 
 NUM_SAMPLES, SAMPLE_CHARS, EXAMPLES, TOP = 10, 1500, 3, 12
 PART_ROWS = 100_000
-# a status that is no failure
-FINE = frozenset(("ok", "kept", "true", "none"))
 compute: Any = pc
 
 
@@ -191,7 +189,7 @@ def _kept(table: pa.Table) -> pa.Table:
     if "dup_keep" in table.column_names:
         table = table.filter(compute.fill_null(table["dup_keep"], True))
     if "clean_status" in table.column_names:
-        table = table.filter(compute.not_equal(compute.fill_null(table["clean_status"], ""), "no_useful_content"))
+        table = table.filter(compute.not_equal(compute.fill_null(table["clean_status"], ""), "nothing"))
     return table
 
 

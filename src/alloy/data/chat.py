@@ -108,6 +108,8 @@ class ChatEncoder:
         places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not places:
             raise BadChat("no assistant turn")
+        if places[0] == 0:
+            raise BadChat("an answer without anything before it")
         # from the last turn back: a turn joins the text that begins with its own context, or begins a text of its own
         texts: list[tuple[str, list[tuple[int, int]]]] = []
         for i in reversed(places):

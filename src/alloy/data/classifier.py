@@ -57,11 +57,10 @@ class Classifier:
     def score(self, texts: Sequence[str]) -> list[float]:
         """A score for each text, in order; 0 for a blank one."""
         pieces = [windows(text, self.windows, CENTRE_CHARS) if text.strip() else [] for text in texts]
-        scores = iter(self._logits([piece for group in pieces for piece in group]))
+        logits = self._logits([piece for group in pieces for piece in group])
+        scores = iter(np.clip(logits, 0, HIGHEST).tolist())
         join = max if self.join == "max" else _mean
-        return [
-            min(max(join([next(scores) for _ in group]), 0.0), float(HIGHEST)) if group else 0.0 for group in pieces
-        ]
+        return [join([next(scores) for _ in group]) if group else 0.0 for group in pieces]
 
     def _logits(self, texts: list[str]) -> list[float]:
         import torch

@@ -11,6 +11,7 @@ Older copies of a page (same canonical URL, earlier fetch) join the group of its
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -52,6 +53,7 @@ class Signing:
         by_url: whether older copies of a page are looked for
         score: column of the quality
         source: column of the source
+        only: condition on the rows that are signed
     """
 
     column: str = "text"
@@ -59,6 +61,7 @@ class Signing:
     by_url: bool = True
     score: str | None = None
     source: str | None = None
+    only: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,15 +100,15 @@ class Entry:
         """Some of id, length, score, source, when."""
         return pq.read_table(self.folder / f"{self.stem}.parquet", columns=list(columns))
 
-    def texts(self, rows: Numbers, column: str) -> list[str]:
+    def texts(self, rows: Numbers, signing: Signing) -> list[str]:
         """The texts of some documents, by their sorted numbers within the part."""
         if not self.is_current:
             raise DataError(f"{self.file} has changed or gone since it was signed; dedup.verify needs it as it was.")
         found: list[str] = []
         first = 0
-        for table in read_part(Part(0, (self.file,), self.start, self.stop), SIGN_ROWS):
+        for table in read_part(Part(0, (self.file,), self.start, self.stop), SIGN_ROWS, signing.only):
             wanted = rows[(rows >= first) & (rows < first + table.num_rows)] - first
-            found += [text or "" for text in table[column].take(pa.array(wanted)).to_pylist()]
+            found += [text or "" for text in table[signing.column].take(pa.array(wanted)).to_pylist()]
             first += table.num_rows
         return found
 
@@ -166,7 +169,8 @@ class Index:
         file = os.path.abspath(part.files[0])
         size, mtime_ns = _identity(Path(file))
         words = Words()
-        signed = [sign(table, self.signing, words) for table in tables]
+        nothing = pa.table({name: pa.array([], pa.string()) for name in ("id", self.signing.column)})
+        signed = [sign(table, self.signing, words) for table in itertools.chain([nothing], tables)]
         keys = np.concatenate([keys for keys, _ in signed], axis=1)
         facts = pa.concat_tables([facts for _, facts in signed])
         path = self._path(part)
@@ -408,9 +412,7 @@ def _texts(
         rows = np.sort(documents[(documents >= start) & (documents < start + entry.rows)]) - start
         if len(rows):
             keys = entry.keys()[BANDS:, rows].T.tolist()
-            found |= zip(
-                (rows + start).tolist(), zip(entry.texts(rows, signing.column), keys, strict=True), strict=True
-            )
+            found |= zip((rows + start).tolist(), zip(entry.texts(rows, signing), keys, strict=True), strict=True)
     return found
 
 

@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from alloy.errors import DataError
 
+# what columns of states say where nothing went wrong
+FINE = frozenset(("ok", "kept", "true", "rules", "skipped", "llm", "not_asked"))
 STRINGS = pa.list_(pa.string())
 # column -> (type, the stage that makes it)
 # fmt: off

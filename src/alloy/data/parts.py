@@ -18,6 +18,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from alloy.core.hub import text_path
 from alloy.core.runs import atomic_path
 from alloy.data.document import COLUMNS, row_id
 from alloy.data.filter import Filter
@@ -74,7 +75,7 @@ def find_files(inputs: Sequence[str], raw: bool) -> list[Path]:
     suffixes = (*ROW_SUFFIXES, *WARC_SUFFIXES, *HTML_SUFFIXES) if raw else ROW_SUFFIXES
     found: dict[Path, None] = {}
     for name in inputs:
-        path = Path(name)
+        path = text_path(name)
         if path.is_dir():
             files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name.endswith(suffixes)]
             files = [f for f in files if not any(part.startswith((".", "_")) for part in f.relative_to(path).parts)]

@@ -55,10 +55,14 @@ MANIFEST = "_manifest.json"
 log = get_logger(__name__)
 
 STAGES = Registry("stage")
-STAGES.add("remove", "alloy.data.stages.remove:Remove")
+STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("clean", "alloy.data.stages.clean:Clean")
+STAGES.add("score", "alloy.data.stages.score:Score")
 STAGES.add("dedup", "alloy.data.stages.dedup:Dedup")
 STAGES.add("decontaminate", "alloy.data.stages.decontaminate:Decontaminate")
-STAGES.add("render", "alloy.data.stages.render:Render")
+STAGES.add("mind", "alloy.data.stages.mind:Mind")
+STAGES.add("rephrase", "alloy.data.stages.rephrase:Rephrase")
+STAGES.add("remove", "alloy.data.stages.remove:Remove")
 STAGES.add("tokenize", "alloy.data.stages.tokenize:Tokenize")
 
 

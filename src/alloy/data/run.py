@@ -118,7 +118,9 @@ class DataRecipe(Recipe):
         assert self.then is not None, "called where there is such a table"
         shards = max(index for index, stage in enumerate(self.stages) if stage.stage == "tokenize")
         source = json.dumps(str(self.folder(shards, run)))
-        overrides = [*self.then.overrides, f"data.sources=[{{path={source}, weight=1.0}}]"]
+        tokenizer = self.stages[shards].model_dump().get("tokenizer") or str(self.folder(shards, run) / "tokenizer")
+        overrides = [f"data.sources=[{{path={source}, weight=1.0}}]", f"data.tokenizer={json.dumps(tokenizer)}"]
+        overrides += ["data.vocab=@unset", *self.then.overrides]
         loaded = load_recipe(self.then.recipe, overrides)
         folder = run / loaded.recipe.command.replace(" ", "-")
         resume = str(folder) if (folder / "manifest.json").is_file() else None

@@ -26,16 +26,20 @@ _HTML_CLASS = re.compile(rb"""class=["']?(?:[\w -]* )?(?:math|tex|latex|formulai
 # commands that a page about something else does not hold; scripts and file names have backslashes, too
 _TEX = (
     r"\\(?:frac|dfrac|tfrac|sqrt|sum|prod|int|iint|oint|lim|infty|partial|nabla|alpha|beta|gamma|delta|epsilon|varepsilon|"
-    r"theta|lambda|mu|sigma|omega|phi|varphi|psi|pi|Delta|Omega|Sigma|leq?|geq?|neq?|approx|equiv|cdot|times|pm|in|subset|"
-    r"subseteq|cup|cap|forall|exists|to|rightarrow|Rightarrow|mapsto|mathbb|mathbf|mathcal|mathrm|mathfrak|operatorname|"
-    r"left|right|begin\{(?:equation|align|gather|cases|[pbv]?matrix|array|eqnarray|multline)|hat|bar|vec|overline|underline|"
-    r"binom|sin|cos|tan|log|ln|exp|text|quad|ldots|cdots|dots)(?![A-Za-z])"
+    r"theta|lambda|mu|sigma|omega|phi|varphi|psi|pi|Delta|Omega|Sigma|leq?|geq?|neq?|approx|equiv|cdot|times|pm|subset|"
+    r"subseteq|cup|cap|forall|exists|rightarrow|Rightarrow|mapsto|mathbb|mathbf|mathcal|mathrm|mathfrak|operatorname|"
+    r"left|right|begin\{(?:equation|align|gather|cases|[pbv]?matrix|array|eqnarray|multline)|vec|overline|underline|"
+    r"binom|sin|cos|tan|ln|quad|ldots|cdots|dots)(?![A-Za-z])"
 )
 _TEX_BYTES = re.compile(_TEX.encode())
 _TEX_TEXT = re.compile(_TEX)
 FEWEST_COMMANDS = 2
 
-_SYMBOL = re.compile("[∀-⋿×÷±¬°√∞≤≥≠α-ωΓΔΘΛΞΠΣΦΨΩ⟀-⟯⦀-⫿\U0001d400-\U0001d7ff]")
+# operators and mathematical letters; Greek letters that stand alone
+_SYMBOL = re.compile(
+    "[\u2200-\u22ff\xd7\xf7\xb1\u27c0-\u27ef\u2980-\u2aff\U0001d400-\U0001d7ff]"
+    "|(?<![\u0370-\u03ff])[\u03b1-\u03c9\u0393\u0394\u0398\u039b\u03a3\u03a6\u03a8\u03a9](?![\u0370-\u03ff])"
+)
 # fmt: off
 MATH_WORDS = frozenset((
     "abelian", "algebra", "algebraic", "algorithm", "angle", "approximation", "arithmetic", "asymptotic", "axiom", "axis",
@@ -95,7 +99,8 @@ def math_score(text: str) -> tuple[float, int]:
     if not outside + inside:
         return 0.0, 0
     exponent = 4 * inside / (outside + inside)
-    total = max(len(words), 1)
+    # scripts without blanks, or other than Latin, have few words of that kind
+    total = max(len(words), outside // 6, 1)
     exponent += 5 * sum(word in MATH_WORDS for word in words) / total
     exponent += 12 * min(1.0, len(_TEX_TEXT.findall(rest)) / total)
     exponent += 10 * min(1.0, len(_SYMBOL.findall(rest)) / total)

@@ -108,7 +108,7 @@ class LinearScorer:
     @property
     def bits(self) -> int:
         """Of a place."""
-        return int(len(self.weights)).bit_length() - 1
+        return len(self.weights).bit_length() - 1
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """A score for each text, in order; 0 for a blank one."""
@@ -139,7 +139,9 @@ class LinearScorer:
             tensors = load_file(folder / WEIGHTS_FILE)
             scorer = cls(tensors["weights"], tensors["frequency"], tensors["steps"], facts)
         except (OSError, SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read: {error}; train the scorer again.") from error
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE} cannot be read: {error}; train the scorer again."
+            ) from error
         if len(scorer.weights) != 1 << scorer.bits or scorer.frequency.shape != scorer.weights.shape:
             raise CheckpointError(f"{folder / WEIGHTS_FILE} is not of a scorer; train it again.")
         return scorer
@@ -158,7 +160,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def fit_linear(
-    rows: Sequence[tuple[Ints, Floats]], grades: Sequence[float], bits: int = BITS, decay: float = 0.3, iterations: int = 40
+    rows: Sequence[tuple[Ints, Floats]],
+    grades: Sequence[float],
+    bits: int = BITS,
+    decay: float = 0.3,
+    iterations: int = 40,
 ) -> LinearScorer:
     """The weights that minimise the sum over documents and steps of the logistic loss, plus decay / 2 |w|^2.
 
@@ -200,7 +206,12 @@ def fit_linear(
         return float(loss)
 
     optimizer = torch.optim.LBFGS(
-        [weights, steps], max_iter=iterations, tolerance_grad=1e-4, tolerance_change=1e-7, history_size=8, line_search_fn="strong_wolfe"
+        [weights, steps],
+        max_iter=iterations,
+        tolerance_grad=1e-4,
+        tolerance_change=1e-7,
+        history_size=8,
+        line_search_fn="strong_wolfe",
     )
     with torch.no_grad():
         optimizer.step(closure)

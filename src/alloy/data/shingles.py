@@ -17,7 +17,7 @@ from alloy.core.device import require
 Hashes = NDArray[np.uint64]
 
 # formulas as rows hold them: $...$ without a blank line inside, or $$...$$
-MATH = re.compile(r"(?<!\\)(\$\$.+?\$\$|\$(?:[^$\n]|\n(?!\n))+\$)", re.DOTALL)
+MATH = re.compile(r"(\$(?<!\\\$)(?:\$.+?\$\$|(?:[^$\n]++|\n(?!\n))++\$))", re.DOTALL)
 # a LaTeX command, a character of a script without spaces between words, or a run of letters and digits
 _SINGLE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"\\[A-Za-z]+|[{_SINGLE}]|[^\W_{_SINGLE}]+")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from alloy.data.document import FINE
 from alloy.data.pipeline import MANIFEST, read_manifest
 from alloy.errors import DataError
 
@@ -40,7 +41,7 @@ def _state(folder: Path) -> dict[str, Any]:
         number
         for report in reports
         for name, number in report.get("counts", {}).items()
-        if "_status=" in name and not name.endswith(("=ok", "=kept"))
+        if "_status=" in name and name.partition("=")[2] not in FINE
     )
     return {
         "folder": str(folder),

@@ -73,6 +73,8 @@ def train_tokenizer(
         )
     if max_bytes is not None:
         texts = sample_texts(texts, max_bytes, seed)
+        if not texts:
+            raise DataError(f"max_bytes = {max_bytes} leaves no whole text to train on; raise it.")
     words, marks = PIECES[pieces]
     numbers = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
     tokenizer = Tokenizer(models.BPE())
@@ -233,6 +235,4 @@ def sample_texts(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
         total += len(text.encode())
         while total > max_bytes:
             total -= len(heapq.heappop(chosen)[2].encode())
-    if not chosen:
-        raise DataError(f"max_bytes = {max_bytes} leaves no whole text to train on; raise it.")
     return [text for _, _, text in sorted(chosen, key=lambda item: item[1])]

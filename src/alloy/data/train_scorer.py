@@ -4,7 +4,6 @@ Pages of one host look alike, so that a scorer tested on hosts it was trained on
 hosts go to training or to the test, and rows without a host are refused.
 """
 
-import fnmatch
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from alloy.data.classifier import Classifier, batches, load_encoder, max_tokens
 from alloy.data.prose import windows
 from alloy.data.score import HIGHEST, int_score
 from alloy.data.scorer import BITS, CENTRE_CHARS, FACTS_FILE, LinearScorer, features, fit_linear, read_facts
+from alloy.data.stages.remove import Remove, RemoveConfig
 from alloy.errors import CheckpointError, DataError, RecipeError
 
 Grades = NDArray[np.float64]
@@ -63,7 +63,9 @@ def load_scorer(folder: Path, device: str = "auto") -> Scorer:
         return LinearScorer.load(folder)
     if kind == "encoder":
         return Classifier(folder, device=device)
-    raise CheckpointError(f'{folder / FACTS_FILE}: kind = "{kind}" is neither linear nor encoder; train the scorer again.')
+    raise CheckpointError(
+        f'{folder / FACTS_FILE}: kind = "{kind}" is neither linear nor encoder; train the scorer again.'
+    )
 
 
 def train_scorer(
@@ -82,15 +84,21 @@ def train_scorer(
         what `scorer.json` says: settings, counts, figures of the test hosts
     """
     if config.backend == "encoder" and config.model is None:
-        raise RecipeError("backend = encoder needs a model to begin with; give a folder or hub id, or take backend = linear.")
+        raise RecipeError(
+            "backend = encoder needs a model to begin with; give a folder or hub id, or take backend = linear."
+        )
     wanted = np.asarray(grades, np.float64)
     outside = np.flatnonzero(~((wanted >= 0) & (wanted <= HIGHEST)))
     if len(outside):
-        raise DataError(f"grade {grades[outside[0]]} of row {outside[0]} is not within 0 to {HIGHEST}; mend the labels.")
+        raise DataError(
+            f"grade {grades[outside[0]]} of row {outside[0]} is not within 0 to {HIGHEST}; mend the labels."
+        )
     is_test = split_groups(groups, config.test_share, config.seed)
-    train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    train, test = np.flatnonzero(~is_test).tolist(), np.flatnonzero(is_test).tolist()
     if len(np.unique(wanted[train])) < 2:
-        raise DataError(f"all {len(train)} training rows have the grade {wanted[train[0]]}; nothing can be learned from one.")
+        raise DataError(
+            f"all {len(train)} training rows have the grade {wanted[train[0]]}; nothing can be learned from one."
+        )
     started = time.monotonic()
     scorer: Scorer
     if config.backend == "linear":
@@ -143,22 +151,28 @@ def host_of(url: str | None) -> str:
     except ValueError:
         host = None
     if not host:
-        raise DataError(f'url = "{url or ""}" names no host, and rows are split by host; fill it in, or name another column as group.')
+        raise DataError(
+            f'url = "{url or ""}" names no host, and rows are split by host; fill it in, or name another column as group.'
+        )
     return host.removeprefix("www.")
 
 
-def grades_of_urls(urls: Sequence[str], good: Sequence[str], bad: Sequence[str] = ()) -> list[float | None]:
-    """5 for addresses of the good list, 0 for the bad; None for the others, or 0 if no bad ones are given.
+def grades_of_urls(urls: Sequence[str], good: Path, bad: Path | None = None) -> list[float | None]:
+    """5 for addresses of the good list, 0 for those of the bad; None for the others, or 0 if there is no bad list.
 
-    An entry is a host, which stands for its subdomains, too, or a pattern with `*`, matched with the address without its
-    scheme: `example.org/algebra/*`. Who is in both lists is an error.
+    The lists are files as `alloy data remove` takes them: a URL, a host or the beginning of URLs and a * in each line.
     """
+    lists = [Remove(RemoveConfig(urls=file)) for file in (good, bad) if file is not None]
+    for entries in lists:
+        entries.start(good.parent)
     grades: list[float | None] = []
     for url in urls:
-        is_good, is_bad = _listed(url, good), _listed(url, bad)
-        if is_good and is_bad:
-            raise DataError(f"{url} is in the good list and in the bad one; take it out of one of them.")
-        grades.append(float(HIGHEST) if is_good else None if bad and not is_bad else 0.0)
+        is_good, *is_bad = [entries.is_listed(url) for entries in lists]
+        if is_good and any(is_bad):
+            raise DataError(
+                f"{url} is in the good list, {good}, and in the bad one, {bad}; take it out of one of them."
+            )
+        grades.append(float(HIGHEST) if is_good else None if is_bad == [False] else 0.0)
     return grades
 
 
@@ -258,17 +272,6 @@ def fit_encoder(texts: Sequence[str], grades: Sequence[float], config: ScorerCon
 
 def _draw(name: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
-def _listed(url: str, entries: Sequence[str]) -> bool:
-    address = url.split("://", 1)[-1]
-    host = host_of(url) if entries else ""
-    return any(
-        fnmatch.fnmatchcase(address.removeprefix("www."), entry.removeprefix("www."))
-        if "*" in entry
-        else host == entry.removeprefix("www.") or host.endswith(f".{entry}")
-        for entry in entries
-    )
 
 
 def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:

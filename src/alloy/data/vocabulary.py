@@ -20,18 +20,20 @@ from alloy.errors import RecipeError
 # reads a source from its beginning
 Texts = Callable[[], Iterable[str]]
 SAMPLE_BYTES = 1 << 20
+# a book is one text, and no choice of whole texts could do justice to a small share of it
+PIECE_CHARS = 2048
 
 
 def balanced_texts(
     sources: Mapping[str, Texts], max_bytes: int, temperature: float = 1.0, seed: int = 0
 ) -> Iterable[str]:
-    """A choice of texts of about `max_bytes` in all, small sources favoured by the temperature; the same for a seed."""
+    """A choice of texts, long ones in pieces, of about `max_bytes` in all, small sources favoured by the temperature."""
     if temperature < 1:
         raise RecipeError(f"temperature = {temperature}; it is at least 1, where every source gives in proportion.")
     sizes = {name: sum(len(text.encode()) for text in texts()) for name, texts in sources.items()}
     budgets = share_bytes(sizes, max_bytes, temperature)
     return chain.from_iterable(
-        sample_texts(texts(), budgets[name], seed) for name, texts in sources.items() if budgets[name]
+        sample_texts(chain.from_iterable(map(_pieces, texts())), budgets[name], seed) for name, texts in sources.items()
     )
 
 
@@ -115,3 +117,17 @@ def extend_tokenizer(
     tokenizer.add_tokens(added, special_tokens=special)
     ids = tokenizer.get_vocab()
     return {ids[token]: parts for token, parts in zip(wanted, pieces, strict=True)}
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """The text cut at line ends into pieces of `PIECE_CHARS` or a line."""
+    held: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        held.append(line)
+        size += len(line)
+        if size >= PIECE_CHARS:
+            yield "".join(held)
+            held, size = [], 0
+    if held:
+        yield "".join(held)

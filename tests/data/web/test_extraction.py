@@ -65,7 +65,7 @@ def test_white_space_and_braces_never_count(text: str) -> None:
 
 def test_what_stands_inside_delimiters() -> None:
     """Each pair of delimiters, none of code, of prices with a paragraph between, or of escaped dollars."""
-    text = r"""a $x_1$ b $$y \$ z$$ c \(u\) d \[v\] e \$5 and \$6
+    text = r"""a $x_1$ b $$y \$ z$$ c \(u\) d \[v\] e \$5 and \$6 f \\(m\\)
     \begin{align*} p &= q \end{align*} \begin{tabular} t \end{tabular}
     `echo $HOME` then $w$
 
@@ -75,7 +75,7 @@ def test_what_stands_inside_delimiters() -> None:
     only $5
 
     and $7 here"""
-    expected = ["x_1", r"y \$ z", "u", "v", r"\begin{align*} p &= q \end{align*}", "w"]
+    expected = ["x_1", r"y \$ z", "u", "v", "m", r"\begin{align*} p &= q \end{align*}", "w"]
     assert delimited(text) == expected
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
+from alloy.core.logging import get_logger
 from alloy.data.decontaminate import Benchmark, Finder, Hit, Item, cut, read_benchmarks, read_items
 from alloy.data.document import require_columns, set_columns, text_column
 from alloy.data.executors import Report
@@ -15,6 +16,8 @@ from alloy.data.pipeline import Job, Place, Stage, StageConfig
 
 # characters of an example on each side of what was found
 EXAMPLE_CHARS = 40
+
+log = get_logger(__name__)
 
 
 class DecontaminateConfig(StageConfig):
@@ -85,12 +88,17 @@ class Decontaminate(Stage[DecontaminateConfig]):
         """The table of benchmarks."""
         benchmarks, items, finder = load(self.config)
         rows = sum(report["rows_in"] for report in reports)
-        return {
-            "benchmarks": [
-                _summary(place, benchmark, items, finder.skipped, reports, rows, self.config.examples)
-                for place, benchmark in enumerate(benchmarks)
-            ]
-        }
+        table = [
+            _summary(place, benchmark, items, finder.skipped, reports, rows, self.config.examples)
+            for place, benchmark in enumerate(benchmarks)
+        ]
+        for row in table:
+            log.info(
+                "%s: %d of %d items in %d documents (%.3g %%), %d too short to look for",
+                *(row["name"], row["items_hit"], row["items"], row["documents_hit"], 100 * row["share"]),
+                len(row["items_skipped"]),
+            )
+        return {"benchmarks": table}
 
     def _note(self, hits: Sequence[Hit], text: str) -> list[str]:
         """Names of the benchmarks found in a document; what was found is added up for the report."""
@@ -109,10 +117,12 @@ class Decontaminate(Stage[DecontaminateConfig]):
         return sorted(names)
 
     def _without(self, table: pa.Table, column: str, texts: Sequence[str], hits: Sequence[Sequence[Hit]]) -> pa.Table:
-        rows, pieces, ids = [], [], []
-        own = table["id"].to_pylist()
+        rows: list[int] = []
+        pieces: list[str | None] = []
+        ids: list[str] = []
+        own, whole = table["id"].to_pylist(), table[column].to_pylist()
         for row, (text, found) in enumerate(zip(texts, hits, strict=True)):
-            left = cut(text, found) if found else [text]
+            left = cut(text, found) if found else [whole[row]]
             for number, piece in enumerate(left):
                 rows.append(row)
                 pieces.append(piece)

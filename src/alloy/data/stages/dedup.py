@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
+from alloy.core.logging import get_logger
 from alloy.core.runs import atomic_path, atomic_write
 from alloy.data.dedup import SIGN_ROWS, Entry, Index, Numbers, Signing, group
 from alloy.data.document import require_columns, set_columns, text_column
@@ -19,7 +20,10 @@ from alloy.data.parts import Part, columns_of, read_part
 from alloy.data.pipeline import Job, Place, Stage, StageConfig
 from alloy.errors import DataError
 
+# Jaccard indexes at which the curve is told
 CURVE = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+log = get_logger(__name__)
 
 
 class DedupConfig(StageConfig):
@@ -76,6 +80,9 @@ class Dedup(Stage[DedupConfig]):
         if done.exists() and json.loads(done.read_text())["key"] == job.key:
             return
         signing = self._signing(job.parts)
+        if self.config.fuzzy:
+            curve = ", ".join(f"{similarity}: {probability:.2g}" for similarity, probability in self._curve())
+            log.info("dedup: how likely two texts are to meet, by Jaccard index: %s", curve)
         index = Index(self.config.index or job.work / "index", signing)
         index.forget_changed(part.files[0] for part in job.parts)
         job.map("sign", _Sign(index.folder, signing))
@@ -86,7 +93,10 @@ class Dedup(Stage[DedupConfig]):
         for part in job.parts:
             entry = index.entry(part)
             if entry is None:
-                raise DataError(f"{part.files[0]} has changed while it was read; run the same command again.")
+                raise DataError(
+                    f"{part.files[0]}: the index {index.folder} does not have it as it is now; it changed while it was read, "
+                    "or the index was emptied. Run again with --overwrite."
+                )
             first = int(starts[entry.stem])
             own = kept[first : first + entry.rows]
             groups = [names.get(int(number)) for number in own]
@@ -116,10 +126,11 @@ class Dedup(Stage[DedupConfig]):
     def finish(self, job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         """Counts, and how likely the bands were to meet."""
         facts = json.loads((job.work / "groups" / "done.json").read_text())["facts"]
-        if self.config.fuzzy:
-            minhash = self.config.minhash
-            facts["curve"] = [[s, round(collision_probability(s, minhash.bands, minhash.rows), 4)] for s in CURVE]
-        return {"dedup": facts}
+        return {"dedup": {**facts, "curve": self._curve() if self.config.fuzzy else []}}
+
+    def _curve(self) -> list[tuple[float, float]]:
+        minhash = self.config.minhash
+        return [(s, round(collision_probability(s, minhash.bands, minhash.rows), 4)) for s in CURVE]
 
     def _signing(self, parts: Sequence[Part]) -> Signing:
         config = self.config
@@ -134,6 +145,7 @@ class Dedup(Stage[DedupConfig]):
             by_url=config.by_url,
             score=config.score,
             source=config.source,
+            only=config.only,
         )
 
 
@@ -147,7 +159,7 @@ class _Sign:
         self.index = Index(self.folder, self.signing)
 
     def run(self, part: Part, tick: Tick) -> Report:
-        entry = self.index.sign(part, read_part(part, SIGN_ROWS))
+        entry = self.index.sign(part, read_part(part, SIGN_ROWS, self.signing.only))
         tick(entry.rows, part.bytes)
         return {"rows_in": entry.rows}
 

@@ -8,16 +8,17 @@ Parquet with a loss mask; those that cannot be trained on are counted by reason 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alloy.core.hub import resolve
 from alloy.data.chat import BadChat, ChatEncoder, Reasoning, Sample, pack_samples
+from alloy.data.document import text_column
 from alloy.data.executors import Report
-from alloy.data.parts import RowWriter, columns_of
+from alloy.data.parts import RowWriter, columns_of, read_part
 from alloy.data.pipeline import Job, Place, Stage, StageConfig
 from alloy.data.shards import (
     MANIFEST,
@@ -29,16 +30,22 @@ from alloy.data.shards import (
     write_manifest,
     write_shards,
 )
-from alloy.data.tokens import TextEncoder, load_tokenizer
+from alloy.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
 from alloy.errors import DataError, RecipeError
+
+# of a new tokenizer, in the folder of the shards, and the text it is trained on
+TOKENIZER, TRAIN_BYTES = "tokenizer", 1 << 28
 
 
 class TokenizeConfig(StageConfig):
     """Settings of `tokenize`."""
 
-    stage: str = "tokenize"
-    tokenizer: Annotated[str, Field(description="Folder of the tokenizer, or of a checkpoint that has one.")]
-    column: Annotated[str, Field(description="Column of the text.")] = "text"
+    stage: Literal["tokenize"] = "tokenize"
+    tokenizer: Annotated[str | None, Field(description="Folder of the tokenizer, or of a checkpoint that has one.")] = (
+        None
+    )
+    vocab: Annotated[int | None, Field(description="Train a tokenizer of this size on the rows instead.")] = None
+    column: Annotated[str | None, Field(description="Text; default: cleaned_text where it is there, else text.")] = None
     eod: Annotated[bool, Field(description="End documents with the tokenizer's end token.")] = True
     shard_tokens: Annotated[int, Field(ge=1, description="Tokens in a shard, about.")] = SHARD_TOKENS
     shards: Annotated[int | None, Field(ge=1, description="Number of shards, instead of their size.")] = None
@@ -48,11 +55,19 @@ class TokenizeConfig(StageConfig):
         Literal["drop", "cut"], Field(description="Chats longer than seq: drop them, or cut their end off.")
     ] = "drop"
 
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """One tokenizer."""
+        if (self.tokenizer is None) == (self.vocab is None):
+            raise ValueError("set tokenizer to a finished one, or vocab to the size of a new one, and not both")
+        return self
+
 
 class Tokenize(Stage[TokenizeConfig]):
-    """See the module."""
+    """Texts to token shards, chats to packed rows; rows marked as duplicates are left out."""
 
     Config = TokenizeConfig
+    writes_rows = False
 
     def prepare(self, job: Job) -> None:
         """Refuse rows without text, and a folder that holds a corpus of another origin."""
@@ -62,9 +77,10 @@ class Tokenize(Stage[TokenizeConfig]):
             kinds.add("messages" in names)
             if len(kinds) > 1:
                 raise DataError(f"{part.files[0]} and the files before it are chats and texts; tokenize them apart.")
-            if "messages" not in names and self.config.column not in names:
+            column = self.config.column or text_column(names)
+            if "messages" not in names and column not in names:
                 raise DataError(
-                    f'{part.files[0]} has neither the column "{self.config.column}" nor "messages" but {", ".join(names)}; '
+                    f'{part.files[0]} has neither the column "{column}" nor "messages" but {", ".join(names)}; '
                     "name the one that holds the text."
                 )
         if (job.out / MANIFEST).exists():
@@ -73,10 +89,20 @@ class Tokenize(Stage[TokenizeConfig]):
                 raise RecipeError(f"{job.out} holds a tokenized corpus already; choose another folder.")
             if stage_key != job.key:
                 (job.out / MANIFEST).unlink()
+        if self.config.vocab is not None:
+            texts = (
+                text
+                for part in job.parts
+                for table in read_part(part, 256, self.config.only)
+                for text in self._texts(table)
+            )
+            trained = train_tokenizer(texts, self.config.vocab, max_bytes=TRAIN_BYTES, seed=self.config.seed)
+            save_tokenizer(trained, job.out / TOKENIZER)
 
     def start(self, out: Path) -> None:
         """Load the tokenizer."""
-        tokenizer = load_tokenizer(resolve(self.config.tokenizer))
+        named = self.config.tokenizer
+        tokenizer = load_tokenizer(out / TOKENIZER if named is None else resolve(named))
         self.encoder = TextEncoder(tokenizer)
         if not self.config.eod:
             self.encoder.eos = None
@@ -84,14 +110,23 @@ class Tokenize(Stage[TokenizeConfig]):
 
     def run(self, table: pa.Table, place: Place) -> pa.Table:
         """`ids` of each text, or `ids` and `mask` of each sample of chats."""
+        if "dup_keep" in table.column_names:
+            kept = table.filter(table["dup_keep"].fill_null(True))
+            self.counts["duplicates left out"] += table.num_rows - kept.num_rows
+            table = kept
         if "messages" in table.column_names:
             samples = self._samples(table)
             # offsets and values: no Python number for every token
             return pa.table({name: _lists([getattr(s, name) for s in samples]) for name in Sample._fields})
-        texts = [text for text in table[self.config.column].to_pylist() if text]
+        texts = self._texts(table)
         self.counts["empty"] += table.num_rows - len(texts)
         self.counts["bytes"] += sum(len(text.encode()) for text in texts)
         return pa.table({"ids": _lists(self.encoder.documents(texts))})
+
+    def _texts(self, table: pa.Table) -> list[str]:
+        """The texts of a table that are not empty."""
+        column = self.config.column or text_column(table.column_names)
+        return [text for text in table[column].to_pylist() if text]
 
     def _samples(self, table: pa.Table) -> list[Sample]:
         if self.chats is None:

@@ -84,9 +84,7 @@ def may_hold_formula(tag: str, classes: str) -> bool:
 def formula_of_text(tag: str, attributes: Mapping[str, str], text: str, has_elements: bool = False) -> Formula | None:
     """The formula that is the text of such an element; None: the text is none, or holds formulas between words.
 
-    Args:
-        text: all text in the element.
-        has_elements: whether elements such as `sub` are in it, so that only text that is LaTeX by itself is taken.
+    `text` is all text in the element; with `has_elements` (`sub` and the like in it) only what is LaTeX by itself is taken.
     """
     names = (attributes.get("class") or "").split()
     bare = clean_tex(text)

@@ -290,12 +290,13 @@ _DELIMITED = re.compile(
     # code first, so that its dollars and brackets open nothing
     r"^[ \t]*(?P<fence>```+|~~~+).*?(?:^[ \t]*(?P=fence)|\Z)"
     r"|(?<!`)`(?!`)[^`\n]{1,200}`(?!`)"
-    r"|\\\\|\\\$"
+    r"|\\\$"
     r"|\$\$(?P<display>(?:\\.|[^\\])+?)\$\$"
     # a blank line ends a paragraph, and with it an inline formula
     r"|\$(?P<inline>(?:\\.|(?!\n[ \t]*\n)[^\\$])+?)\$"
-    r"|\\\((?P<round>.+?)\\\)"
-    r"|\\\[(?P<square>.+?)\\\]"
+    # Markdown doubles these backslashes
+    r"|\\{1,2}\((?P<round>.+?)\\{1,2}\)"
+    r"|\\{1,2}\[(?P<square>.+?)\\{1,2}\]"
     rf"|(?P<environment>\\begin\{{(?P<name>(?:{_ENVIRONMENTS})\*?)\}}.+?\\end\{{(?P=name)\}})",
     re.DOTALL | re.MULTILINE,
 )

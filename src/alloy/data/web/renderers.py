@@ -16,4 +16,9 @@ def find_renderer(name: str) -> Render:
         from alloy.data.web.lynx import render_lynx
 
         return render_lynx
+    if name == "dom":
+        from alloy.data.web.decode import decode
+        from alloy.data.web.page import render_text
+
+        return lambda body, content_type, url: render_text(decode(body, content_type).text, content_type, url).text
     raise RecipeError(f'renderer = "{name}" is unknown; use {", ".join(get_args(Renderer))}.')

@@ -6,7 +6,7 @@ Names are those of LaTeX and amssymb; where two commands mean one character, the
 # accents of mover and munder, and what a stretched one is called
 OVER = {
     "^": "hat", "\u02c6": "hat", "\u0302": "hat", "~": "tilde", "\u02dc": "tilde", "\u0303": "tilde", "\u00af": "bar",
-    "\u0304": "bar", "\u203e": "overline", "_": "overline", "\u0332": "overline", "\u2015": "overline", "\u2192": "vec",
+    "\u0304": "bar", "\u02c9": "bar", "\u203e": "overline", "_": "overline", "\u0332": "overline", "\u2015": "overline", "\u2192": "vec",
     "\u20d7": "vec", "\u2190": "overleftarrow", "\u2194": "overleftrightarrow", "\u02d9": "dot", "\u0307": "dot",
     ".": "dot", "\u00a8": "ddot", "\u0308": "ddot", "..": "ddot", "...": "dddot", "\u20db": "dddot", "\u20dc": "ddddot",
     "\u02d8": "breve", "\u0306": "breve", "\u02c7": "check", "\u030c": "check", "\u00b4": "acute", "\u0301": "acute",

@@ -4,7 +4,6 @@ Papers: Nemotron-H arXiv:2504.03624; DeepSeek-V3 arXiv:2412.19437 (multi-token p
 loss); Nemotron 3 Super (tech report): bias step 1e-3, sequence loss 1e-4, two depths of one repeated MTP block.
 """
 
-import importlib.util
 import math
 import os
 import sys
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from alloy.core.device import memory_bytes, peak_flops, resolve_device
-from alloy.core.hub import resolve
+from alloy.core.hub import resolve, text_path
 from alloy.core.logging import short_time
 from alloy.core.recipe import Config, RunOptions, RunResult
 from alloy.data.blend import (
@@ -503,16 +502,6 @@ def _tokenizer_folder(recipe: PretrainRecipe) -> Path | None:
 def is_shards(path: str | Path) -> bool:
     """Whether `path` is a finished folder of token shards or the prefix of a .bin/.idx pair."""
     return Path(f"{path}.idx").exists() or (Path(path) / MANIFEST).exists()
-
-
-def text_path(path: str) -> Path:
-    """A path to text; "package:NAME" is the folder of an installed Python package, text that every machine has."""
-    if not path.startswith("package:"):
-        return Path(path)
-    spec = importlib.util.find_spec(path.removeprefix("package:"))
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f'data.sources path "{path}": there is no such Python package here')
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _layout(config: HybridConfig | DecoderConfig) -> str:

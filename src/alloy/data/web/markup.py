@@ -1,0 +1,141 @@
+"""A page as a flat list of texts and tags: what the layout walks over, without a tree of Python objects.
+
+The parser's serialisation is well formed: elements nest, implied tags are there, attributes stand in double quotes with `<` and `>`
+escaped, and the content of scripts stands between its tags. So one pattern splits it exactly, and one stack follows it.
+"""
+
+import re
+
+from selectolax.lexbor import LexborHTMLParser
+
+from alloy.data.web.element import Element
+
+VOID = frozenset(
+    "area base basefont bgsound br col embed frame hr img input keygen link meta param source track wbr".split()
+)
+# their content is text whatever it looks like; they are one tag with it
+RAW = ("script", "style", "iframe", "noembed", "noframes", "xmp", "plaintext")
+_TAG = re.compile(rf"<(!--.*?--|{'|'.join(f'{name}(?=[ >])[^>]*>.*?</{name}' for name in RAW)}|[^>]*)>", re.DOTALL)
+_ATTRIBUTE = re.compile(r' ([^\s=]+?)="([^"]*)"')
+# elements for each of which the parser looks up all that are open
+_BLOCK = re.compile(
+    r"<(/?)(?:address|article|aside|blockquote|center|details|dir|div|dl|fieldset|figure|figcaption|footer|form|header|hgroup|li|dd|dt"
+    r"|main|menu|nav|ol|section|summary|table|td|ul|p)\b[^>]*>",
+    re.IGNORECASE,
+)
+
+
+def split(html: str, deepest: int, most: int) -> list[str]:
+    """Texts at even places, tags without their angle brackets at odd ones, beginning and ending with a text.
+
+    Args:
+        html: the page; NUL characters are dropped.
+        deepest: blocks inside more blocks than this are flattened.
+        most: tags behind which the page is cut.
+    """
+    if "\0" in html:
+        html = html.replace("\0", "")
+    if html.count("<") > 4 * deepest:
+        html = _flattened(html, deepest)
+    parts = _TAG.split(LexborHTMLParser(html).html or "", maxsplit=most)
+    if len(parts) > 2 * most:
+        parts[-1] = ""
+    return parts
+
+
+def name_of(tag: str) -> str:
+    """Name of the element that a tag opens."""
+    space, end = tag.find(" "), tag.find(">")
+    if 0 <= end < space or space < 0:
+        return tag if end < 0 else tag[:end]
+    return tag[:space]
+
+
+def attributes_of(tag: str) -> dict[str, str]:
+    """Attributes of a tag, unescaped."""
+    if '="' not in tag:
+        return {}
+    return {name: unescape(value) if "&" in value else value for name, value in _ATTRIBUTE.findall(tag)}
+
+
+def unescape(text: str) -> str:
+    """Text without the five entities that a serialisation holds."""
+    text = text.replace("&nbsp;", "\xa0").replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
+    return text.replace("&amp;", "&")
+
+
+def end_of(parts: list[str], i: int, name: str) -> int:
+    """Place of the closing tag of an element `name` whose content begins at `i`."""
+    closing, opening = f"/{name}", f"{name} "
+    depth = 1
+    while True:
+        at = i
+        while True:
+            try:
+                at = parts.index(closing, at)
+            except ValueError:
+                return len(parts) - 2 if len(parts) % 2 else len(parts) - 1
+            if at % 2:
+                break
+            at += 1
+        depth -= 1
+        if at > i + 1:
+            between = parts[i + 1 : at : 2]
+            depth += between.count(name) + sum([tag.startswith(opening) for tag in between])
+        if depth == 0:
+            return at
+        i = at + 1
+
+
+def text_of(parts: list[str], i: int, j: int) -> str:
+    """Text between the places `i` and `j`."""
+    text = parts[i] if j == i + 1 else "".join(parts[i:j:2])
+    return unescape(text) if "&" in text else text
+
+
+def element_of(parts: list[str], i: int, j: int, tag: str) -> Element:
+    """The element that `tag` opens, whose content goes from `i` to its closing tag at `j`."""
+    root = Element(name_of(tag).rpartition(":")[2], attributes_of(tag))
+    stack = [root]
+    for at in range(i, j, 2):
+        text = parts[at]
+        if text:
+            text = unescape(text) if "&" in text else text
+            if not stack[-1].children:
+                stack[-1].text = text
+            elif not text.isspace():
+                stack[-1].children.append(Element("#text", text=text))
+        tag = parts[at + 1]
+        if at + 1 == j or tag[0] == "!":
+            continue
+        if tag[0] == "/":
+            if len(stack) > 1:
+                stack.pop()
+            continue
+        name = name_of(tag)
+        child = Element(name.rpartition(":")[2], attributes_of(tag))
+        stack[-1].children.append(child)
+        if name not in VOID and name not in RAW:
+            stack.append(child)
+    return root
+
+
+def _flattened(html: str, deepest: int) -> str:
+    """Without the tags of blocks that are nested too deeply, for which the parser takes time squared."""
+    parts: list[str] = []
+    depth = dropped = start = 0
+    for found in _BLOCK.finditer(html):
+        if not found[1]:
+            depth += 1
+            if depth <= deepest:
+                continue
+            dropped += 1
+        elif dropped:
+            dropped -= 1
+            depth -= 1
+        else:
+            depth = max(depth - 1, 0)
+            continue
+        parts.append(html[start : found.start()])
+        start = found.end()
+    return "".join(parts) + html[start:]
