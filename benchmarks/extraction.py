@@ -10,7 +10,8 @@ total seconds. Peers live in an environment of their own, of which PATH is the P
 
     pip install trafilatura resiliparse justext inscriptis html2text markdownify html-to-markdown
 
-OpenWebMath's extractor needs resiliparse 0.14 and is taken from a checkout on that Python's path (`text_extract`).
+OpenWebMath's extractor needs resiliparse 0.14: `--only OpenWebMath --peer-python` another one's, with the folder text_extraction of
+its checkout in PYTHONPATH.
 """
 
 import argparse
@@ -36,6 +37,16 @@ Extract = Callable[[bytes, str, str, str], str]
 
 LYNX = "lynx -dump -stdin -nolist -width=10000 -assume_charset=utf-8 -display_charset=utf-8 -localhost -force_html"
 COLUMNS = ("eq", "eq_delim", "eq_macro", "eq_delim_macro", "code_exact", "prose", "boilerplate", "length")
+
+
+class Page(NamedTuple):
+    """A page of the set, as `Extract` takes it."""
+
+    name: str
+    body: bytes
+    kind: str
+    url: str
+    text: str
 
 
 class Extractor(NamedTuple):
@@ -104,6 +115,25 @@ def html_to_markdown_text(module: Any, text: str) -> str:
     return result if isinstance(result, str) else result.content
 
 
+def openwebmath_text(module: Any, text: str) -> str:
+    """With the likelier choice of each of its random settings (extract_from_cc/configs/randomized_all.yaml)."""
+    switches = ("markdown_headings", "markdown_code", "remove_buttons", "remove_image_figures", "remove_link_clusters")
+    result = module.extract_text(
+        text,
+        {
+            **dict.fromkeys((*switches, "remove_chinese", "remove_edit_buttons", "extract_latex"), True),
+            "boilerplate_config": {
+                "ratio_threshold": 0.18,
+                "absolute_threshold": 10,
+                "end_threshold": 15,
+                "enable": True,
+            },
+            "table_config": {"min_rows": 2, "min_cols": 3, "format": "plain"},
+        },
+    )
+    return result[0] if result else ""
+
+
 EXTRACTORS = {
     "alloy dom": Extractor(ours("dom"), "alloy-lm"),
     "alloy dom+lynx": Extractor(ours("dom+lynx"), "alloy-lm", 3),
@@ -123,7 +153,7 @@ EXTRACTORS = {
         ),
         "resiliparse",
     ),
-    "OpenWebMath": Extractor(peer("text_extract", lambda m, t: m.extract_text(t)), "resiliparse", 2),
+    "OpenWebMath": Extractor(peer("text_extract.extract", openwebmath_text), "resiliparse", 2),
     "trafilatura txt": Extractor(peer("trafilatura", lambda m, t: m.extract(t, output_format="txt")), "trafilatura", 2),
     "trafilatura markdown, recall": Extractor(
         peer("trafilatura", lambda m, t: m.extract(t, output_format="markdown", favor_recall=True)), "trafilatura", 2
@@ -141,22 +171,22 @@ EXTRACTORS = {
 }
 
 
-def pages(folder: Path) -> Iterator[tuple[str, bytes, str, str, str]]:
+def pages(folder: Path) -> Iterator[Page]:
     """Name, bytes, Content-Type, address and characters of each page; needs the standard library alone."""
     for line in (folder / "expected.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         body = (folder / "pages" / row["page"]).read_bytes()
         text = body.decode(row.get("encoding") or "utf-8", "replace")
-        yield row["page"], body, row.get("content_type", "text/html"), row.get("url", ""), text
+        yield Page(row["page"], body, row.get("content_type", "text/html"), row.get("url", ""), text)
 
 
-def from_warc(folder: Path) -> Iterator[tuple[str, bytes, str, str, str]]:
+def from_warc(folder: Path) -> Iterator[Page]:
     """The same out of the archive, without decoding."""
     warc = importlib.import_module("fastwarc.warc")
     with (folder / "pages.warc.gz").open("rb") as stream:
         for record in warc.ArchiveIterator(stream, record_types=warc.WarcRecordType.response, parse_http=True):
             kind = record.http_headers.get("Content-Type", "") if record.http_headers else ""
-            yield "", record.reader.read(), kind, record.headers["WARC-Target-URI"], ""
+            yield Page("", record.reader.read(), kind, record.headers["WARC-Target-URI"], "")
 
 
 def drive(name: str, folder: Path, outputs: Path, repeats: int) -> dict[str, Any]:
@@ -167,14 +197,17 @@ def drive(name: str, folder: Path, outputs: Path, repeats: int) -> dict[str, Any
         extract = extractor.make()
     except ModuleNotFoundError as error:
         return {"name": name, "status": f"not installed: {error}"}
-    page_list, failures = list(pages(folder)), {}
-    for page, *arguments in page_list:
+    page_list = list(pages(folder))
+    failures: dict[str, str] = {}
+    for page in page_list:
         try:
-            text = extract(*arguments)
+            text = extract(*page[1:])
         # what a peer raises on a page is a result of the measurement
         except Exception as error:
-            text, failures[page] = "", f"{type(error).__name__}: {error}"[:200]
-        (outputs / f"{page}.txt").write_text(text, "utf-8", "replace")
+            text, failures[page.name] = "", f"{type(error).__name__}: {error}"[:200]
+        (outputs / f"{page.name}.txt").write_text(text, "utf-8", "replace")
+    if len(failures) == len(page_list):
+        return {"name": name, "status": f"failed on every page: {failures[page_list[0].name]}"}
     warc = name.startswith("alloy") and (folder / "pages.warc.gz").exists()
     repeats = min(repeats, extractor.most_repeats)
     times: list[list[float]] = []
@@ -183,9 +216,9 @@ def drive(name: str, folder: Path, outputs: Path, repeats: int) -> dict[str, Any
         source = from_warc(folder) if warc else iter(page_list)
         spans: list[float] = []
         last = time.perf_counter()
-        for page, *arguments in source:
-            if page not in failures:
-                extract(*arguments)
+        for page in source:
+            if page.name not in failures:
+                extract(*page[1:])
             now = time.perf_counter()
             spans.append(now - last)
             last = now
@@ -193,7 +226,7 @@ def drive(name: str, folder: Path, outputs: Path, repeats: int) -> dict[str, Any
     wall, processor = time.perf_counter() - wall, cpu_seconds() - processor
     # of each page the middle of its passes, so that another process does not make a page slow
     typical = sorted(statistics.median(spans) for spans in zip(*times, strict=True))
-    count, size = repeats * len(page_list), repeats * sum(len(body) for _, body, *_ in page_list)
+    count, size = repeats * len(page_list), repeats * sum(len(page.body) for page in page_list)
     try:
         version = importlib.metadata.version(extractor.package) if extractor.package else ""
     except importlib.metadata.PackageNotFoundError:

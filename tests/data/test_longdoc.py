@@ -1,24 +1,30 @@
 """Long documents: order of files by hand, repetition by length, chains, and questions that need their spans."""
 
+import json
 import re
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from alloy.data.executors import Executor
 from alloy.data.io import Document
 from alloy.data.longdoc import (
-    ask_about,
     chain_documents,
     join_repository,
     keep_long,
     order_files,
-    question_text,
     repetitions,
     same_answer,
     sample_spans,
 )
+from alloy.data.pipeline import run_stage
+from alloy.data.stages.longdoc import LongdocConfig
 from alloy.errors import DataError
+from tests.core.endpoint import Endpoint
+from tests.data.test_data_cli import run
 
 
 def words(text: str) -> int:
@@ -103,37 +109,64 @@ def test_spans_are_far_apart() -> None:
         sample_spans(text[:500], 3, 200, 0)
 
 
-class Model:
-    """A stand-in for a language model that knows how many keys a question takes, and which passages hold one."""
-
-    def __init__(self, keys: int, written: str = "Question: Which keys?\nAnswer: red blue", knows: str = "") -> None:
-        self.keys, self.written, self.knows = keys, written, knows
-
-    def __call__(self, prompt: str) -> str:
-        if prompt.startswith("Here are"):
-            return self.written
-        found = set(re.findall(r"key (\w+)", prompt))
-        return "the answer is red blue." if len(found) >= self.keys else self.knows or "unknown"
+def model(prompt: str, n: int) -> str:
+    """Writes a question for two keys; knows them only where both are shown; of "easy" passages one is enough."""
+    if "Write one question" in prompt:
+        return "I cannot." if "mute" in prompt else "Question: Which keys?\nAnswer: red blue"
+    found = set(re.findall(r"key (\w+)", prompt))
+    return "The answer is red blue." if len(found) >= (1 if "easy" in prompt else 2) else "unknown"
 
 
-@pytest.mark.parametrize(
-    ("model", "refused"),
-    [
-        (Model(2), None),
-        (Model(1), "one span alone answers it"),
-        (Model(3), "the spans do not answer it"),
-        (Model(2, knows="red blue"), "answered without the document"),
-        (Model(2, written="I cannot."), "no question in the model's answer"),
-    ],
-)
-def test_questions_need_their_spans(model, refused) -> None:
-    """Kept only if the answer changes when spans are left out."""
-    text = "a key red here" + " " * 100 + "and a key blue there"
-    asked = ask_about(text, [(0, 20), (100, len(text))], model)
-    assert asked.refused == refused
-    if refused is None:
-        assert question_text(text, asked, at_start=True).startswith("Question: Which keys?\n\na key red")
-        assert question_text(text, asked, at_start=False).endswith("Question: Which keys?\n\nAnswer: red blue\n")
+def test_the_stage_asks_and_checks(tmp_path) -> None:
+    """Over a server: questions that need two spans are kept, at the end or start; others are counted with their reason."""
+    filler = "Nothing is said here. " * 20
+    texts = {
+        name: f"{name}: key red. {filler}" * 2 + f"{name}: key blue. {filler}" * 2 for name in ("good", "easy", "mute")
+    }
+    texts["none"] = filler * 5
+    texts["short"] = "key"
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"id": k, "text": v, "x": 1}) + "\n" for k, v in texts.items())
+    )
+    settings = {"min_tokens": 100, "questions": 1, "spans": 2, "span_chars": 450, "repeat": ["300=2"]}
+    with Endpoint(model) as server:
+        config = LongdocConfig.model_validate({**settings, "endpoint": server.url, "backoff_s": 0.001})
+        made = run_stage(config, [str(tmp_path / "rows.jsonl")], tmp_path / "out", Executor(kind="serial"))
+    counts = made["counts"]
+    assert (counts["question=kept"], counts["question=one-span"], counts["question=unreadable"]) == (1, 1, 1)
+    assert (counts["question=not-answered"], counts["too-short"]) == (1, 1)
+    rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    assert [(row["source_id"], row["x"], row["answer"]) for row in rows] == [("good", 1, "red blue")] * 2
+    for row in rows:
+        assert texts["good"].strip() in row["text"]
+        assert row["text"].endswith("Answer: red blue\n")
+        assert row["text"].count("Question: Which keys?") == 1
+    with pytest.raises(ValidationError, match="neither an endpoint nor a server"):
+        LongdocConfig(questions=1)
+    with pytest.raises(ValidationError, match="not a list of TOKENS=FACTOR"):
+        LongdocConfig(repeat=("many",))
+
+
+def test_the_stage_without_a_model(tmp_path) -> None:
+    """Long rows among short ones of their part, the number of tokens with them."""
+    rows = [{"id": str(i), "text": f"word{i} " * n} for i, n in enumerate((200, 3, 4, 5))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = LongdocConfig(min_tokens=100, chain_tokens=1000)
+    run_stage(config, [str(tmp_path / "rows.jsonl")], tmp_path / "out", Executor(kind="serial"))
+    (row,) = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    assert row["n_tokens"] == -(-len(row["text"]) // 4)
+    assert all(other["text"].strip() in row["text"] for other in rows)
+
+
+def test_repositories_on_the_command_line(capsys, tmp_path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("import b\n")
+        (tmp_path / name / "b.py").write_text("y = 1\n")
+    code, _, _ = run(capsys, "data", "join-repo", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "r.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert (code, [row["name"] for row in rows]) == (0, ["one", "two"])
+    assert rows[0]["text"] == "# b.py\ny = 1\n\n# a.py\nimport b\n"
 
 
 def test_answers_are_compared_by_words() -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from alloy.cli.data_blend import app as blend_app
 from alloy.cli.data_extract import eval_extract
 from alloy.cli.data_stages import add_stage_command
 from alloy.cli.run_command import DryRun, Json, Overrides, Quiet, RecipeName, Resume, RunDirOption, run_recipe_command
 from alloy.cli.train_scorer import train_scorer
 from alloy.core.recipe import RunOptions
 from alloy.data.pipeline import STAGES
-from alloy.cli.data_blend import app as blend_app
 from alloy.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -192,6 +192,18 @@ def concat(
     typer.echo(
         f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {len(manifest['shards'])} shard(s)"
     )
+
+
+@app.command("join-repo")
+def join_repo(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="One repository each.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write, a row for each.")],
+) -> None:
+    """Make each repository one document, its files after what they import."""
+    from alloy.data.io import write_jsonl
+    from alloy.data.longdoc import join_repository
+
+    write_jsonl(out, [join_repository(folder) for folder in folders])
 
 
 @app.command("inspect")

@@ -5,6 +5,7 @@ argument; juxtaposition is multiplication. Everything else is not understood, an
 """
 
 import re
+from itertools import pairwise
 from typing import Any
 
 from alloy.core.device import require
@@ -71,9 +72,12 @@ def read(latex: str) -> Any:
     """The sympy expression of a formula; `UnreadError` where it is not one of those that are understood."""
     for old, new in _SAME.items():
         latex = re.sub(rf"{re.escape(old)}(?![A-Za-z])", lambda _, new=new: new, latex)
-    text = _DROPPED.sub("", re.sub(r"(\\[A-Za-z]+)[ \t]+(?=[A-Za-z])", r"\1{}", latex))
+    text = _DROPPED.sub(" ", latex)
     tokens = _TOKEN.findall(text)
-    if "".join(tokens) != text or not tokens or len(tokens) > MOST_TOKENS:
+    if "".join(tokens) != "".join(text.split()) or not 0 < len(tokens) <= MOST_TOKENS:
+        raise UnreadError(latex)
+    # two numbers side by side are no product
+    if any(a[-1].isdigit() and b[0].isdigit() for a, b in pairwise(tokens)):
         raise UnreadError(latex)
     reader = _Reader(list(tokens))
     value = reader.sum()
@@ -108,9 +112,7 @@ class _Reader:
             return self.product() if self.take() == "+" else -self.product()
         value = self.power()
         while self.next() and self.next() not in ("+", "-", ")", "}", "]", "|"):
-            if self.next() == "{" and self.tokens[:2] == ["{", "}"]:
-                del self.tokens[:2]
-            elif self.next() == "/":
+            if self.next() == "/":
                 self.take()
                 divisor = self.power()
                 if divisor == 0:

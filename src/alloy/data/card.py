@@ -24,7 +24,7 @@ from alloy.core.report import Bars, Section, Table, Text, write_report
 from alloy.core.runs import atomic_write
 from alloy.data.document import COLUMNS, FINE
 from alloy.data.parts import Part, RowWriter, find_files, read_part
-from alloy.data.pipeline import read_manifest
+from alloy.data.pipeline import STAGES, read_manifest
 from alloy.errors import DataError
 
 NUM_SAMPLES, SAMPLE_CHARS, EXAMPLES, TOP = 10, 1500, 3, 12
@@ -81,7 +81,8 @@ def write_card(folders: Sequence[Path], out: Path, table: CardTable | None = Non
     write_report(out / "report.html", title, _sections(manifests, statistics), _headline(manifests, statistics))
     if table.export:
         dialogues = next((folder for folder, manifest in rows if manifest["stage"] == "mind"), None)
-        configs = export(main[-1], dialogues, out / "dataset")
+        has_bands = bool(statistics.values.get("band"))
+        configs = export(main[-1], dialogues, out / "dataset", has_bands)
         atomic_write(out / "dataset" / "README.md", _readme(title, table, manifests, statistics, configs))
     return facts
 
@@ -131,13 +132,14 @@ def collect(folder: Path, seed: int) -> Statistics:
     return found
 
 
-def export(folder: Path, dialogues: Path | None, out: Path) -> dict[str, int]:
+def export(folder: Path, dialogues: Path | None, out: Path, has_bands: bool) -> dict[str, int]:
     """Write the rows to train on as a data set; rows by config.
 
     Args:
         folder: rows; duplicates, dropped and empty ones are left out
         dialogues: rows made by `mind`
         out: folder with one folder a config
+        has_bands: whether rows have quality bands; then those below 3 are left out
     """
     counts: Counter[str] = Counter()
     for name in ("3", "4plus", "4plus_MIND", "default"):
@@ -145,7 +147,7 @@ def export(folder: Path, dialogues: Path | None, out: Path) -> dict[str, int]:
             part.unlink()
     for table in _tables(folder):
         rows = _published(_kept(table))
-        if "band" in rows.column_names:
+        if has_bands:
             for name in sorted({str(band) for band in rows["band"].to_pylist() if band in ("3", "4plus")}):
                 _append(out / name, rows.filter(compute.equal(rows["band"], name)), counts)
         else:
@@ -204,7 +206,7 @@ def _text(table: pa.Table) -> Any:
 
 def _count(counter: Counter[str], column: Any) -> None:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    for entry in array.value_counts().to_pylist():
+    for entry in array.drop_null().value_counts().to_pylist():
         counter[str(entry["values"])] += entry["counts"]
 
 
@@ -341,7 +343,7 @@ def _readme(
     lines += ["| config | rows |", "|---|---|", *(f"| {name} | {configs[name]:,} |" for name in names), ""]
     lines += ["## How it was made", "", "| stage | settings | rows in | rows out | counts |", "|---|---|---|---|---|"]
     for _, manifest in manifests:
-        settings = {k: v for k, v in manifest.get("settings", {}).items() if v not in (None, "", []) and k != "stage"}
+        settings = _set(manifest)
         counts = ", ".join(
             f"{k} {n:,}" for k, n in {**manifest.get("counts", {}), **manifest.get("losses", {})}.items()
         )
@@ -358,6 +360,14 @@ def _readme(
         for name in _columns(found, configs)
     ]
     return "\n".join(lines) + "\n"
+
+
+def _set(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a stage was told besides the defaults."""
+    stage: Any = STAGES.get(manifest["stage"])
+    fields = stage.Config.model_fields
+    told = {name: value for name, value in manifest.get("settings", {}).items() if name != "stage" and value is not None}
+    return {n: v for n, v in told.items() if n not in fields or v != fields[n].get_default(call_default_factory=True)}
 
 
 def _columns(found: Statistics, configs: dict[str, int]) -> list[str]:

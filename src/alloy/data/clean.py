@@ -181,8 +181,8 @@ def unify(text: str) -> str:
             return match[0]
         if match["round"] is None:
             return f"$${inner}$$"
-        is_digit = match.end() < len(text) and text[match.end()].isdigit()
-        return f"${' '.join(inner.splitlines())}$" + (" " if is_digit else "")
+        after = match.string[match.end() : match.end() + 1]
+        return f"${' '.join(inner.splitlines())}$" + (" " if after.isdigit() else "")
 
     return _outside(text, fences(text), lambda piece: FORMULA.sub(dollars, piece))
 
@@ -275,8 +275,16 @@ def _lines(block: str, is_edge: bool, suspects: set[str]) -> str:
     has_links = "](" in block or "http" in block
     if (is_menu or (has_links and _link_share(block) > (0.5 if is_edge else 0.8))) and not _is_precious(block):
         return ""
-    kept = [line for line in lines if line not in suspects or not _is_site_line(line, is_edge)]
-    return block if len(kept) == len(lines) else "\n".join(kept).strip("\n")
+    goes = [line in suspects and _is_site_line(line, is_edge) for line in lines]
+    if not any(goes):
+        return block
+    if len(lines) > 1 and ("$" in block or "`" in block):
+        # a line in the middle of a formula is its own
+        spans, at = formula_spans(block), 0
+        for i, line in enumerate(lines):
+            goes[i] = goes[i] and not any(start < at + len(line) and at < end for start, end in spans)
+            at += len(line) + 1
+    return "\n".join(line for line, gone in zip(lines, goes, strict=True) if not gone).strip("\n")
 
 
 def _table(block: str, is_edge: bool, suspects: set[str], shared: set[str]) -> str:

@@ -176,11 +176,9 @@ class LlmStage(Stage[ConfigT]):
     def made_of(self, table: pa.Table, rows: Sequence[dict[str, Any]], types: Mapping[str, pa.DataType]) -> pa.Table:
         """New rows with the columns of those that they came from (`row` of each), but for bodies and former texts."""
         gone = {"binary_content", "cleaned_text", self.config.column, *types}
-        source = table.drop_columns([name for name in table.column_names if name in gone])
-        source = source.take(pa.array([row["row"] for row in rows], pa.int64()))
-        for name, kind in types.items():
-            source = source.append_column(name, pa.array([row[name] for row in rows], kind))
-        return source
+        places = pa.array([row["row"] for row in rows], pa.int64())
+        kept = {name: table[name].take(places) for name in table.column_names if name not in gone}
+        return pa.table(kept | {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()})
 
     def finish(self, job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         """End the server; the cost."""

@@ -2,7 +2,8 @@
 
 Documents of at least so many tokens are kept whole. A repository becomes one document, files after what they import, so that
 what a file uses stands before it. A chain lays a document among distractors. Questions need several places of a document: a
-model writes them for sampled spans, and a question counts only if its answer is found with the spans and not without them.
+model writes them for sampled spans, and a question counts only if a model finds its answer in all the spans and neither in one
+alone nor without them. The stage is data/stages/longdoc.py.
 """
 
 import ast
@@ -11,7 +12,6 @@ import posixpath
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from alloy.data.io import Document, list_files, read_documents
@@ -19,8 +19,6 @@ from alloy.errors import DataError, RecipeError
 
 C_SUFFIXES = (".c", ".h", ".cc", ".cpp", ".hpp", ".cu")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
-# asks a model: prompt -> answer
-Ask = Callable[[str], str]
 
 
 def keep_long(
@@ -109,16 +107,6 @@ def chain_documents(
     return Document("\n\n".join(part.text for part in chosen), document.name)
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question on a document: where its spans are (characters), how it was answered, and why it was refused, if it was."""
-
-    question: str
-    answer: str
-    spans: tuple[tuple[int, int], ...]
-    refused: str | None = None
-
-
 def sample_spans(text: str, number: int, chars: int, seed: int) -> list[tuple[int, int]]:
     """Places of `number` passages of about `chars` characters, far apart: one in each of as many equal parts of the text.
 
@@ -136,31 +124,26 @@ def sample_spans(text: str, number: int, chars: int, seed: int) -> list[tuple[in
     return spans
 
 
-def ask_about(text: str, spans: Sequence[tuple[int, int]], ask: Ask) -> Question:
-    """A question that needs at least two of the spans, written and checked by the model behind `ask`.
+def read_question(answer: str) -> tuple[str, str] | None:
+    """(question, its answer) of what a model wrote; None where it wrote none."""
+    found = re.search(r"Question:\s*(.+?)\s*\n\s*Answer:\s*(.+)", answer, re.DOTALL)
+    return (found[1].strip(), found[2].strip()) if found else None
 
-    Checked: the model answers alike from all spans, and otherwise with each span left out and with none.
+
+def refuse_question(answer: str, from_all: str, from_none: str, from_each: Sequence[str]) -> str | None:
+    """Why a question does not need its spans; None: it does.
+
+    Args:
+        answer: what came with the question
+        from_all: a model's answer from all spans
+        from_none: without any text
+        from_each: from each span alone
     """
-    passages = [text[start:stop].strip() for start, stop in spans]
-    asked = ask(
-        "Here are passages from different places of one long document. Write one question that can only be answered by "
-        "combining at least two of them, and its short answer. Do not mention passages. Answer with two lines:\n"
-        f"Question: ...\nAnswer: ...\n\n{_numbered(passages)}"
-    )
-    found = re.search(r"Question:\s*(.+?)\s*\n\s*Answer:\s*(.+)", asked, re.DOTALL)
-    if found is None:
-        return Question("", "", tuple(spans), "no question in the model's answer")
-    question, answer = found[1].strip(), found[2].strip()
-
-    def refuse(reason: str) -> Question:
-        return Question(question, answer, tuple(spans), reason)
-
-    if not same_answer(_answer(passages, question, ask), answer):
-        return refuse("the spans do not answer it")
-    if same_answer(_answer([], question, ask), answer):
-        return refuse("answered without the document")
-    single = sum(same_answer(_answer([passage], question, ask), answer) for passage in passages)
-    return refuse("one span alone answers it") if single else Question(question, answer, tuple(spans))
+    if not same_answer(from_all, answer):
+        return "not-answered"
+    if same_answer(from_none, answer):
+        return "known-before"
+    return "one-span" if any(same_answer(one, answer) for one in from_each) else None
 
 
 def same_answer(first: str, second: str) -> bool:
@@ -172,23 +155,16 @@ def same_answer(first: str, second: str) -> bool:
     return f" {small} " in f" {large} "
 
 
-def question_text(text: str, question: Question, at_start: bool) -> str:
+def question_text(text: str, question: str, answer: str, at_start: bool) -> str:
     """The document with a question before or after it, and the answer at the end."""
-    asked = f"Question: {question.question}"
+    asked = f"Question: {question}"
     body = f"{asked}\n\n{text.strip()}" if at_start else f"{text.strip()}\n\n{asked}"
-    return f"{body}\n\nAnswer: {question.answer}\n"
+    return f"{body}\n\nAnswer: {answer}\n"
 
 
-def _answer(passages: Sequence[str], question: str, ask: Ask) -> str:
-    told = _numbered(passages) if passages else "(no text)"
-    return ask(
-        "Answer the question in a few words from the text alone. If the text does not say, answer: unknown.\n\n"
-        f"{told}\n\nQuestion: {question}"
-    )
-
-
-def _numbered(passages: Sequence[str]) -> str:
-    return "\n\n".join(f"[{number}]\n{passage}" for number, passage in enumerate(passages, start=1))
+def number_passages(passages: Sequence[str]) -> str:
+    """Passages as a prompt shows them."""
+    return "\n\n".join(f"[{number}]\n{passage}" for number, passage in enumerate(passages, start=1)) or "(no text)"
 
 
 def _edge(text: str, position: int, limit: int) -> int:

@@ -110,7 +110,7 @@ def turns(text: str, speakers: Sequence[str] = ()) -> list[Turn]:
         for name in names
     ]
     matches = [match for match, is_one in zip(matches, is_speaker, strict=True) if is_one]
-    ends = [match.start() for match in matches[1:]] + [len(text)]
+    ends = [match.start() for match in matches[1:]] + [len(text)][: len(matches)]
     return [
         Turn(match["name"].strip(), text[match.start("said") : end].strip())
         for match, end in zip(matches, ends, strict=True)

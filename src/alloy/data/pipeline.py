@@ -63,6 +63,7 @@ STAGES.add("decontaminate", "alloy.data.stages.decontaminate:Decontaminate")
 STAGES.add("mind", "alloy.data.stages.mind:Mind")
 STAGES.add("rephrase", "alloy.data.stages.rephrase:Rephrase")
 STAGES.add("remove", "alloy.data.stages.remove:Remove")
+STAGES.add("longdoc", "alloy.data.stages.longdoc:Longdoc")
 STAGES.add("tokenize", "alloy.data.stages.tokenize:Tokenize")
 
 

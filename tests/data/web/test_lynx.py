@@ -45,3 +45,24 @@ def test_unknown_renderer() -> None:
     """The names are told."""
     with pytest.raises(RecipeError, match=r'"links" is unknown; use dom, lynx, dom\+lynx'):
         find_renderer("links")
+
+
+@needs_lynx
+def test_formulas_are_recovered_before_lynx_lays_the_page_out() -> None:
+    """Script, image, KaTeX and MathML become text that no line break or white space of lynx's touches."""
+    long = "+".join(f"x_{{{i}}}" for i in range(400))
+    page = (
+        f"<p>a <script type='math/tex'>u &lt; v</script> b \ue000 0 \ue001 c <img alt='$y^2$' class=math src=x.png> d \\(w\\)"
+        f"<script type='math/tex; mode=display'>{long}</script></p><ul><li>e <math><msup><mi>z</mi><mn>2</mn></msup></math>"
+        "<li><span class=katex><span class=katex-mathml><math><semantics><mi>q</mi><annotation encoding='application/x-tex'>q</annotation>"
+        "</semantics></math></span><span class=katex-html>q</span></span></ul>"
+    )
+    lines = [
+        line.strip() for line in find_renderer("dom+lynx")(page.encode(), "text/html; charset=utf-8", "").split("\n")
+    ]
+    assert [line for line in lines if line] == [
+        r"a $u < v$ b 0 c $y^2$ d \(w\)",
+        f"$${long}$$",
+        "* e $z^{2}$",
+        "* $q$",
+    ]

@@ -81,10 +81,7 @@ class Rephrase(LlmStage[RephraseConfig]):
         if is_refusal(text):
             return "", "refused"
         if prompt == "rephrase-diverse_qa":
-            pairs = _pairs(text)
-            if answer.finish_reason == "length":
-                # the last one has lost its end
-                pairs = pairs[:-1]
+            pairs = _pairs(text, answer.finish_reason == "length")
             if not pairs:
                 return "", "no-questions"
             return f"{source}\n\n" + "\n\n".join(pairs[:MOST_QUESTIONS]), None
@@ -119,7 +116,8 @@ _TYPES: dict[str, pa.DataType] = {
 }  # fmt: skip
 
 
-def _pairs(text: str) -> list[str]:
-    """The questions with their answers."""
-    found = ((match["question"].strip(" *\n"), match["answer"].strip()) for match in _PAIR.finditer(text))
-    return [f"Question: {question}\nAnswer: {answer}" for question, answer in found if question and answer]
+def _pairs(text: str, is_cut: bool) -> list[str]:
+    """The questions with their answers; where the text was cut off, the answer that reaches to its end is not whole."""
+    found = [m for m in _PAIR.finditer(text) if not (is_cut and m.end() == len(text))]
+    pairs = [(match["question"].strip(" *\n"), match["answer"].strip()) for match in found]
+    return [f"Question: {question}\nAnswer: {answer}" for question, answer in pairs if question and answer]

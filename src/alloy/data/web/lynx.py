@@ -8,10 +8,16 @@ Differs:
 - Pages are decoded before (`decode`), and a byte order mark says so; lynx believes a `<meta charset>` above its flags.
 """
 
+import re
 import shutil
 import subprocess
 
 from alloy.data.web.decode import decode
+from alloy.data.web.delimiters import read_configuration
+from alloy.data.web.formula import Formula
+from alloy.data.web.layout import Layout, Tag
+from alloy.data.web.markup import split
+from alloy.data.web.page import DEFAULTS
 from alloy.errors import DataError, ResourceError
 
 FLAGS = (
@@ -19,6 +25,8 @@ FLAGS = (
     *("-localhost", "-force_html"),
 )
 TIMEOUT_S = 20.0
+_MARK = re.compile("\ue000(\\d+)\ue001")
+_NO_MARKS = str.maketrans("", "", "\ue000\ue001")
 
 
 def render_lynx(body: bytes, content_type: str = "", url: str = "") -> str:
@@ -45,3 +53,63 @@ def lay_out(markup: str, timeout_s: float = TIMEOUT_S) -> str:
         said = done.stderr.decode("utf-8", "replace").strip()[:200]
         raise DataError(f"lynx failed with code {done.returncode} on a page of {len(page):,} bytes: {said}")
     return done.stdout.decode("utf-8", "replace")
+
+
+class _Places(Layout):
+    """Which tags and texts of a page each formula stood in; those between delimiters in the text stay where they are."""
+
+    def __init__(self, parts: list[str]) -> None:
+        has_scripts = any(part.startswith("script") and "math/" in part for part in parts[1::2])
+        super().__init__(parts, read_configuration([], []), has_scripts=has_scripts)
+        self.places: list[tuple[int, int, Formula]] = []
+        self._found: Formula | None = None
+
+    def _put(self, what: Formula | None) -> bool:
+        self._found = what
+        return super()._put(what)
+
+    def _noted(self, i: int, j: int) -> int:
+        if self._found is not None:
+            self.places.append((i - 1, j, self._found))
+            self._found = None
+        return j
+
+    def image(self, tag: Tag, i: int) -> int:
+        return self._noted(i, super().image(tag, i))
+
+    def script(self, tag: Tag, i: int) -> int:
+        return self._noted(i, super().script(tag, i))
+
+    def katex(self, tag: Tag, i: int) -> int:
+        return self._noted(i, super().katex(tag, i))
+
+    def mathjax(self, tag: Tag, i: int) -> int:
+        return self._noted(i, super().mathjax(tag, i))
+
+    def math(self, tag: Tag, i: int) -> int:
+        return self._noted(i, super().math(tag, i))
+
+    def attribute(self, tag: Tag, i: int) -> int:
+        return self._noted(i, super().attribute(tag, i))
+
+
+def render_dom_lynx(body: bytes, content_type: str = "", url: str = "") -> str:
+    """A page's text by lynx, with the formulas that our renderer finds in its elements.
+
+    Each stands in the page as a mark of private-use characters, so that lynx neither breaks nor changes it. Macros stay.
+    """
+    parts = split(decode(body, content_type).text.translate(_NO_MARKS), DEFAULTS.max_depth, DEFAULTS.max_nodes)
+    layout = _Places(parts)
+    layout.read()
+    marked: list[str] = []
+    at = 0
+    for number, (start, end, formula) in enumerate(layout.places):
+        mark = f"\ue000{number}\ue001"
+        marked += (_markup(parts, at, start), f"<br>{mark}<br>" if formula.display else mark)
+        at = end
+    marked.append(_markup(parts, at, len(parts)))
+    return _MARK.sub(lambda found: layout.places[int(found[1])][2].text, lay_out("".join(marked)))
+
+
+def _markup(parts: list[str], start: int, end: int) -> str:
+    return "".join(f"<{parts[i]}>" if i % 2 else parts[i] for i in range(start, end))
