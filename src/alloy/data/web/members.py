@@ -142,7 +142,9 @@ class Members:
     def __init__(self, file: IO[bytes], kind: Kind) -> None:
         self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.kind: Kind = kind
-        self.unpacked = kind == "gzip" and self._many_in_first()
+        if kind == "plain" and not _PLAIN_START.match(self.data):
+            self.kind = min(MAGIC, key=self._first_as)
+        self.unpacked = self.kind == "gzip" and self._many_in_first()
 
     def close(self) -> None:
         """Release the bytes."""
@@ -152,11 +154,12 @@ class Members:
         """Go on with the plain content, as a temporary file; what was wrong with the packed one ("" if nothing)."""
         place, fault = 0, ""
         with tempfile.TemporaryFile() as file:
-            while place < len(self.data) and not fault:
+            while place < len(self.data):
                 member = Member(self.data, place, "gzip", len(self.data))
                 for piece in member:
                     file.write(piece)
-                place, fault = member.end, member.fault
+                fault = fault or member.fault
+                place = self.find(place + 1) if member.fault else member.end
             file.flush()
             self.data.close()
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -207,25 +210,30 @@ class Members:
         if end is not None and end <= len(data):
             gap = data[end : end + 4]
             end += len(gap) - len(gap.lstrip(b"\r\n"))
-            if end == len(data) or _PLAIN_START.match(data, end):
+            # after the line ends of a record there may be bytes of none
+            if gap == b"\r\n\r\n" or end == len(data) or _PLAIN_START.match(data, end):
                 return end
         found = _PLAIN_START.search(data, place + 1)
         return found.start() if found else len(data)
 
+    def _first_as(self, kind: Kind) -> int:
+        """Where the first record would be if members were packed so: the beginning of the file is damaged."""
+        self.kind = kind
+        return self.find(0)
+
     def _many_in_first(self) -> bool:
-        """Whether the first gzip member goes on after its first record."""
-        seen, total, need = b"", 0, 0
+        """Whether the first gzip member goes on with another record after its first one."""
+        seen, total, stated = b"", 0, None
         for piece in Member(self.data, 0, "gzip", len(self.data)):
+            # the last bytes are kept, for the second record may begin between pieces
+            seen = (seen if stated is None else seen[-16:]) + piece
             total += len(piece)
-            if not need:
-                seen += piece
-                stated = stated_end(seen, 0)
-                if stated is None and len(seen) > HEADER_BYTES:
-                    return False
-                # two line ends, and the beginning of another record
-                need = stated + 16 if stated is not None else 0
-            if need and total >= need:
-                return True
+            stated = stated_end(seen, 0) if stated is None else stated
+            if stated is None and len(seen) > HEADER_BYTES:
+                return False
+            if stated is not None and total >= stated + 16:
+                after = stated - (total - len(seen))
+                return seen[after : after + 16].lstrip(b"\r\n").startswith(b"WARC/")
         return False
 
 
