@@ -29,16 +29,22 @@ _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECAS
 # kinds of tags; from SPECIAL on they have a method
 INLINE, BREAKING, EMPTY, LINK, BLOCK, PARAGRAPH, SKIP, SPECIAL = range(8)
 _INLINE = frozenset(
-    "span i em b strong u s small big font abbr acronym cite dfn var q ins del strike mark bdi bdo nobr label time data ruby rb center "
-    "picture map wbr slot noindex".split()
+    str.split(
+        "span i em b strong u s small big font abbr acronym cite dfn var q ins del strike mark bdi bdo nobr label time data ruby rb center "
+        "picture map wbr slot noindex"
+    )
 ) - {"center"}
 _BLOCKS = frozenset(
-    "html body div section article main nav aside header footer address center details fieldset figure form hgroup dl menu dir noscript "
-    "colgroup tbody thead tfoot frameset noframes object applet dialog search".split()
+    str.split(
+        "html head body div section article main nav aside header footer address center details fieldset figure form hgroup dl menu dir "
+        "colgroup tbody thead tfoot frameset noframes object applet dialog search"
+    )
 )
-_PARAGRAPHS = frozenset("p dt summary figcaption caption legend optgroup marquee".split())
+_PARAGRAPHS = frozenset(str.split("p dt summary figcaption caption legend optgroup marquee"))
 _SKIPPED = frozenset(
-    "head title style template svg audio video canvas select button textarea datalist rp rt iframe noembed noframes option meter progress".split()
+    str.split(
+        "title style template svg audio video canvas select button textarea datalist rp rt iframe noembed noframes option meter progress noscript"
+    )
 )
 _METHODS: dict[str, str] = {
     **dict.fromkeys(("pre", "listing", "xmp", "plaintext"), "pre"),
@@ -91,6 +97,8 @@ class Layout:
     _tables: list[tables.Table] = field(default_factory=list[tables.Table])
     _language: str = ""
     _is_searched: bool = True
+    _work: int = 0
+    _math_at: int = -100
 
     def read(self) -> None:
         """Walk over the page."""
@@ -201,6 +209,19 @@ class Layout:
             self._links += sum(map(len, self._buffer[self._link_from :]))
             self._link_from = -1
 
+    def _end_of(self, tag: Tag, i: int) -> int:
+        """Place of the closing tag of an element whose content is looked at as a whole; 0 where too much was looked at twice."""
+        if self._work > 10 * len(self.parts) + 10_000:
+            return 0
+        j = end_of(self.parts, i, tag.name)
+        self._work += j - i
+        return j
+
+    def _pass(self, i: int) -> int:
+        """Read on inside an element that has no meaning of its own."""
+        self._stack.append(None)
+        return i
+
     # mathematics
 
     def _put(self, what: Formula | None) -> bool:
@@ -211,10 +232,17 @@ class Layout:
     def math(self, tag: Tag, i: int) -> int:
         """`math`, also with a prefix."""
         j = end_of(self.parts, i, tag.name)
+        self._math_at = j
         if (noted := self._annotation(i, j)) is not None:
-            display = "block" in (tag.attributes.get("display", ""), tag.attributes.get("mode", "").replace("display", "block"))
+            display = "block" in (
+                tag.attributes.get("display", ""),
+                tag.attributes.get("mode", "").replace("display", "block"),
+            )
             self._put(formula(noted, display, "mathml-annotation"))
-        elif not self._put(math_of(element_of(self.parts, i, j, self.parts[i - 1]))) and text_of(self.parts, i, j).strip():
+        elif (
+            not self._put(math_of(element_of(self.parts, i, j, self.parts[i - 1])))
+            and text_of(self.parts, i, j).strip()
+        ):
             self.lost += 1
         return j + 1
 
@@ -248,10 +276,14 @@ class Layout:
 
     def katex(self, tag: Tag, i: int) -> int:
         """What KaTeX typeset: the TeX in its MathML, also where a site dropped the tags."""
-        j = end_of(self.parts, i, tag.name)
+        j = self._end_of(tag, i)
+        if not j:
+            return self._pass(i)
         display = "katex-display" in tag.attributes.get("class", "").split()
         if (noted := self._annotation(i, j)) is not None:
-            display = display or any(' display="block"' in t for t in self.parts[i + 1 : j : 2] if t.startswith("math "))
+            display = display or any(
+                ' display="block"' in t for t in self.parts[i + 1 : j : 2] if t.startswith("math ")
+            )
             return self._typeset(formula(noted, display, "katex"), i, j)
         element = element_of(self.parts, i, j, self.parts[i - 1])
         what: Formula | None = None
@@ -270,9 +302,11 @@ class Layout:
 
     def mathjax(self, tag: Tag, i: int) -> int:
         """What MathJax typeset; dropped where the page holds the source as well."""
-        j = end_of(self.parts, i, tag.name)
         if self.has_scripts:
-            return j + 1
+            return end_of(self.parts, i, tag.name) + 1
+        j = self._end_of(tag, i)
+        if not j:
+            return self._pass(i)
         return self._typeset(formula_of_mathjax(element_of(self.parts, i, j, self.parts[i - 1])), i, j)
 
     def _typeset(self, what: Formula | None, i: int, j: int) -> int:
@@ -281,29 +315,28 @@ class Layout:
             return j + 1
         if text_of(self.parts, i, j).strip():
             self.lost += 1
-        self._stack.append(None)
-        return i
+        return self._pass(i)
 
     def attribute(self, tag: Tag, i: int) -> int:
         """An element that may carry a formula in its attributes or be the text of one."""
-        j = end_of(self.parts, i, tag.name) if tag.name not in VOID else i - 1
+        j = self._end_of(tag, i) if tag.name not in VOID else i - 1
+        if not j:
+            return self.block_special(tag, i) if tag.name in _BLOCKS or tag.name in _PARAGRAPHS else self._pass(i)
         what = formula_of_attributes(tag.name, tag.attributes)
         is_block = tag.name in _BLOCKS or tag.name in _PARAGRAPHS
         tags = self.parts[i + 1 : j : 2]
-        if what is None and not any(t.startswith(("math", "script type=\"math", "img", "table", "/p", "mjx")) for t in tags):
+        if what is None and not any(
+            t.startswith(("math", 'script type="math', "img", "table", "/p", "mjx")) for t in tags
+        ):
             text = text_of(self.parts, i, j)
             if len(text) < 20_000:
                 what = formula_of_text(tag.name, tag.attributes, text, bool(tags))
             if what is None and "texhtml" in tag.attributes.get("class", ""):
                 what = formula_of_texhtml(self._pieces(i, j))
         if what is None:
-            if is_block:
-                self._flush()
-                self._stack.append(len(self.nodes))
-                self.nodes.append(Node(tag.name, tag.hint, len(self.blocks)))
-            elif tag.name not in VOID:
-                self._stack.append(None)
-            return i
+            if tag.name in VOID:
+                return i
+            return self.block_special(tag, i) if is_block else self._pass(i)
         if is_block:
             self._flush()
         self._put(what)
@@ -329,6 +362,9 @@ class Layout:
 
     def image(self, tag: Tag, i: int) -> int:
         """Images of formulas; others leave their text only if asked to."""
+        # what is drawn beside the MathML of the same formula
+        if i - self._math_at < 10 and is_math_image(tag.attributes):
+            return i
         if not self._put(formula_of_image(tag.attributes)):
             if is_math_image(tag.attributes):
                 self.lost += 1
@@ -345,8 +381,10 @@ class Layout:
         name, at, links, link_from = opened
         if at > len(self._buffer):
             return
+        if len(self._buffer) - at > 20:
+            return
         content = "".join(self._buffer[at:])
-        before = next((text for text in reversed(self._buffer[:at][-4:]) if text), "")
+        before = "".join(self._buffer[max(at - 3, 0) : at])[-100:]
         is_link = link_from >= 0 or self._links != links
         kind = "sub" if name == "sub" else "sup"
         if "\0" not in content and is_script_of(unescape(before), Piece(unescape(content), kind, False, is_link)):
@@ -371,11 +409,10 @@ class Layout:
 
     def inline_code(self, tag: Tag, i: int) -> int:
         """Code in a line between backticks; of several lines, between fences."""
-        j = end_of(self.parts, i, tag.name)
+        j = self._end_of(tag, i)
         tags = self.parts[i + 1 : j : 2]
-        if any(t.startswith(_NO_CODE) for t in tags):
-            self._stack.append(None)
-            return i
+        if not j or any(t.startswith(_NO_CODE) for t in tags):
+            return self._pass(i)
         if "br" in tags and text_of(self.parts, i, j).strip():
             return self.pre(tag, i)
         text = text_of(self.parts, i, j)
@@ -391,8 +428,8 @@ class Layout:
 
     def code_container(self, tag: Tag, i: int) -> int:
         """An element without `pre` whose lines are code."""
-        j = end_of(self.parts, i, tag.name)
-        if any(t == "pre" or t.startswith("pre ") for t in self.parts[i + 1 : j : 2]):
+        j = self._end_of(tag, i)
+        if not j or any(t == "pre" or t.startswith("pre ") for t in self.parts[i + 1 : j : 2]):
             return self.block_special(tag, i)
         return self.pre(tag, i)
 
@@ -413,6 +450,15 @@ class Layout:
             self.nodes[at].stop = len(self.blocks)
 
     # structure
+
+    def unspoken(self, tag: Tag, i: int) -> int:
+        """What is hidden from readers aloud: a decoration, unless a formula is in it."""
+        j = self._end_of(tag, i)
+        if j and not any(
+            t.startswith(("math", 'script type="math', "img", "annotation", "mjx")) for t in self.parts[i + 1 : j : 2]
+        ):
+            return j + 1
+        return self.block_special(tag, i) if tag.name in _BLOCKS or tag.name in _PARAGRAPHS else self._pass(i)
 
     def _block(self, block: Block) -> None:
         # quote marks would be part of the code
@@ -447,7 +493,9 @@ class Layout:
         """A list."""
         self._flush()
         start = tag.attributes.get("start", "1")
-        self._lists.append(int(start) if tag.name == "ol" and start.isdecimal() and len(start) < 9 else (1 if tag.name == "ol" else -1))
+        self._lists.append(
+            int(start) if tag.name == "ol" and start.isdecimal() and len(start) < 9 else (1 if tag.name == "ol" else -1)
+        )
         self._stack.append((self._end_list, len(self.nodes)))
         self.nodes.append(Node(tag.name, tag.hint, len(self.blocks)))
         return i
@@ -477,7 +525,7 @@ class Layout:
         self._flush()
         self._stack.append((self._end_indented, self._prefix))
         # a bare div inside is how documentation generators indent
-        is_indentation = self.parts[i] .isspace() and self.parts[i + 1] == "div" if i + 1 < len(self.parts) else False
+        is_indentation = self.parts[i].isspace() and self.parts[i + 1] == "div" if i + 1 < len(self.parts) else False
         if len(self._prefix) < DEEPEST_PREFIX and not is_indentation:
             self._prefix += "> "
         return i
@@ -529,7 +577,11 @@ class Layout:
             self._stack.append(-1)
             return i
         cell = tables.Cell(
-            len(self.blocks), 0, tables.span(tag.attributes.get("colspan")), tables.span(tag.attributes.get("rowspan")), tag.name == "th"
+            len(self.blocks),
+            0,
+            tables.span(tag.attributes.get("colspan")),
+            tables.span(tag.attributes.get("rowspan")),
+            tag.name == "th",
         )
         self._tables[-1].rows[-1].append(cell)
         self._tables[-1].num_cells += cell.columns
@@ -554,21 +606,41 @@ class Layout:
                 self._joined(table.start, "text", " ".join(b.text.replace("\n", " ") for b in inner), inner, marker)
             elif self._holds_data(table, inner, rows):
                 caption = self.blocks[table.start : rows[0][0].start]
-                cells = [[(" ".join(b.marker + b.text.replace("\n", " ") for b in self.blocks[c.start : c.stop]), c) for c in row] for row in rows]
-                self._joined(rows[0][0].start, "table", tables.pipe_table(cells), inner[len(caption) :], "" if caption else marker)
+                cells = [
+                    [
+                        (" ".join(b.marker + b.text.replace("\n", " ") for b in self.blocks[c.start : c.stop]), c)
+                        for c in row
+                    ]
+                    for row in rows
+                ]
+                self._joined(
+                    rows[0][0].start,
+                    "table",
+                    tables.pipe_table(cells),
+                    inner[len(caption) :],
+                    "" if caption else marker,
+                )
         del self.nodes[min(node + 1, len(self.nodes)) :]
         if node < len(self.nodes):
             self.nodes[node].stop = len(self.blocks)
 
     def _is_one_line(self, table: tables.Table, inner: list[Block], rows: list[list[tables.Cell]]) -> bool:
         """Whether it sets one short line: one row, all of it inline."""
-        return len(rows) == 1 and len(rows[0]) > 1 and all(b.kind == "text" for b in inner) and sum(len(b.text) for b in inner) < 200 and len(inner) <= len(rows[0])
+        return (
+            len(rows) == 1
+            and len(rows[0]) > 1
+            and all(b.kind == "text" for b in inner)
+            and sum(len(b.text) for b in inner) < 200
+            and len(inner) <= len(rows[0])
+        )
 
     def _holds_data(self, table: tables.Table, inner: list[Block], rows: list[list[tables.Cell]]) -> bool:
         width = max(sum(cell.columns for cell in row) for row in rows)
         if table.is_layout or len(rows) < 2 or width < 2 or table.num_cells > self.most_cells:
             return False
-        if any(b.kind in ("code", "heading", "table") for b in inner) or any(len(b.text) > tables.LONGEST_CELL for b in inner):
+        if any(b.kind in ("code", "heading", "table") for b in inner) or any(
+            len(b.text) > tables.LONGEST_CELL for b in inner
+        ):
             return False
         has_head = any(cell.is_head for row in rows for cell in row)
         filled = sum(1 for row in rows for cell in row if cell.stop > cell.start)
@@ -581,7 +653,24 @@ class Layout:
 
 
 Closing = tuple[Callable[..., None], object] | int | None
-_NO_CODE = ("math", "img", "script", "p", "div", "table", "ul", "ol", "pre", "h1", "h2", "h3", "li", "sub", "sup", "mjx")
+_NO_CODE = (
+    "math",
+    "img",
+    "script",
+    "p",
+    "div",
+    "table",
+    "ul",
+    "ol",
+    "pre",
+    "h1",
+    "h2",
+    "h3",
+    "li",
+    "sub",
+    "sup",
+    "mjx",
+)
 _KNOWN: dict[str, Tag] = {}
 
 
@@ -618,18 +707,30 @@ def _read(tag: str, name: str) -> Tag:
         return Tag(BREAKING, name, attributes)
     classes = attributes.get("class", "")
     if classes and (method := _typeset(classes)) and name not in VOID:
-        return Tag(SKIP if method == "skip" else SPECIAL, name, attributes, method=method)
+        return Tag(SPECIAL, name, attributes, method=method)
     if name in _SKIPPED or _is_hidden(attributes):
         return Tag(EMPTY if name in VOID or ">" in tag else SKIP, name, attributes)
     if name in VOID and name not in _METHODS:
         return Tag(EMPTY, name, attributes)
-    hint = hint_of(name, attributes) if attributes or name in ("nav", "footer", "aside", "header", "main", "article") else NONE
+    hint = (
+        hint_of(name, attributes)
+        if attributes or name in ("nav", "footer", "aside", "header", "main", "article")
+        else NONE
+    )
     if hint == DROP and name not in ("body", "html", *VOID):
         return Tag(SKIP, name, attributes)
-    if name not in ("code", "pre", "img") and attributes and (
-        may_hold_formula(name, classes) or any(key.startswith(("data-", "mathjax", "tex", "latex")) for key in attributes if key != "class")
-    ) and (may_hold_formula(name, classes) or formula_of_attributes(name, attributes) is not None):
+    if (
+        name not in ("code", "pre", "img")
+        and attributes
+        and (
+            may_hold_formula(name, classes)
+            or any(key.startswith(("data-", "mathjax", "tex", "latex")) for key in attributes if key != "class")
+        )
+        and (may_hold_formula(name, classes) or formula_of_attributes(name, attributes) is not None)
+    ):
         return Tag(SPECIAL, name, attributes, hint, "attribute")
+    if attributes.get("aria-hidden") == "true" and name not in VOID:
+        return Tag(SPECIAL, name, attributes, hint, "unspoken")
     if name in ("div", "figure", "section", "table") or name in _INLINE:
         language = code.language_of(attributes) if classes and name not in _INLINE else ""
         if classes and name in ("div", "table") and not code.CONTAINERS.isdisjoint(classes.lower().split()):
@@ -655,14 +756,19 @@ def _typeset(classes: str) -> str:
     if "MathJax" in classes or "MJX" in classes or "MJXc" in classes:
         if "MathJax_Preview" in classes:
             return "mathjax"
-        return "mathjax" if any(name.startswith(("MathJax", "MJXc-display", "mjx-")) for name in classes.split()) else ""
-    return "skip" if "mwe-math-fallback" in classes and "image" not in classes else ""
+        return (
+            "mathjax" if any(name.startswith(("MathJax", "MJXc-display", "mjx-")) for name in classes.split()) else ""
+        )
+    return ""
 
 
 def _is_hidden(attributes: Mapping[str, str]) -> bool:
     if "hidden" in attributes and attributes["hidden"] != "until-found":
         return True
     style = attributes.get("style", "")
+    # MediaWiki hides MathML from sight only
+    if "mwe-math" in attributes.get("class", ""):
+        return False
     return bool(style) and ("none" in style or "hidden" in style) and _HIDDEN.search(style) is not None
 
 

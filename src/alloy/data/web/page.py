@@ -15,8 +15,15 @@ from alloy.data.web.macros import closed, expand_macros, read_macros, without_de
 from alloy.data.web.markup import attributes_of, split, text_of
 
 _ATOM = re.compile(r"\0d?(\d+)\0")
-_TAGS = re.compile(r"<(?:!doctype|html|head|body|title|meta|div|p|span|a|table|br|h[1-6]|ul|ol|li|b|i|em|strong|pre|img|script|math)\b", re.IGNORECASE)
-_XML = re.compile(r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])", re.IGNORECASE | re.DOTALL)
+_LINE_END = re.compile(r"(\\)(?=\n|$)")
+_TAGS = re.compile(
+    r"<(?:!doctype|html|head|body|title|meta|div|p|span|a|table|br|h[1-6]|ul|ol|li|b|i|em|strong|pre|img|script|math)\b",
+    re.IGNORECASE,
+)
+_XML = re.compile(
+    r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])",
+    re.IGNORECASE | re.DOTALL,
+)
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 _MARKUP = re.compile(r"<!--.*?-->|<[?!]?/?[A-Za-z][^<>]*>|<!--|<!\[CDATA\[.*?\]\]>", re.DOTALL)
 
@@ -70,7 +77,12 @@ def render_text(text: str, content_type: str = "", url: str = "", options: Rende
             return notebook
     if kind in ("text/plain", "text/markdown", "text/x-tex", "application/x-tex", "text/csv", "application/json"):
         return Rendered(_cleaned(text), "text")
-    if "html" not in kind and ("xml" in kind or "rss" in kind or start.startswith("<?xml")) and "<html" not in start.lower() and _XML.match(start):
+    if (
+        "html" not in kind
+        and ("xml" in kind or "rss" in kind or start.startswith("<?xml"))
+        and "<html" not in start.lower()
+        and _XML.match(start)
+    ):
         return render_xml(text, options)
     if "html" in kind or _TAGS.search(text, 0, 20_000):
         return render_html(text, url, options)
@@ -84,9 +96,11 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
     sources = [attributes_of(tag[: tag.index(">")]).get("src", "") for tag in tags if " src=" in tag]
     has_scripts = any(tag.startswith(('script type="math/', 'script id="MathJax-Element')) for tag in tags)
     scripts = [tag[tag.index(">") + 1 :] for tag in tags if "ath" in tag or "atex" in tag or "acros" in tag]
-    scripts = [script for script in scripts if len(script) > 10][:200] if not has_scripts else [
-        tag[tag.index(">") + 1 :] for tag in tags if 'type="math/' not in tag
-    ]
+    scripts = (
+        [script for script in scripts if len(script) > 10][:200]
+        if not has_scripts
+        else [tag[tag.index(">") + 1 :] for tag in tags if 'type="math/' not in tag]
+    )
     layout = Layout(
         parts,
         read_configuration(scripts, sources),
@@ -95,9 +109,8 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
         has_scripts,
     )
     layout.read()
-    if not layout.blocks:
-        # pages that show nothing without scripts
-        parts = split(re.sub(r"</?noscript[^>]*>", "", html, flags=re.IGNORECASE), options.max_depth, options.max_nodes)
+    if not layout.blocks and "<noscript" in html:
+        return render_html(html.replace("<noscript", "<div").replace("</noscript", "</div"), url, options)
     keep = kept_blocks(layout.blocks, layout.nodes, options.main_content)
     return _written([block for block, kept in zip(layout.blocks, keep, strict=True) if kept], layout, scripts, options)
 
@@ -112,13 +125,13 @@ def _written(blocks: list[Block], layout: Layout, scripts: list[str], options: R
         atom = layout.atoms[int(found[1])]
         if isinstance(atom, str):
             return atom
+        tex = expand_macros(without_definitions(atom.tex), known) if macros else atom.tex
+        if not tex:
+            return ""
         carriers.append(atom.carrier)
-        if macros:
-            tex = expand_macros(without_definitions(atom.tex), known)
-            atom = Formula(tex, atom.display, atom.carrier)
-            if not tex:
-                return ""
-        return atom.text.replace("\n", " ") if is_indented else atom.text
+        # a backslash at the end of a line is a space, and one before the dollar would escape it
+        tex = _LINE_END.sub(r"\1 ", tex) if "\\\n" in tex or tex[-1] == "\\" else tex
+        return Formula(tex.replace("\n", " ") if is_indented else tex, atom.display, atom.carrier).text
 
     is_indented = False
     parts: list[str] = []
@@ -126,7 +139,8 @@ def _written(blocks: list[Block], layout: Layout, scripts: list[str], options: R
     for block in blocks:
         is_indented = bool(block.prefix) or block.kind == "table"
         text = _ATOM.sub(shown, block.text) if "\0" in block.text and block.kind != "code" else block.text
-        if not text.strip():
+        text = text if block.kind == "code" else text.strip()
+        if not text:
             continue
         if block.kind == "heading":
             text = f"{'#' * block.level} {text}"
@@ -175,7 +189,9 @@ def render_notebook(text: str, options: RenderOptions = DEFAULTS) -> Rendered | 
         outputs = cell.get("outputs")
         for output in outputs if isinstance(outputs, list) else []:
             data = output.get("data") if isinstance(output, dict) else None
-            result = _lines(output.get("text") if isinstance(output, dict) else None) or _lines(data.get("text/plain") if isinstance(data, dict) else None)
+            result = _lines(output.get("text") if isinstance(output, dict) else None) or _lines(
+                data.get("text/plain") if isinstance(data, dict) else None
+            )
             if result.strip():
                 shown.append(fence(result.rstrip(), ""))
         num_code += len(shown)
