@@ -1,10 +1,8 @@
 """Pages to text: every rule by hand-made cases, hostile pages, properties, and real pages against what must be in them."""
 
 import json
-import os
 import re
 import time
-from pathlib import Path
 
 import pytest
 

@@ -12,7 +12,7 @@ from alloy.data.web.delimiters import read_configuration
 from alloy.data.web.formula import Formula
 from alloy.data.web.layout import Layout
 from alloy.data.web.macros import closed, expand_macros, read_macros, without_definitions
-from alloy.data.web.markup import attributes_of, split, text_of
+from alloy.data.web.markup import attributes_of, split
 
 _ATOM = re.compile(r"\0d?(\d+)\0")
 _LINE_END = re.compile(r"(\\)(?=\n|$)")
