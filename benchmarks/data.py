@@ -16,7 +16,8 @@ import numpy as np
 
 from alloy.data.corpus import python_corpus
 from alloy.data.mixture import Mixture, Pack, Source
-from alloy.data.tokens import tokenize_corpus, train_tokenizer, write_shard
+from alloy.data.shards import write_shard
+from alloy.data.tokens import tokenize_corpus, train_tokenizer
 from alloy.eval.baselines import kneser_ney_bits_per_byte
 
 BATCH_ROWS = 16

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,21 @@ def test_streams(tmp_path: Path) -> None:
     assert [row["way"] for row in result["rows"]] == ["alloy engine", "alloy serve"]
     assert result["rows"][1]["failed"] == 0
     assert all(row["ratio"] == row["eight"] / row["one"] > 1 for row in result["rows"])
+
+
+def test_copies_of_pages_differ_in_words_and_numbers_alone(tmp_path: Path) -> None:
+    """Tags, entities, code and commands of TeX stay; the records are what a WARC reader gives back."""
+    warc = pytest.importorskip("fastwarc.warc")
+    tex = r"\(\frac{x_{12}}{\alpha}\)"
+    page = f"<p class='number 12'>Some words of prose &alpha; 2024, with {tex} in them<pre>make the {{x}} 345</pre><img alt='$y_1$'>"
+    (tmp_path / "a.html").write_text(page)
+    command = [sys.executable, str(ROOT / "benchmarks" / "pages_10k.py"), str(tmp_path / "out.warc.gz"), str(tmp_path)]
+    subprocess.run([*command, "--count", "20"], check=True, capture_output=True)
+    with (tmp_path / "out.warc.gz").open("rb") as file:
+        bodies = [record.reader.read().decode() for record in warc.ArchiveIterator(file, parse_http=True)]
+    assert len(set(bodies)) == 20
+    pattern = (
+        r"<p class='number 12'>Some [a-z]+ of [a-z]+ &alpha; \d{4}, [a-z]+ \\\(\\frac\{x_\{\d\d\}\}\{\\alpha\}\\\) in [a-z]+"
+        r"<pre>make the \{x\} \d{3}</pre><img alt='\$y_1\$'>"
+    )
+    assert [body for body in bodies if not re.fullmatch(pattern, body)] == []

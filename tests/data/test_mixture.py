@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alloy.data.mixture import Batch, Mixture, Source, WeightedChoice
-from alloy.data.tokens import tokenize_corpus, train_tokenizer, write_shard
+from alloy.data.mixture import Batch, Mixture, Phase, Source, WeightedChoice
+from alloy.data.shards import write_shard
+from alloy.data.tokens import tokenize_corpus, train_tokenizer
 from alloy.errors import DataError, RecipeError
 
 SEQ = 13
@@ -187,3 +188,50 @@ def test_other_tokenizer_is_refused(tmp_path) -> None:
     with pytest.raises(DataError, match="was tokenized with another tokenizer than the tokenizer"):
         Mixture(sources[:1], seed=0, seq=8, tokenizer=tokenizers[1])
     Mixture(sources[:1], seed=0, seq=8, tokenizer=tokenizers[0]).batch(2)
+
+
+PHASES = (Phase(7, (3.0, 1.0, 0.0)), Phase(12, (1.0, 1.0, 2.0)), Phase(None, (0.0, 1.0, 5.0)))
+
+
+def test_phases_begin_at_their_row_and_follow_their_weights(folder) -> None:
+    """Row by row: in each phase every count is within one of its share, and sources go on where they stopped."""
+    data = mixture(folder, phases=PHASES)
+    before, begin = np.zeros(3), 0
+    for phase in PHASES:
+        shares = np.array(phase.weights) / sum(phase.weights)
+        rows = phase.rows or 30
+        for row in range(1, rows + 1):
+            data.batch(1)
+            assert np.abs(np.array(data.counts) - before - shares * row).max() < 1
+        before, begin = np.array(data.counts), begin + rows
+    assert sum(data.counts) == begin
+    # a source's rows are those of a mixture of it alone, whatever the phases
+    alone = mixture(folder, (0.0, 1.0, 0.0)).batch(data.counts[1])
+    again = mixture(folder, phases=PHASES).batch(begin)
+    from_b = [row for row in range(begin) if again.tokens[row][again.documents[row] >= 0][0] in alone.tokens]
+    assert torch.equal(again.tokens[from_b], alone.tokens)
+
+
+@pytest.mark.parametrize("stop", [0, 3, 7, 8, 18, 19, 25])
+def test_resume_in_and_between_phases(folder, stop) -> None:
+    """Stopped anywhere, also at the last row of a phase, and continued on two ranks: the same rows."""
+    straight = mixture(folder, phases=PHASES)
+    if stop:
+        straight.batch(stop)
+    state = straight.state()
+    expected = straight.batch(22)
+    for rank in range(2):
+        data = mixture(folder, phases=PHASES, rank=rank, world=2)
+        data.load_state(state)
+        part = data.batch(11)
+        assert torch.equal(part.tokens, expected.tokens[rank::2])
+        assert data.state() == straight.state()
+
+
+def test_phases_of_another_run_are_refused(folder) -> None:
+    state = mixture(folder, phases=PHASES).state()
+    for other in ({}, {"phases": PHASES[:2]}):
+        with pytest.raises(RecipeError, match="cannot resume: data phases was"):
+            mixture(folder, **other).load_state(state)
+    with pytest.raises(RecipeError, match="cannot resume: data phases was None"):
+        mixture(folder, phases=PHASES).load_state(mixture(folder).state())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alloy.data.mixture import Mixture, Source
-from alloy.data.tokens import write_shard
+from alloy.data.shards import write_shard
 from alloy.errors import AlloyError
 
 pytestmark = pytest.mark.soak

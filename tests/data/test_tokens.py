@@ -16,19 +16,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alloy.data.io import Document
+from alloy.data.shards import TokenCorpus, TokenShard, load_manifest, shard_dtype, write_shard
 from alloy.data.tokens import (
     SPECIAL_TOKENS,
     TextEncoder,
-    TokenCorpus,
-    TokenShard,
-    load_manifest,
     load_tokenizer,
     save_tokenizer,
-    shard_dtype,
     tokenize_corpus,
     tokenizer_hash,
     train_tokenizer,
-    write_shard,
 )
 from alloy.errors import DataError, RecipeError
 

@@ -1,16 +1,20 @@
 """The pretraining task and command: counts by hand, text sources, refusals, dry runs, continued training, shipped recipes."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from alloy.cli import app
 from alloy.core.recipe import RunOptions, load_recipe, run
+from alloy.data.shards import write_shard
 from alloy.errors import DataError, RecipeError, ResourceError
 from alloy.models.registry import load
-from alloy.train.tasks.pretrain import PretrainRecipe, count_sequences, mtp_depths, plan
+from alloy.parallel.mesh import World
+from alloy.train.tasks.pretrain import PretrainRecipe, PretrainTask, count_sequences, mtp_depths, plan
 from tests.train.tiny import curve, tiny, train, write_recipe
 
 
@@ -190,3 +194,50 @@ def test_profile_names_the_layers(tmp_path: Path, capfd: pytest.CaptureFixture[s
     for kind in ("Mamba", "MoE", "Attention", "other"):
         assert kind in log
     assert curve(tmp_path / "profiled") == curve(tmp_path / "plain")
+
+
+def test_phases_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two sources, weights that change at a token: the mixture gives them so; too many epochs and what makes no sense are refused."""
+    write_recipe(tmp_path)
+    (tmp_path / "shards.idx").rename(tmp_path / "a.idx")
+    (tmp_path / "shards.bin").rename(tmp_path / "a.bin")
+    write_shard(tmp_path / "b", [np.arange(5, 20 + i) for i in range(40)])
+    sources = f'data.sources=[{{path="{tmp_path}/a", name="a"}}, {{path="{tmp_path}/b", name="b", max_epochs=9}}]'
+    phases = 'data.phases=[{name="x", tokens=1260, weights={a=1}}, {name="y", weights={a=1, b=3}}]'
+    train(tmp_path, "whole", sources, phases)
+    loaded = tiny(tmp_path, sources, phases)
+    assert isinstance(loaded.recipe, PretrainRecipe)
+    task = PretrainTask(loaded.recipe, World(0, 1, torch.device("cpu")), tmp_path / "x")
+    for _, rows in zip(range(60), iter(lambda: task.mixture.batch(1), None), strict=False):
+        assert rows.tokens.shape == (1, 21)
+    assert task.mixture.counts == [60, 0]
+    task.mixture.batch(40)
+    assert task.mixture.counts == [70, 30]
+    stopped = tiny(tmp_path, sources, phases)
+    result = run(stopped.recipe, RunOptions(run_dir=tmp_path / "dry", loaded=stopped, dry_run=True))
+    assert "25.00%" in str(result.metrics["data y, a"])
+    assert "epochs by its end" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match=r'source "b" would be seen .* above its max_epochs = 9'):
+        train(tmp_path, "much", sources, phases, "train.steps=4000", "train.warmup_frac=0.1")
+    for override, message in [
+        ("data.phases=[{name='x', weights={c=1}}]", 'weight of an unknown source "c"'),
+        ("data.phases=[{name='x', seq_len=64}]", "rows of 64 tokens and data.seq is 21"),
+        ("data.phases=[{name='x', weights={a=-1}}]", "not negative"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            train(tmp_path, "no", sources, override)
+
+
+def test_a_blend_of_texts_and_shards(tmp_path: Path) -> None:
+    """`data.blend` names the sources; one is text in a column of its own; a hole needs renormalise."""
+    write_recipe(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(50)))
+    entry = {"name": "rows", "path": str(tmp_path / "rows.jsonl"), "text_field": "body"}
+    (tmp_path / "blend.json").write_text(json.dumps({"datasets": [entry, {"name": "closed", "weight": 3}]}))
+    settings = ['data.sources="@unset"', f'data.blend="{tmp_path}/blend.json"', "data.vocab=270", "model.vocab=272"]
+    with pytest.raises(RecipeError, match='missing "closed", weight 3'):
+        train(tmp_path, "no", *settings)
+    result = train(tmp_path, "run", *settings, "data.renormalise=true", "train.steps=1")
+    assert (result.dir / "data" / "source-0" / "manifest.json").exists()
+    with pytest.raises(RecipeError, match="either sources or a blend"):
+        tiny(tmp_path, f'data.blend="{tmp_path}/blend.json"')

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from alloy.core.recipe import LoadedRecipe, RunOptions, RunResult, load_recipe, run
-from alloy.data.tokens import write_shard
+from alloy.data.shards import write_shard
 
 RECIPE = """
 command = "pretrain"

@@ -1,12 +1,24 @@
 """Where a model or data set called by name lies: a local path, or a download from the Hugging Face hub."""
 
+import importlib.util
 import re
 from pathlib import Path
 
-from alloy.errors import CheckpointError
+from alloy.errors import CheckpointError, DataError
 
 # "owner/name", what the hub accepts
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def text_path(path: str) -> Path:
+    """A path to text; "package:NAME" is the folder of an installed Python package, text that every machine has."""
+    if not path.startswith("package:"):
+        return Path(path)
+    name, _, rest = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f'path "{path}": there is no such Python package here')
+    return Path(next(iter(spec.submodule_search_locations))) / rest
 
 
 def resolve(name: str | Path) -> Path:

@@ -29,11 +29,20 @@ def send(pipe: socket.socket, message: object) -> None:
 
 
 def receive(pipe: socket.socket) -> Any:
-    """Wait for the next message; EOFError: there is no other end any more."""
-    head = pipe.recv(HEAD.size, socket.MSG_WAITALL)
-    if len(head) < HEAD.size:
-        raise EOFError
-    return pickle.loads(pipe.recv(HEAD.unpack(head)[0], socket.MSG_WAITALL))
+    """Wait for the next message; EOFError: there is no other end any more; TimeoutError: the socket's limit is over."""
+    head = _exactly(pipe, HEAD.size)
+    return pickle.loads(_exactly(pipe, HEAD.unpack(head)[0]))
+
+
+def _exactly(pipe: socket.socket, size: int) -> bytes:
+    # one call is enough, but for a socket with a time limit, which gives what is there
+    data = pipe.recv(size, socket.MSG_WAITALL)
+    while len(data) < size:
+        more = pipe.recv(size - len(data), socket.MSG_WAITALL)
+        if not more:
+            raise EOFError
+        data += more
+    return data
 
 
 class Unpacker:

@@ -22,6 +22,7 @@ from alloy.errors import RecipeError
 
 COMMANDS = Registry("command")
 COMMANDS.add("pretrain", "alloy.train.tasks.pretrain:PretrainRecipe")
+COMMANDS.add("data run", "alloy.data.run:DataRecipe")
 
 
 class Config(BaseModel):

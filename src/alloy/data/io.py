@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,6 +104,21 @@ def _read_text(file: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[Document]:
+    for number, row, text in json_rows(file):
+        if column not in row:
+            raise DataError(f'{file}:{number}: no key "{column}" but {_names(row)}; name the one that holds the text.')
+        value = row[column]
+        if not isinstance(value, str):
+            raise DataError(f'{file}:{number}: "{column}" is {type(value).__name__}, not a string.')
+        if "\\ud" in text.lower() and not _encodable(value):
+            raise DataError(
+                f'{file}:{number}: "{column}" holds half of a surrogate pair, which is no character; mend or remove this line.'
+            )
+        yield Document(value, f"{file}:{number}")
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Line number, object and line of each row of a .jsonl[.gz|.zst] file; blank lines are left out."""
     offset = 0
     for number, line in enumerate(_lines(file), start=1):
         text = _decode(line, file, offset)
@@ -118,16 +133,7 @@ def _read_jsonl(file: Path, column: str) -> Iterator[Document]:
             ) from error
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: a JSON {type(row).__name__} where an object is wanted, one per line.")
-        if column not in row:
-            raise DataError(f'{file}:{number}: no key "{column}" but {_names(row)}; name the one that holds the text.')
-        value = row[column]
-        if not isinstance(value, str):
-            raise DataError(f'{file}:{number}: "{column}" is {type(value).__name__}, not a string.')
-        if "\\ud" in text.lower() and not _encodable(value):
-            raise DataError(
-                f'{file}:{number}: "{column}" holds half of a surrogate pair, which is no character; mend or remove this line.'
-            )
-        yield Document(value, f"{file}:{number}")
+        yield number, row, text
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[Document]:

@@ -10,22 +10,26 @@ sample c of a source of share w, earliest deadline first, keeps every count with
 Deviation from data.md 11.3: the last row of an epoch is padded, so that an epoch is every token once.
 """
 
+import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from alloy.core.recipe import Config
 from alloy.data.packing import ConcatPacking, Piece, Row, fill_row, num_concat_rows, pack_best_fit
-from alloy.data.tokens import Ids, TokenCorpus, tokenizer_hash
+from alloy.data.shards import Ids, TokenCorpus
+from alloy.data.tokens import tokenizer_hash
 from alloy.errors import DataError, RecipeError
 
 Pack = Literal["concat", "best_fit"]
@@ -36,6 +40,20 @@ class Source(Config):
 
     path: str
     weight: float = 1.0
+    # what phases call it; None: its path
+    name: str | None = None
+    # key or column of text that is still to be tokenized
+    column: str = "text"
+    # most times that its tokens may be seen
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of `rows` rows (None: to the end) in which the sources have these weights."""
+
+    rows: int | None
+    weights: tuple[float, ...]
 
 
 @dataclass
@@ -93,6 +111,7 @@ class Mixture:
         tokenizer: PreTrainedTokenizerFast | None = None,
         rank: int = 0,
         world: int = 1,
+        phases: Sequence[Phase] = (),
     ) -> None:
         """
         Args:
@@ -104,6 +123,7 @@ class Mixture:
             tokenizer: checked against the one that made the shards
             rank: of this process
             world: number of processes
+            phases: weights that change on the way, in place of those of the sources; the last one goes on for ever
         """
         _check_sources(sources)
         corpora = [TokenCorpus(source.path) for source in sources]
@@ -111,7 +131,10 @@ class Mixture:
         self.seed, self.seq, self.pack = seed, seq, pack
         self.rank, self.world = rank, world
         self.sources = [_Rows(corpus, index, seed, seq, pack, validation) for index, corpus in enumerate(corpora)]
-        self._choice = WeightedChoice([source.weight for source in sources])
+        self._phases = [phase for phase in phases if phase.rows != 0] or [Phase(None, tuple(s.weight for s in sources))]
+        # rows given when each phase begins
+        self._begins = [0, *itertools.accumulate(phase.rows or 0 for phase in self._phases[:-1])]
+        self._enter([0] * len(sources))
         self._identity = {
             "seed": seed,
             "seq": seq,
@@ -120,6 +143,8 @@ class Mixture:
             "weights": [source.weight for source in sources],
             "tokens": [corpus.num_tokens for corpus in corpora],
         }
+        if phases:
+            self._identity["phases"] = [[phase.rows, list(phase.weights)] for phase in phases]
 
     @property
     def num_tokens(self) -> int:
@@ -129,15 +154,37 @@ class Mixture:
     @property
     def epochs(self) -> list[float]:
         """Epochs given so far, by source."""
-        return [count / rows.num_rows for count, rows in zip(self._choice.counts, self.sources, strict=True)]
+        return [count / rows.num_rows for count, rows in zip(self.counts, self.sources, strict=True)]
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples given so far, by source."""
+        return [before + now for before, now in zip(self._before, self._choice.counts, strict=True)]
+
+    def _enter(self, before: list[int]) -> None:
+        """Begin the phase that comes when `before` samples were given, by source."""
+        self._before, total = before, sum(before)
+        self._phase = bisect.bisect_right(self._begins, total) - 1
+        self._choice = WeightedChoice(self._phases[self._phase].weights)
+        last = self._phase + 1 == len(self._phases)
+        self._left = None if last else self._begins[self._phase + 1] - total
+
+    def _next(self) -> tuple[int, int]:
+        """The source of the next sample, and the number of that sample in its source."""
+        if self._left == 0:
+            self._enter(self.counts)
+        if self._left is not None:
+            self._left -= 1
+        source = self._choice.next()
+        return source, self._before[source] + self._choice.counts[source] - 1
 
     def batch(self, rows: int) -> Batch:
         """The next `rows` rows of this rank; rows * world samples of the global sequence are used up."""
         mine: list[Row] = []
         for sample in range(rows * self.world):
-            source = self._choice.next()
+            source, number = self._next()
             if sample % self.world == self.rank:
-                mine.append(self.sources[source].row(self._choice.counts[source] - 1))
+                mine.append(self.sources[source].row(number))
         return Batch(
             tokens=torch.from_numpy(np.stack([row.tokens for row in mine])),
             labels=torch.from_numpy(np.stack([row.labels for row in mine])),
@@ -158,17 +205,21 @@ class Mixture:
 
     def state(self) -> dict[str, Any]:
         """All that a later `load_state` needs; plain values, the same on every rank."""
-        return {"counts": list(self._choice.counts), "identity": self._identity}
+        phase = {"phase_begin": list(self._before)} if "phases" in self._identity else {}
+        return {"counts": self.counts, "identity": self._identity, **phase}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken, on any number of ranks."""
-        for key, value in self._identity.items():
-            if state["identity"].get(key) != value:
+        for key in {**state["identity"], **self._identity}:
+            before, now = state["identity"].get(key), self._identity.get(key)
+            if before != now:
                 raise RecipeError(
-                    f"cannot resume: data {key} was {state['identity'].get(key)} and is now {value}; "
-                    f"restore the old setting or start a new run."
+                    f"cannot resume: data {key} was {before} and is now {now}; restore the old setting or start a new run."
                 )
-        self._choice.counts = list(state["counts"])
+        self._enter(list(state.get("phase_begin", [0] * len(self.sources))))
+        self._choice.counts = [now - before for now, before in zip(state["counts"], self._before, strict=True)]
+        if self._left is not None:
+            self._left -= sum(self._choice.counts)
 
 
 class _Rows:

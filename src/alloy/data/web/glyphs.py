@@ -106,7 +106,9 @@ def _katex_node(node: Element, classes: set[str], depth: int) -> list[Element]:
     if "mspace" in classes and not node.children:
         width = _WIDTH.search(node.get("style"))
         return [Element("mspace", {"width": f"{width[1]}em"})] if width and float(width[1]) >= 1 else []
-    if classes & {"mopen", "mclose"} and node.children:
+    if classes & {"mopen", "mclose"} and [_classes(child) & {"delimsizing"} for child in node.children] == [
+        {"delimsizing"}
+    ]:
         return [_delimiter(node, depth)]
     for kind, build in _DRAWN.items():
         if kind in classes:

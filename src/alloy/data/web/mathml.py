@@ -366,10 +366,10 @@ def _under_over(element: Element, depth: int) -> str:
     latex = _convert(base, depth)
     if inner.tag == "mo" and inner.word() in INTEGRALS:
         return _scripts(latex + "\\limits ", low, high)
-    if low.strip():
-        latex = f"\\underset{_group(low)}{_group(latex)}"
     if high.strip():
         latex = f"\\overset{_group(high)}{_group(latex)}"
+    if low.strip():
+        latex = f"\\underset{_group(low)}{_group(latex)}"
     return latex
 
 

@@ -68,7 +68,7 @@ def is_script_of(before: str, piece: Piece) -> bool:
 
 def formula_of_texhtml(pieces: Sequence[Piece], display: bool = False) -> Formula | None:
     """The formula that HTML with sub, sup and italics shows, all of it being mathematics (`.texhtml`, `.math` without TeX)."""
-    return formula(_latex(pieces), display, "subsup")
+    return formula(latex_of_pieces(pieces), display, "subsup")
 
 
 def _written(piece: Piece, is_script: bool) -> str:
@@ -94,11 +94,12 @@ def _promoted(run: Sequence[Piece]) -> str:
     # what only follows stays outside
     last = max((i for i, piece in enumerate(run) if piece.is_italic or piece.kind != "text"), default=-1) + 1
     tail = "".join(piece.text for piece in run[last:])
-    latex = _latex(run[:last])
+    latex = latex_of_pieces(run[:last])
     return f"${latex}${tail}" if latex else tail
 
 
-def _latex(pieces: Sequence[Piece]) -> str:
+def latex_of_pieces(pieces: Sequence[Piece]) -> str:
+    """LaTeX of text with scripts and italics that is mathematics throughout."""
     parts: list[str] = []
     scripts: dict[str, str] = {}
 
@@ -124,7 +125,7 @@ def _latex(pieces: Sequence[Piece]) -> str:
 def _symbols(piece: Piece) -> str:
     parts: list[str] = []
     for token in _TOKEN.findall(piece.text):
-        if token.isspace():
+        if token.isspace() or token in "\u2004\u2009\u200a\xa0":
             parts.append(" ")
         elif len(token) == 1 or not token.isalpha():
             parts.append("".join(map(of_character, token)))

@@ -4,7 +4,6 @@ Papers: Nemotron-H arXiv:2504.03624; DeepSeek-V3 arXiv:2412.19437 (multi-token p
 loss); Nemotron 3 Super (tech report): bias step 1e-3, sequence loss 1e-4, two depths of one repeated MTP block.
 """
 
-import importlib.util
 import math
 import os
 import sys
@@ -19,13 +18,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from alloy.core.device import memory_bytes, peak_flops, resolve_device
-from alloy.core.hub import resolve
+from alloy.core.hub import resolve, text_path
 from alloy.core.logging import short_time
 from alloy.core.recipe import Config, RunOptions, RunResult
+from alloy.data.blend import (
+    Blend,
+    BlendPhase,
+    BlendSource,
+    PlanLine,
+    load_blend,
+    mixture_phases,
+    plan_blend,
+    refuse_epochs,
+)
 from alloy.data.io import read_documents
-from alloy.data.mixture import Batch, Mixture, Pack, Source
-from alloy.data.tokens import MANIFEST, load_tokenizer, save_tokenizer, tokenize_corpus, train_tokenizer
-from alloy.errors import DataError, RecipeError, ResourceError
+from alloy.data.mixture import Batch, Mixture, Pack, Phase, Source
+from alloy.data.shards import MANIFEST, TokenCorpus
+from alloy.data.tokens import load_tokenizer, save_tokenizer, tokenize_corpus, train_tokenizer
+from alloy.errors import RecipeError, ResourceError
 from alloy.losses.base import Loss
 from alloy.losses.likelihood import document_nats
 from alloy.losses.lm import count_labels, linear_cross_entropy, mtp_labels
@@ -83,7 +93,13 @@ class DataTable(Config):
     """`[data]`. A source is a folder of token shards, or text (file, JSONL, Parquet, folder) to be tokenized in the run directory."""
 
     seq: Annotated[int, Field(gt=1)] = 512
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] | None = None
+    # a blend file or preset, in place of sources; `alloy data blend check` prints what it means
+    blend: str | None = None
+    # leave out the sources of the blend that have no path, and scale up the rest
+    renormalise: bool = False
+    # weights that change on the way, by the name of the source, or its path; in place of those of the blend
+    phases: tuple[BlendPhase, ...] = ()
     # folder with tokenizer.json, needed for text unless `vocab` asks for a new one; None: a checkpoint's own
     tokenizer: str | None = None
     # train a tokenizer of this size on the text sources
@@ -100,7 +116,29 @@ class DataTable(Config):
     def check(self) -> Self:
         if self.tokenizer is not None and self.vocab is not None:
             raise ValueError("tokenizer and vocab are both set; give a finished tokenizer, or the size of a new one")
+        if (self.sources is None) == (self.blend is None):
+            raise ValueError("give either sources or a blend: shards, texts, or a file that names them")
         return self
+
+    def mixed(self) -> Blend:
+        """What is mixed, as a blend."""
+        blend = load_blend(self.blend) if self.blend else Blend(datasets=tuple(map(_blended, self.sources or ())))
+        return blend.model_copy(update={"phases": self.phases}) if self.phases else blend
+
+    def all_sources(self) -> list[Source]:
+        """The sources that are there, with paths as they are written."""
+        if self.sources is not None:
+            return list(self.sources)
+        return [
+            Source(path=d.place, weight=d.weight, name=d.name, column=d.text_field, max_epochs=d.max_epochs)
+            for d in self.mixed().datasets
+            if d.place is not None
+        ]
+
+
+def _blended(source: Source) -> BlendSource:
+    name = source.name or source.path
+    return BlendSource(name=name, path=source.path, weight=source.weight, max_epochs=source.max_epochs)
 
 
 class PretrainRecipe(TrainingRecipe):
@@ -139,6 +177,7 @@ def plan(recipe: PretrainRecipe, ranks: int) -> Plan:
     )
     total, active = sizes.parameters(config), sizes.parameters(config, active=True)
     tokens = table.steps * table.batch_tokens if table.steps else None
+    lines = plan_data(data, [_shard_tokens(source.path) for source in data.all_sources()], tokens)
     mtp = sizes.mtp_parameters(config)
     rows: dict[str, object] = {
         "model": f"{config.kind}, {_layout(config)}",
@@ -151,7 +190,43 @@ def plan(recipe: PretrainRecipe, ranks: int) -> Plan:
         "compute": f"{per_token:.3g} FLOPs a token" + (f", {per_token * tokens:.3g} in all" if tokens else ""),
         "memory": f"about {memory / 2**30:.2f} GiB a rank",
     }
+    # what is mixed alike all the time needs no table
+    if data.blend or data.phases or any(line.max_epochs for line in lines):
+        rows |= {f"data {line.phase}, {line.source}": _shown(line) for line in lines}
     return Plan(rows, accumulation, per_token, memory)
+
+
+def plan_data(data: DataTable, unique: list[int | None], tokens: int | None) -> list[PlanLine]:
+    """What the phases take of the sources; RecipeError where a source would be seen too often, or weights make no sense.
+
+    Args:
+        data: the table
+        unique: training tokens of each of `data.all_sources()`; None: not known yet
+        tokens: of the run; None: ended by the clock
+    """
+    blend = data.mixed()
+    mixture_phases(blend, data.seq, data.renormalise)
+    if tokens is None:
+        if any(source.max_epochs for source in blend.datasets):
+            raise RecipeError(
+                "max_epochs of a source needs train.steps: a run by the clock does not know how far it gets."
+            )
+        return []
+    names = [dataset.name for dataset in blend.datasets if dataset.place is not None]
+    known = {dataset.name: dataset.tokens for dataset in blend.datasets}
+    known |= {name: count for name, count in zip(names, unique, strict=True) if count}
+    lines = plan_blend(blend, known, tokens, data.renormalise)
+    refuse_epochs(lines)
+    return lines
+
+
+def _shard_tokens(path: str) -> int | None:
+    return TokenCorpus(path).num_tokens if is_shards(path) else None
+
+
+def _shown(line: PlanLine) -> str:
+    epochs = "epochs not known yet" if line.epochs is None else f"{line.epochs:.3g} epochs by its end"
+    return f"{line.share:.2%}, {line.tokens:,} tokens, {epochs}"
 
 
 def dry_run(recipe: PretrainRecipe, options: RunOptions) -> RunResult:
@@ -196,6 +271,7 @@ class PretrainTask:
     def __init__(self, recipe: PretrainRecipe, world: World, folder: Path) -> None:
         self.recipe, self.world = recipe, world
         self.tokenizer, sources = prepare_data(recipe, world, folder)
+        data = recipe.data
         self.mixture = Mixture(
             sources,
             seed=recipe.seed,
@@ -205,9 +281,14 @@ class PretrainTask:
             tokenizer=self.tokenizer,
             rank=world.rank,
             world=world.size,
+            phases=[Phase(*stretch) for stretch in mixture_phases(data.mixed(), data.seq, data.renormalise)]
+            if data.blend or data.phases
+            else (),
         )
         self.skipped = 0
         table = recipe.train
+        steps = None if table.steps is None else table.steps * table.batch_tokens
+        plan_data(data, [rows.num_tokens for rows in self.mixture.sources], steps)
         self.local_rows = table.batch_tokens // recipe.data.seq // world.size
         # the same share of MTP rows on every rank, so that all ranks call the MTP blocks together
         self.mtp_rows = min(self.local_rows, math.ceil(self.local_rows * table.mtp_rows))
@@ -325,7 +406,7 @@ class PretrainTask:
                 "documents": rows.corpus.num_documents,
                 "tokens": rows.corpus.num_tokens,
             }
-            for source, rows in zip(self.recipe.data.sources, self.mixture.sources, strict=True)
+            for source, rows in zip(self.recipe.data.all_sources(), self.mixture.sources, strict=True)
         ]
 
     def state(self) -> dict[str, Any]:
@@ -383,26 +464,27 @@ def prepare_data(
 ) -> tuple[PreTrainedTokenizerFast | None, list[Source]]:
     """The tokenizer, if it is known, and sources that are all token shards; text is tokenized below `folder` by rank 0."""
     data, known = recipe.data, _tokenizer_folder(recipe)
-    texts = {i: text_path(source.path) for i, source in enumerate(data.sources) if not is_shards(source.path)}
+    given = data.all_sources()
+    texts = {i: text_path(source.path) for i, source in enumerate(given) if not is_shards(source.path)}
     tokenizer_folder = known or folder / "tokenizer"
     if texts and known is None and data.vocab is None:
         i = next(iter(texts))
         raise RecipeError(
-            f'data.sources[{i}].path = "{data.sources[i].path}": no .idx files there. Run `alloy data tokenize` first, point at '
+            f'data.sources[{i}].path = "{given[i].path}": no .idx files there. Run `alloy data tokenize` first, point at '
             "its output folder, or set data.tokenizer (or data.vocab, for a new one) to train on text directly."
         )
     if texts and world.is_main:
         if not (tokenizer_folder / "tokenizer.json").exists():
             assert data.vocab is not None, "checked above"
-            documents = (document.text for path in texts.values() for document in read_documents(path))
+            documents = (d.text for i, path in texts.items() for d in read_documents(path, given[i].column))
             save_tokenizer(train_tokenizer(documents, data.vocab, seed=recipe.seed), tokenizer_folder)
         for i, path in texts.items():
             if not is_shards(shards := folder / "data" / f"source-{i}"):
-                tokenize_corpus(read_documents(path), load_tokenizer(tokenizer_folder), shards)
+                tokenize_corpus(read_documents(path, given[i].column), load_tokenizer(tokenizer_folder), shards)
     world.barrier()
     sources = [
-        Source(path=str(folder / "data" / f"source-{i}"), weight=source.weight) if i in texts else source
-        for i, source in enumerate(data.sources)
+        source.model_copy(update={"path": str(folder / "data" / f"source-{i}")}) if i in texts else source
+        for i, source in enumerate(given)
     ]
     return (load_tokenizer(tokenizer_folder) if texts or known else None), sources
 
@@ -420,16 +502,6 @@ def _tokenizer_folder(recipe: PretrainRecipe) -> Path | None:
 def is_shards(path: str | Path) -> bool:
     """Whether `path` is a finished folder of token shards or the prefix of a .bin/.idx pair."""
     return Path(f"{path}.idx").exists() or (Path(path) / MANIFEST).exists()
-
-
-def text_path(path: str) -> Path:
-    """A path to text; "package:NAME" is the folder of an installed Python package, text that every machine has."""
-    if not path.startswith("package:"):
-        return Path(path)
-    spec = importlib.util.find_spec(path.removeprefix("package:"))
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f'data.sources path "{path}": there is no such Python package here')
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _layout(config: HybridConfig | DecoderConfig) -> str:
