@@ -48,3 +48,12 @@ def test_streams(tmp_path: Path) -> None:
     assert [row["way"] for row in result["rows"]] == ["alloy engine", "alloy serve"]
     assert result["rows"][1]["failed"] == 0
     assert all(row["ratio"] == row["eight"] / row["one"] > 1 for row in result["rows"])
+
+
+@pytest.mark.slow
+def test_reader(tmp_path: Path) -> None:
+    """Reading is never above its bound, and far above what a training step takes."""
+    result = run("reader.py", tmp_path / "out.json")
+    assert [row["seq"] for row in result["rows"]] == [128, 512, 2048, 8192]
+    assert all(0 < row["cold"] and 0 < row["warm"] < row["bound"] for row in result["rows"])
+    assert result["rows"][0]["warm / pretrain/tiny"] > 20
