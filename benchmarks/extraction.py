@@ -130,7 +130,9 @@ EXTRACTORS = {
     ),
     "jusText": Extractor(peer("justext", justext_text), "justext", 2),
     "inscriptis + alt": Extractor(
-        peer("inscriptis", lambda m, t: m.get_text(t, m.model.config.ParserConfig(display_images=True))), "inscriptis", 5
+        peer("inscriptis", lambda m, t: m.get_text(t, m.model.config.ParserConfig(display_images=True))),
+        "inscriptis",
+        5,
     ),
     "html2text": Extractor(peer("html2text", html2text_text), "html2text", 3),
     "markdownify": Extractor(peer("markdownify", lambda m, t: m.markdownify(t)), "markdownify", 2),

@@ -67,24 +67,33 @@ def block_spans(text: str) -> list[tuple[Kind, int, int]]:
 
 def fences(text: str) -> list[Span]:
     """From the first character of each opening fence's line to the last of its closing one; an open fence reaches to the end."""
-    if "```" not in text and "~~~" not in text:
-        return []
     found: list[Span] = []
     opened: tuple[int, str] | None = None
-    at = 0
-    for line in text.split("\n"):
-        if "```" in line or "~~~" in line:
-            before = _BEFORE_FENCE.match(line)
-            assert before, "it matches nothing, too"
-            mark = line[before.end() :]
-            run = mark[: len(mark) - len(mark.lstrip(mark[:1]))] if mark[:3] in ("```", "~~~") else ""
-            if opened is None and run and "`" not in mark[len(run) :]:
-                opened = (at, run)
-            elif opened and run.startswith(opened[1]) and mark.strip() == run:
-                found.append((opened[0], at + len(line)))
-                opened = None
-        at += len(line) + 1
+    for start in _fence_lines(text):
+        end = text.find("\n", start)
+        line = text[start : end if end >= 0 else len(text)]
+        before = _BEFORE_FENCE.match(line)
+        assert before, "it matches nothing, too"
+        mark = line[before.end() :]
+        run = mark[: len(mark) - len(mark.lstrip(mark[:1]))] if mark[:3] in ("```", "~~~") else ""
+        if opened is None and run and "`" not in mark[len(run) :]:
+            opened = (start, run)
+        elif opened and run.startswith(opened[1]) and mark.strip() == run:
+            found.append((opened[0], start + len(line)))
+            opened = None
     return [*found, (opened[0], len(text))] if opened else found
+
+
+def _fence_lines(text: str) -> list[int]:
+    """Where the lines with three backticks or tildes begin."""
+    found: set[int] = set()
+    for mark in ("```", "~~~"):
+        at = text.find(mark)
+        while at >= 0:
+            found.add(text.rfind("\n", 0, at) + 1)
+            end = text.find("\n", at)
+            at = text.find(mark, end) if end >= 0 else -1
+    return sorted(found)
 
 
 def displays(text: str, code: list[Span]) -> list[Span]:

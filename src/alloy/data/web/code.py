@@ -92,7 +92,9 @@ def _is_plain(tag: str) -> bool:
     known = _PLAIN.get(tag)
     if known is None:
         name = name_of(tag.removeprefix("/"))
-        known = name not in _LINES and name not in _DROPPED and name not in ("br", "code", "table", "td", "ol", "ul", "img")
+        known = (
+            name not in _LINES and name not in _DROPPED and name not in ("br", "code", "table", "td", "ol", "ul", "img")
+        )
         if known and 'class="' in tag:
             attributes = attributes_of(tag)
             known = not (is_gutter(attributes) or _is_line(attributes))

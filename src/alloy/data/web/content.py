@@ -24,7 +24,9 @@ _NAVIGATION = frozenset(
     "sharethis advert advertisement advertising ads adsbygoogle banner promo sponsor sponsored popup modal login signin signup "
     "searchbox searchform related recommended recommendations copyright colophon legal byline-share".split()
 )
-_ASIDE = frozenset("header toc tableofcontents contents-list widget widgets meta postmeta tags taglist rating bio author-bio".split())
+_ASIDE = frozenset(
+    "header toc tableofcontents contents-list widget widgets meta postmeta tags taglist rating bio author-bio".split()
+)
 _MAIN = frozenset("main content maincontent main-content page-content article post-content entry-content".split())
 _WORD = re.compile(r"[a-z]+")
 _NOTICE = re.compile(
@@ -98,7 +100,10 @@ def hint_of(tag: str, attributes: Mapping[str, str]) -> int:
             hint = MAIN
         words = _WORD.findall(word)
         # the last word says what it is: post-navigation, but not navigation-open
-        if words and (words[-1] in _NAVIGATION or (len(words) > 1 and words[0] in _NAVIGATION and words[0] not in ("menu", "share", "related", "legal"))):
+        if words and (
+            words[-1] in _NAVIGATION
+            or (len(words) > 1 and words[0] in _NAVIGATION and words[0] not in ("menu", "share", "related", "legal"))
+        ):
             return NAVIGATION
         if words and words[-1] in _ASIDE:
             hint = hint or ASIDE
@@ -135,7 +140,9 @@ def kept_blocks(blocks: Sequence[Block], nodes: Sequence[Node], mode: MainConten
     held = sum(words[node.stop] - words[node.start] for node in mains)
     left = sum(n - k for n, k, kept in zip(size, links, keep, strict=True) if kept)
     if mains and held > 0.5 * max(left, 1):
-        has_title = any(blocks[i].kind == "heading" and blocks[i].level == 1 for node in mains for i in range(node.start, node.stop))
+        has_title = any(
+            blocks[i].kind == "heading" and blocks[i].level == 1 for node in mains for i in range(node.start, node.stop)
+        )
         at = 0
         for node in mains:
             for i in range(at, node.start):
@@ -151,7 +158,9 @@ def kept_blocks(blocks: Sequence[Block], nodes: Sequence[Node], mode: MainConten
     return keep if any(keep) else [True] * len(blocks)
 
 
-def _drop_lists_of_links(blocks: Sequence[Block], nodes: Sequence[Node], words: list[int], linked: list[int], keep: list[bool]) -> None:
+def _drop_lists_of_links(
+    blocks: Sequence[Block], nodes: Sequence[Node], words: list[int], linked: list[int], keep: list[bool]
+) -> None:
     """Elements that hold little but links, before the first and behind the last prose."""
     prose = [i for i, block in enumerate(blocks) if keep[i] and (block.is_kept or len(block.text) - block.links > 80)]
     if not prose:

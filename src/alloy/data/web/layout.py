@@ -212,9 +212,15 @@ class Layout:
         """`math`, also with a prefix."""
         j = end_of(self.parts, i, tag.name)
         if (noted := self._annotation(i, j)) is not None:
-            display = "block" in (tag.attributes.get("display", ""), tag.attributes.get("mode", "").replace("display", "block"))
+            display = "block" in (
+                tag.attributes.get("display", ""),
+                tag.attributes.get("mode", "").replace("display", "block"),
+            )
             self._put(formula(noted, display, "mathml-annotation"))
-        elif not self._put(math_of(element_of(self.parts, i, j, self.parts[i - 1]))) and text_of(self.parts, i, j).strip():
+        elif (
+            not self._put(math_of(element_of(self.parts, i, j, self.parts[i - 1])))
+            and text_of(self.parts, i, j).strip()
+        ):
             self.lost += 1
         return j + 1
 
@@ -251,7 +257,9 @@ class Layout:
         j = end_of(self.parts, i, tag.name)
         display = "katex-display" in tag.attributes.get("class", "").split()
         if (noted := self._annotation(i, j)) is not None:
-            display = display or any(' display="block"' in t for t in self.parts[i + 1 : j : 2] if t.startswith("math "))
+            display = display or any(
+                ' display="block"' in t for t in self.parts[i + 1 : j : 2] if t.startswith("math ")
+            )
             return self._typeset(formula(noted, display, "katex"), i, j)
         element = element_of(self.parts, i, j, self.parts[i - 1])
         what: Formula | None = None
@@ -290,7 +298,9 @@ class Layout:
         what = formula_of_attributes(tag.name, tag.attributes)
         is_block = tag.name in _BLOCKS or tag.name in _PARAGRAPHS
         tags = self.parts[i + 1 : j : 2]
-        if what is None and not any(t.startswith(("math", "script type=\"math", "img", "table", "/p", "mjx")) for t in tags):
+        if what is None and not any(
+            t.startswith(("math", 'script type="math', "img", "table", "/p", "mjx")) for t in tags
+        ):
             text = text_of(self.parts, i, j)
             if len(text) < 20_000:
                 what = formula_of_text(tag.name, tag.attributes, text, bool(tags))
@@ -447,7 +457,9 @@ class Layout:
         """A list."""
         self._flush()
         start = tag.attributes.get("start", "1")
-        self._lists.append(int(start) if tag.name == "ol" and start.isdecimal() and len(start) < 9 else (1 if tag.name == "ol" else -1))
+        self._lists.append(
+            int(start) if tag.name == "ol" and start.isdecimal() and len(start) < 9 else (1 if tag.name == "ol" else -1)
+        )
         self._stack.append((self._end_list, len(self.nodes)))
         self.nodes.append(Node(tag.name, tag.hint, len(self.blocks)))
         return i
@@ -477,7 +489,7 @@ class Layout:
         self._flush()
         self._stack.append((self._end_indented, self._prefix))
         # a bare div inside is how documentation generators indent
-        is_indentation = self.parts[i] .isspace() and self.parts[i + 1] == "div" if i + 1 < len(self.parts) else False
+        is_indentation = self.parts[i].isspace() and self.parts[i + 1] == "div" if i + 1 < len(self.parts) else False
         if len(self._prefix) < DEEPEST_PREFIX and not is_indentation:
             self._prefix += "> "
         return i
@@ -529,7 +541,11 @@ class Layout:
             self._stack.append(-1)
             return i
         cell = tables.Cell(
-            len(self.blocks), 0, tables.span(tag.attributes.get("colspan")), tables.span(tag.attributes.get("rowspan")), tag.name == "th"
+            len(self.blocks),
+            0,
+            tables.span(tag.attributes.get("colspan")),
+            tables.span(tag.attributes.get("rowspan")),
+            tag.name == "th",
         )
         self._tables[-1].rows[-1].append(cell)
         self._tables[-1].num_cells += cell.columns
@@ -554,21 +570,41 @@ class Layout:
                 self._joined(table.start, "text", " ".join(b.text.replace("\n", " ") for b in inner), inner, marker)
             elif self._holds_data(table, inner, rows):
                 caption = self.blocks[table.start : rows[0][0].start]
-                cells = [[(" ".join(b.marker + b.text.replace("\n", " ") for b in self.blocks[c.start : c.stop]), c) for c in row] for row in rows]
-                self._joined(rows[0][0].start, "table", tables.pipe_table(cells), inner[len(caption) :], "" if caption else marker)
+                cells = [
+                    [
+                        (" ".join(b.marker + b.text.replace("\n", " ") for b in self.blocks[c.start : c.stop]), c)
+                        for c in row
+                    ]
+                    for row in rows
+                ]
+                self._joined(
+                    rows[0][0].start,
+                    "table",
+                    tables.pipe_table(cells),
+                    inner[len(caption) :],
+                    "" if caption else marker,
+                )
         del self.nodes[min(node + 1, len(self.nodes)) :]
         if node < len(self.nodes):
             self.nodes[node].stop = len(self.blocks)
 
     def _is_one_line(self, table: tables.Table, inner: list[Block], rows: list[list[tables.Cell]]) -> bool:
         """Whether it sets one short line: one row, all of it inline."""
-        return len(rows) == 1 and len(rows[0]) > 1 and all(b.kind == "text" for b in inner) and sum(len(b.text) for b in inner) < 200 and len(inner) <= len(rows[0])
+        return (
+            len(rows) == 1
+            and len(rows[0]) > 1
+            and all(b.kind == "text" for b in inner)
+            and sum(len(b.text) for b in inner) < 200
+            and len(inner) <= len(rows[0])
+        )
 
     def _holds_data(self, table: tables.Table, inner: list[Block], rows: list[list[tables.Cell]]) -> bool:
         width = max(sum(cell.columns for cell in row) for row in rows)
         if table.is_layout or len(rows) < 2 or width < 2 or table.num_cells > self.most_cells:
             return False
-        if any(b.kind in ("code", "heading", "table") for b in inner) or any(len(b.text) > tables.LONGEST_CELL for b in inner):
+        if any(b.kind in ("code", "heading", "table") for b in inner) or any(
+            len(b.text) > tables.LONGEST_CELL for b in inner
+        ):
             return False
         has_head = any(cell.is_head for row in rows for cell in row)
         filled = sum(1 for row in rows for cell in row if cell.stop > cell.start)
@@ -581,7 +617,24 @@ class Layout:
 
 
 Closing = tuple[Callable[..., None], object] | int | None
-_NO_CODE = ("math", "img", "script", "p", "div", "table", "ul", "ol", "pre", "h1", "h2", "h3", "li", "sub", "sup", "mjx")
+_NO_CODE = (
+    "math",
+    "img",
+    "script",
+    "p",
+    "div",
+    "table",
+    "ul",
+    "ol",
+    "pre",
+    "h1",
+    "h2",
+    "h3",
+    "li",
+    "sub",
+    "sup",
+    "mjx",
+)
 _KNOWN: dict[str, Tag] = {}
 
 
@@ -623,12 +676,22 @@ def _read(tag: str, name: str) -> Tag:
         return Tag(EMPTY if name in VOID or ">" in tag else SKIP, name, attributes)
     if name in VOID and name not in _METHODS:
         return Tag(EMPTY, name, attributes)
-    hint = hint_of(name, attributes) if attributes or name in ("nav", "footer", "aside", "header", "main", "article") else NONE
+    hint = (
+        hint_of(name, attributes)
+        if attributes or name in ("nav", "footer", "aside", "header", "main", "article")
+        else NONE
+    )
     if hint == DROP and name not in ("body", "html", *VOID):
         return Tag(SKIP, name, attributes)
-    if name not in ("code", "pre", "img") and attributes and (
-        may_hold_formula(name, classes) or any(key.startswith(("data-", "mathjax", "tex", "latex")) for key in attributes if key != "class")
-    ) and (may_hold_formula(name, classes) or formula_of_attributes(name, attributes) is not None):
+    if (
+        name not in ("code", "pre", "img")
+        and attributes
+        and (
+            may_hold_formula(name, classes)
+            or any(key.startswith(("data-", "mathjax", "tex", "latex")) for key in attributes if key != "class")
+        )
+        and (may_hold_formula(name, classes) or formula_of_attributes(name, attributes) is not None)
+    ):
         return Tag(SPECIAL, name, attributes, hint, "attribute")
     if name in ("div", "figure", "section", "table") or name in _INLINE:
         language = code.language_of(attributes) if classes and name not in _INLINE else ""
@@ -655,7 +718,9 @@ def _typeset(classes: str) -> str:
     if "MathJax" in classes or "MJX" in classes or "MJXc" in classes:
         if "MathJax_Preview" in classes:
             return "mathjax"
-        return "mathjax" if any(name.startswith(("MathJax", "MJXc-display", "mjx-")) for name in classes.split()) else ""
+        return (
+            "mathjax" if any(name.startswith(("MathJax", "MJXc-display", "mjx-")) for name in classes.split()) else ""
+        )
     return "skip" if "mwe-math-fallback" in classes and "image" not in classes else ""
 
 

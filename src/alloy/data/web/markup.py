@@ -15,9 +15,7 @@ VOID = frozenset(
 )
 # their content is text whatever it looks like; they are one tag with it
 RAW = ("script", "style", "iframe", "noembed", "noframes", "xmp", "plaintext")
-_TAG = re.compile(
-    rf"<(!--.*?--|{'|'.join(f'{name}(?=[ >])[^>]*>.*?</{name}' for name in RAW)}|[^>]*)>", re.DOTALL
-)
+_TAG = re.compile(rf"<(!--.*?--|{'|'.join(f'{name}(?=[ >])[^>]*>.*?</{name}' for name in RAW)}|[^>]*)>", re.DOTALL)
 _ATTRIBUTE = re.compile(r' ([^\s=]+?)="([^"]*)"')
 # elements for each of which the parser looks up all that are open
 _BLOCK = re.compile(

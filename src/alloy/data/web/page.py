@@ -15,8 +15,14 @@ from alloy.data.web.macros import closed, expand_macros, read_macros, without_de
 from alloy.data.web.markup import attributes_of, split, text_of
 
 _ATOM = re.compile(r"\0d?(\d+)\0")
-_TAGS = re.compile(r"<(?:!doctype|html|head|body|title|meta|div|p|span|a|table|br|h[1-6]|ul|ol|li|b|i|em|strong|pre|img|script|math)\b", re.IGNORECASE)
-_XML = re.compile(r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])", re.IGNORECASE | re.DOTALL)
+_TAGS = re.compile(
+    r"<(?:!doctype|html|head|body|title|meta|div|p|span|a|table|br|h[1-6]|ul|ol|li|b|i|em|strong|pre|img|script|math)\b",
+    re.IGNORECASE,
+)
+_XML = re.compile(
+    r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])",
+    re.IGNORECASE | re.DOTALL,
+)
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 _MARKUP = re.compile(r"<!--.*?-->|<[?!]?/?[A-Za-z][^<>]*>|<!--|<!\[CDATA\[.*?\]\]>", re.DOTALL)
 
@@ -70,7 +76,12 @@ def render_text(text: str, content_type: str = "", url: str = "", options: Rende
             return notebook
     if kind in ("text/plain", "text/markdown", "text/x-tex", "application/x-tex", "text/csv", "application/json"):
         return Rendered(_cleaned(text), "text")
-    if "html" not in kind and ("xml" in kind or "rss" in kind or start.startswith("<?xml")) and "<html" not in start.lower() and _XML.match(start):
+    if (
+        "html" not in kind
+        and ("xml" in kind or "rss" in kind or start.startswith("<?xml"))
+        and "<html" not in start.lower()
+        and _XML.match(start)
+    ):
         return render_xml(text, options)
     if "html" in kind or _TAGS.search(text, 0, 20_000):
         return render_html(text, url, options)
@@ -84,9 +95,11 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
     sources = [attributes_of(tag[: tag.index(">")]).get("src", "") for tag in tags if " src=" in tag]
     has_scripts = any(tag.startswith(('script type="math/', 'script id="MathJax-Element')) for tag in tags)
     scripts = [tag[tag.index(">") + 1 :] for tag in tags if "ath" in tag or "atex" in tag or "acros" in tag]
-    scripts = [script for script in scripts if len(script) > 10][:200] if not has_scripts else [
-        tag[tag.index(">") + 1 :] for tag in tags if 'type="math/' not in tag
-    ]
+    scripts = (
+        [script for script in scripts if len(script) > 10][:200]
+        if not has_scripts
+        else [tag[tag.index(">") + 1 :] for tag in tags if 'type="math/' not in tag]
+    )
     layout = Layout(
         parts,
         read_configuration(scripts, sources),
@@ -175,7 +188,9 @@ def render_notebook(text: str, options: RenderOptions = DEFAULTS) -> Rendered | 
         outputs = cell.get("outputs")
         for output in outputs if isinstance(outputs, list) else []:
             data = output.get("data") if isinstance(output, dict) else None
-            result = _lines(output.get("text") if isinstance(output, dict) else None) or _lines(data.get("text/plain") if isinstance(data, dict) else None)
+            result = _lines(output.get("text") if isinstance(output, dict) else None) or _lines(
+                data.get("text/plain") if isinstance(data, dict) else None
+            )
             if result.strip():
                 shown.append(fence(result.rstrip(), ""))
         num_code += len(shown)
