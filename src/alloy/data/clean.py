@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from alloy.data.blocks import FORMULA, Kind, block_spans, fences, formula_spans, latex
+from alloy.data.blocks import FORMULA, Kind, block_spans, fences, formula_spans, formulas, latex
 
 # a paragraph of so many characters is content, and what stands before the first or behind the last one is an edge of the page
 PARAGRAPH = 140
@@ -174,7 +174,9 @@ def unify(text: str) -> str:
         after = match.string[match.end() : match.end() + 1]
         return f"${' '.join(inner.splitlines())}$" + (" " if after.isdigit() else "")
 
-    return _outside(text, fences(text), lambda piece: FORMULA.sub(dollars, piece))
+    unified = _outside(text, fences(text), lambda piece: FORMULA.sub(dollars, piece))
+    # a dollar that was astray before must not pair with a new one
+    return unified if _squeezed(unified) == _squeezed(text) else text
 
 
 def repair_table(table: str) -> str:
@@ -209,7 +211,7 @@ def _clean(text: str, spans: list[tuple[Kind, int, int]], shared: set[str]) -> C
         if kind == "prose":
             is_edge = i < first or i > last
             is_one = "\n" not in block
-            if is_one and end - start >= REPEATED:
+            if is_one and end - start >= REPEATED and "$$" not in block:
                 if block in seen:
                     removed += end - start
                     continue
@@ -340,6 +342,10 @@ def _is_precious(text: str) -> bool:
         or "_{" in text
         or _CODE_LIKE.search(text) is not None
     )
+
+
+def _squeezed(text: str) -> list[str]:
+    return ["".join(formula.split()) for formula in formulas(text)]
 
 
 def _stands_alone(match: re.Match[str]) -> bool:
