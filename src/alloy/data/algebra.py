@@ -47,14 +47,14 @@ def is_equal(left: str, right: str) -> bool:
 
 
 class Equality:
-    """`is_equal` in a process of its own, which has a second for each answer; answers are remembered."""
+    """`is_equal` in a process of its own, which has some seconds for each answer; answers are remembered."""
 
-    def __init__(self, timeout_s: float = 1.0, memory_bytes: int = 2 << 30) -> None:
-        self._guard = Guard(f"{__name__}:is_equal", timeout_s, memory_bytes)
+    def __init__(self, timeout_s: float = 5.0, memory_bytes: int = 2 << 30) -> None:
+        self._guard = Guard(f"{__name__}:is_equal", timeout_s, memory_bytes, first=("1 + 1", "2"))
         self._known: dict[tuple[str, str], bool] = {}
 
     def __call__(self, left: str, right: str) -> bool:
-        """Whether they are equal; False where a second does not tell."""
+        """Whether they are equal; False where the time does not suffice."""
         pair = (left.strip(), right.strip())
         if pair not in self._known:
             try:

@@ -110,8 +110,11 @@ def test_hostile_text_costs_linear_time(piece: str) -> None:
 
     def seconds(count: int) -> float:
         text = piece * (count // len(piece))
-        start = time.process_time()
-        find_formulas(text, NAMED)
-        return time.process_time() - start
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            find_formulas(text, NAMED)
+            times.append(time.process_time() - start)
+        return min(times)
 
     assert seconds(200_000) < 8 * max(seconds(50_000), 0.05)

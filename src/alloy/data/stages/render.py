@@ -46,7 +46,12 @@ class Render(Stage[RenderConfig]):
         config = self.config
         # lynx has a time limit of its own, 20 s as in the paper
         seconds = config.timeout_s if config.renderer == "dom" else config.timeout_s + 20.0
-        self._guard = Guard("alloy.data.stages.render:render_page", seconds, config.memory_mib << 20)
+        self._guard = Guard(
+            "alloy.data.stages.render:render_page",
+            seconds,
+            config.memory_mib << 20,
+            first=(b"<p>x</p>", "", "", config),
+        )
 
     def run(self, table: pa.Table, place: Place) -> pa.Table:
         """One text a page; a page that cannot be rendered has a status that says why."""
