@@ -17,7 +17,6 @@ from alloy.data.scorer import LinearScorer, Matrix, features, fit_linear
 from alloy.data.train_scorer import (
     ScorerConfig,
     calibration,
-    grades_of_judge,
     grades_of_urls,
     host_of,
     load_scorer,

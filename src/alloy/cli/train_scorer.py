@@ -11,7 +11,9 @@ from alloy.errors import DataError, RecipeError
 def train_scorer(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Rows: .parquet, .jsonl[.gz|.zst], folders.")],
     out: Annotated[Path, typer.Option(help="Folder to write: the scorer, scorer.json and report.html.")],
-    label: Annotated[str | None, typer.Option(help="Column that holds grades from 0 to 5.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column of grades from 0 to 5, such as label_math5 of alloy data clean.")
+    ] = None,
     good: Annotated[
         Path | None, typer.Option(help="Instead: a file of URLs, hosts and beginnings* of grade 5.")
     ] = None,

@@ -31,7 +31,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "clean_math_kept": (pa.float32(), "clean"), "clean_guard": (pa.string(), "clean"),
     "lang": (pa.string(), "score"), "lang_score": (pa.float32(), "score"), "math_score": (pa.float32(), "score"),
     "finemath_score": (pa.float32(), "score"), "finemath_int_score": (pa.int32(), "score"), "band": (pa.string(), "score"),
-    "score_on": (pa.string(), "score"), "dup_group": (pa.string(), "dedup"), "dup_keep": (pa.bool_(), "dedup"),
+    "score_on": (pa.string(), "score"), "score_model": (pa.string(), "score"), "dup_group": (pa.string(), "dedup"), "dup_keep": (pa.bool_(), "dedup"),
     "contaminated_with": (STRINGS, "decontaminate"), "contamination_hits": (pa.int32(), "decontaminate"),
     "n_tokens": (pa.int32(), "score"), "tokenizer": (pa.string(), "score"),
 }

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -174,20 +174,6 @@ def grades_of_urls(urls: Sequence[str], good: Path, bad: Path | None = None) -> 
             )
         grades.append(float(HIGHEST) if is_good else None if is_bad == [False] else 0.0)
     return grades
-
-
-def grades_of_judge(
-    texts: Sequence[str], ask: Callable[[Sequence[str]], Sequence[str]], label: Callable[[str], str | None]
-) -> list[float | None]:
-    """Grades by a language model; None where its answer holds none.
-
-    Args:
-        texts: of the documents, of which the centre is shown
-        ask: questions about these texts, with the prompt `label-math5` or the user's own; an answer each
-        label: the grade an answer gives, from its line "Final score: N"
-    """
-    labels = [label(answer) for answer in ask([windows(text, 1, CENTRE_CHARS)[0] for text in texts])]
-    return [None if value is None else float(value) for value in labels]
 
 
 def measure(grades: Grades, scores: Grades) -> dict[str, float | None]:

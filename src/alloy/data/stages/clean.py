@@ -35,7 +35,7 @@ from alloy.data.prompts import load_prompt
 NOTHING = "NO USEFUL CONTENT"
 # chunks that may fail the guard of formulas before it is worth a warning
 MATH_WARNING = 0.1
-Label = Literal["label-topic", "label-code2", "label-code5"]
+Label = Literal["label-topic", "label-code2", "label-code5", "label-math5"]
 
 
 class CleanConfig(LlmConfig):
@@ -53,7 +53,8 @@ class CleanConfig(LlmConfig):
         Field(ge=0, le=1, description="Do not ask where the rules remove less than this share of a page."),
     ] = None
     labels: Annotated[
-        tuple[Label, ...], Field(description="Ask about the cleaned text, too: label-topic, label-code2, label-code5.")
+        tuple[Label, ...],
+        Field(description="Ask about the cleaned text, too: label-topic, label-code2, label-code5, label-math5."),
     ] = ()
 
     @property

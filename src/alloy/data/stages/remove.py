@@ -25,11 +25,16 @@ class Remove(Stage[RemoveConfig]):
     needs = ("url",)
     batch_rows = 4096
 
-    def start(self, out: Path) -> None:
-        """Read the list."""
+    def reads(self) -> list[Path]:
+        """The list."""
         file = self.config.urls
         if not file.is_file():
             raise DataError(f"--urls {file}: there is no such file; give one with a URL or host a line.")
+        return [file]
+
+    def start(self, out: Path) -> None:
+        """Read the list."""
+        file = self.config.urls
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         listed = [line for line in lines if line and not line.startswith("#")]
         self.prefixes = tuple(_plain(line[:-1], is_prefix=True) for line in listed if line.endswith("*"))
