@@ -135,8 +135,9 @@ def test_a_card_of_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def chain(tmp_path: Path, **more: object) -> DataRecipe:
     """Remove, then remove again."""
-    (tmp_path / "list").write_text("code.example\n")
-    (tmp_path / "list2").write_text("https://maths.example:80/p1\n")
+    for name, line in (("list", "code.example\n"), ("list2", "https://maths.example:80/p1\n")):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_text(line)
     stages = [
         {"stage": "remove", "input": str(tmp_path / "in"), "urls": str(tmp_path / "list")},
         {"stage": "remove", "urls": str(tmp_path / "list2"), "only": 'lang == "en"'},

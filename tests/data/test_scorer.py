@@ -175,7 +175,7 @@ def test_rank_correlation_is_scipys(pairs: list[tuple[int, float]]) -> None:
         assert value == pytest.approx(stats.spearmanr(left, right).statistic, abs=1e-9)
 
 
-def test_grades_of_addresses_and_judges(tmp_path: Path) -> None:
+def test_grades_of_addresses(tmp_path: Path) -> None:
     """Hosts stand for subdomains; unlisted addresses are 0, or nothing where a bad list is given."""
     good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
     good.write_text("math.org\nnews.org/science/*\n")
@@ -185,8 +185,6 @@ def test_grades_of_addresses_and_judges(tmp_path: Path) -> None:
     assert grades_of_urls(urls, good, bad) == [5, 5, 0, None]
     with pytest.raises(DataError, match="good list"):
         grades_of_urls(urls, good, good)
-    answers = ["Final score: 4", "no idea"]
-    assert grades_of_judge(["a", "b"], lambda texts: answers, lambda a: a[13:] if ":" in a else None) == [4.0, None]
 
 
 def test_command(tmp_path: Path) -> None:
