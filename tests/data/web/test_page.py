@@ -1,6 +1,7 @@
 """Pages to text: every rule by hand-made cases, hostile pages, properties, and real pages against what must be in them."""
 
 import json
+import os
 import re
 import time
 
@@ -272,3 +273,16 @@ def test_properties(html: str) -> None:
     assert again.text == rendered.text
     plain = re.sub(r"(?ms)^[> ]*(`{3,})[^\n`]*\n.*?^[> ]*\1$|(`+)(?!`).*?(?<!`)\2(?!`)", "", rendered.text)
     assert len(re.findall(r"(?<!\\)\$", plain)) % 2 == 0
+
+
+def test_goals_on_real_pages() -> None:
+    """What must be in the texts of real pages (share of it, in percent), and how little of what must not."""
+    if not os.environ.get("ALLOY_TEST_DATA"):
+        pytest.skip("ALLOY_TEST_DATA is not set")
+    from alloy.data.web.extraction import evaluate
+    from alloy.data.web.renderers import find_renderer
+
+    summary = evaluate(f"{os.environ['ALLOY_TEST_DATA']}/math-pages", find_renderer("dom")).summary()
+    least = {"eq": 99.5, "eq_delim": 97, "eq_macro": 98, "eq_delim_macro": 93, "code_exact": 95, "prose": 100}
+    assert {name: summary[name] for name, goal in least.items() if (summary[name] or 0) < goal} == {}
+    assert (summary["boilerplate"] or 0) <= 4
