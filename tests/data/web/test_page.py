@@ -90,6 +90,11 @@ MATHEMATICS = {
         "$x$",
         "script",
     ),
+    "MathML of MathJax": (
+        '<i class=MathJax data-mathml="&lt;math&gt;&lt;mi&gt;x&lt;/mi&gt;&lt;/math&gt;">drawn</i>',
+        "$x$",
+        "mathml",
+    ),
     "asciimath script": ('<script type="math/asciimath">a/b</script>', "$\\frac{a}{b}$", "asciimath"),
     "script of MathML": ('<script type="math/mml"><math><mi>x</mi></math></script>', "$x$", "mathml"),
     "annotation": (
@@ -151,6 +156,12 @@ def test_scripts_and_dollars_in_text() -> None:
     ) == ("\\(x\\)\n\n`\\(x\\)`\n\n```\n\\(x\\)\n```")
 
 
+def test_dollars_of_a_host() -> None:
+    page = "<p>Use $x$."
+    assert render_html(page, "https://math.stackexchange.com/q/1").text == "Use $x$."
+    assert render_html(page, "https://notstackexchange.com/q/1").text == "Use \\$x\\$."
+
+
 def test_counts() -> None:
     rendered = render_html("<pre>a</pre><table><tr><th>a<th>b<tr><td>\\(x\\)<td>d</table>", options=ALL)
     assert (rendered.n_math, rendered.n_code, rendered.n_tables, rendered.math_lost) == (1, 1, 1, 0)
@@ -192,6 +203,7 @@ def test_links_inside_text_and_pages_of_links_stay() -> None:
     links = "<ul><li><a href=a>first link</a><li><a href=b>second link</a></ul>"
     assert "first link" in render_html(PROSE + links + PROSE).text
     assert "first link" in render_html(links).text
+    assert "first link" in render_html(f"<main>{PROSE}{links}</main>").text
 
 
 def test_other_types() -> None:

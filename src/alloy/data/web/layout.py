@@ -79,7 +79,8 @@ class Layout:
         i, last = 0, len(parts) - 1
         while i < last:
             text = parts[i]
-            if text:
+            # white space between blocks is not kept for the next one
+            if text and (buffer or not text.isspace()):
                 add(text)
             tag = parts[i + 1]
             i += 2
@@ -135,7 +136,7 @@ class Layout:
         buffer = self._buffer
         if not buffer:
             return
-        text = "".join(buffer)
+        text = buffer[0] if len(buffer) == 1 else "".join(buffer)
         if self._link_from >= 0:
             self._links += sum(map(len, buffer[self._link_from :]))
             self._link_from = 0
@@ -239,11 +240,7 @@ class Layout:
         elif kind.startswith("math/asciimath"):
             self._put(Formula(asciimath.to_latex(source), display, "asciimath") if source.strip() else None)
         elif kind.startswith("math/mml"):
-            parts = split(source, 4096, 100_000)
-            start = next((at for at in range(1, len(parts), 2) if name_of(parts[at]).rpartition(":")[2] == "math"), 0)
-            if start:
-                inner = element_of(parts, start + 1, end_of(parts, start + 1, name_of(parts[start])), parts[start])
-                self._put(math_of(inner))
+            self._put(_math_in(source))
         return i
 
     def katex(self, tag: Tag, i: int) -> int:
@@ -279,6 +276,8 @@ class Layout:
         j = self._end_of(tag, i)
         if not j:
             return self._pass(i)
+        if "data-mathml" in tag.attributes:
+            return self._typeset(_math_in(tag.attributes["data-mathml"]), i, j)
         return self._typeset(formula_of_mathjax(element_of(self.parts, i, j, self.parts[i - 1])), i, j)
 
     def _typeset(self, what: Formula | None, i: int, j: int) -> int:
@@ -643,6 +642,15 @@ _NO_CODE = (
     "sup",
     "mjx",
 )
+
+
+def _math_in(source: str) -> Formula | None:
+    """The formula of MathML that is a text by itself."""
+    parts = split(source, 4096, 100_000)
+    for at in range(1, len(parts), 2):
+        if name_of(parts[at]).rpartition(":")[2] == "math":
+            return math_of(element_of(parts, at + 1, end_of(parts, at + 1, name_of(parts[at])), parts[at]))
+    return None
 
 
 def _walk(element: Element) -> list[Element]:
