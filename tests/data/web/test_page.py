@@ -1,6 +1,7 @@
 """Pages to text: every rule by hand-made cases, hostile pages, properties, and real pages against what must be in them."""
 
 import json
+import os
 import re
 import time
 
@@ -89,6 +90,11 @@ MATHEMATICS = {
         "$x$",
         "script",
     ),
+    "MathML of MathJax": (
+        '<i class=MathJax data-mathml="&lt;math&gt;&lt;mi&gt;x&lt;/mi&gt;&lt;/math&gt;">drawn</i>',
+        "$x$",
+        "mathml",
+    ),
     "asciimath script": ('<script type="math/asciimath">a/b</script>', "$\\frac{a}{b}$", "asciimath"),
     "script of MathML": ('<script type="math/mml"><math><mi>x</mi></math></script>', "$x$", "mathml"),
     "annotation": (
@@ -150,6 +156,12 @@ def test_scripts_and_dollars_in_text() -> None:
     ) == ("\\(x\\)\n\n`\\(x\\)`\n\n```\n\\(x\\)\n```")
 
 
+def test_dollars_of_a_host() -> None:
+    page = "<p>Use $x$."
+    assert render_html(page, "https://math.stackexchange.com/q/1").text == "Use $x$."
+    assert render_html(page, "https://notstackexchange.com/q/1").text == "Use \\$x\\$."
+
+
 def test_counts() -> None:
     rendered = render_html("<pre>a</pre><table><tr><th>a<th>b<tr><td>\\(x\\)<td>d</table>", options=ALL)
     assert (rendered.n_math, rendered.n_code, rendered.n_tables, rendered.math_lost) == (1, 1, 1, 0)
@@ -191,6 +203,7 @@ def test_links_inside_text_and_pages_of_links_stay() -> None:
     links = "<ul><li><a href=a>first link</a><li><a href=b>second link</a></ul>"
     assert "first link" in render_html(PROSE + links + PROSE).text
     assert "first link" in render_html(links).text
+    assert "first link" in render_html(f"<main>{PROSE}{links}</main>").text
 
 
 def test_other_types() -> None:
@@ -272,3 +285,16 @@ def test_properties(html: str) -> None:
     assert again.text == rendered.text
     plain = re.sub(r"(?ms)^[> ]*(`{3,})[^\n`]*\n.*?^[> ]*\1$|(`+)(?!`).*?(?<!`)\2(?!`)", "", rendered.text)
     assert len(re.findall(r"(?<!\\)\$", plain)) % 2 == 0
+
+
+def test_goals_on_real_pages() -> None:
+    """What must be in the texts of real pages (share of it, in percent), and how little of what must not."""
+    if not os.environ.get("ALLOY_TEST_DATA"):
+        pytest.skip("ALLOY_TEST_DATA is not set")
+    from alloy.data.web.extraction import evaluate
+    from alloy.data.web.renderers import find_renderer
+
+    summary = evaluate(f"{os.environ['ALLOY_TEST_DATA']}/math-pages", find_renderer("dom")).summary()
+    least = {"eq": 99.5, "eq_delim": 97, "eq_macro": 98, "eq_delim_macro": 93, "code_exact": 95, "prose": 100}
+    assert {name: summary[name] for name, goal in least.items() if (summary[name] or 0) < goal} == {}
+    assert (summary["boilerplate"] or 0) <= 4

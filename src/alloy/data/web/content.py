@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import accumulate
 from typing import Literal
+from urllib.parse import urlsplit
 
 # hints of elements
 NONE, MAIN, ASIDE, NAVIGATION, DROP = range(5)
@@ -114,6 +115,12 @@ def hint_of(tag: str, attributes: Mapping[str, str]) -> int:
     return hint
 
 
+def uses_dollars(url: str) -> bool:
+    """Whether a page is of a host that typesets what stands between single dollars, whatever the page loads."""
+    host = urlsplit(url).hostname if url.startswith("http") and "[" not in url else None
+    return host is not None and f".{host}".endswith(tuple(f".{name}" for name in _HOSTS))
+
+
 def kept_blocks(blocks: Sequence[Block], nodes: Sequence[Node], mode: MainContent) -> list[bool]:
     """For each block, whether it is content."""
     if mode == "off" or not blocks:
@@ -143,7 +150,8 @@ def kept_blocks(blocks: Sequence[Block], nodes: Sequence[Node], mode: MainConten
             covered = node.stop
     held = sum(words[node.stop] - words[node.start] for node in mains)
     left = sum(n - k for n, k, kept in zip(size, links, keep, strict=True) if kept)
-    if mains and held > 0.5 * max(left, 1):
+    is_known = bool(mains) and held > 0.5 * max(left, 1)
+    if is_known:
         has_title = any(
             blocks[i].kind == "heading" and blocks[i].level == 1 for node in mains for i in range(node.start, node.stop)
         )
@@ -156,8 +164,9 @@ def kept_blocks(blocks: Sequence[Block], nodes: Sequence[Node], mode: MainConten
                     drop(i, i + 1)
             at = node.stop
         drop(at, len(blocks))
-    _drop_lists_of_links(blocks, nodes, words, linked, keep)
-    _drop_edges(blocks, size, links, keep)
+    if not is_known or mode == "strict":
+        _drop_lists_of_links(blocks, nodes, words, linked, keep)
+    _drop_edges(blocks, size, links, keep, is_known and mode != "strict")
     # a page of nothing but links is its links
     return keep if any(keep) else [True] * len(blocks)
 
@@ -178,8 +187,8 @@ def _drop_lists_of_links(
                     keep[i] = False
 
 
-def _drop_edges(blocks: Sequence[Block], size: list[int], links: list[int], keep: list[bool]) -> None:
-    """Notices and lone links at both ends."""
+def _drop_edges(blocks: Sequence[Block], size: list[int], links: list[int], keep: list[bool], is_known: bool) -> None:
+    """Notices at both ends, and lone links unless the page says where its content is."""
     for order in (range(len(blocks)), range(len(blocks) - 1, -1, -1)):
         seen = 0
         for i in order:
@@ -192,17 +201,22 @@ def _drop_edges(blocks: Sequence[Block], size: list[int], links: list[int], keep
             if not is_notice and size[i] - links[i] > 100:
                 break
             seen += 1
-            if is_notice or links[i] > 0.6 * size[i]:
+            if is_notice or (links[i] > 0.6 * size[i] and not is_known):
                 keep[i] = False
 
 
-def _sites() -> dict[str, int]:
-    table = tomllib.loads((files("alloy.data.web") / "sites.toml").read_text(encoding="utf-8"))
+def _read_sites() -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads((files("alloy.data.web") / "sites.toml").read_text(encoding="utf-8"))
+
+
+def _names_of_sites() -> dict[str, int]:
     names: dict[str, int] = {}
     for key, hint in (("main", MAIN), ("boilerplate", NAVIGATION), ("drop", DROP)):
-        for site in table.values():
+        for site in _TABLE.values():
             names.update(dict.fromkeys(site.get(key, ()), hint))
     return names
 
 
-_SITES = _sites()
+_TABLE = _read_sites()
+_SITES = _names_of_sites()
+_HOSTS = tuple(host for site in _TABLE.values() for host in site.get("dollars", ()))

@@ -1,20 +1,34 @@
 """One walk over the texts and tags of a page: formulas, code, tables, lists and headings as blocks of text."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from alloy.data.web import asciimath, code, tables
-from alloy.data.web.attributes import formula_of_attributes, formula_of_text, may_hold_formula
-from alloy.data.web.content import ASIDE, DROP, NONE, Block, Node, hint_of
+from alloy.data.web.attributes import formula_of_attributes, formula_of_text
+from alloy.data.web.content import Block, Node
 from alloy.data.web.delimiters import Delimiters, find_formulas
 from alloy.data.web.element import Element
 from alloy.data.web.formula import Formula
 from alloy.data.web.glyphs import formula_of_katex, formula_of_mathjax
 from alloy.data.web.images import formula_of_image, is_math_image
-from alloy.data.web.markup import VOID, attributes_of, element_of, end_of, name_of, split, text_of, unescape
+from alloy.data.web.markup import VOID, element_of, end_of, name_of, split, text_of, unescape
 from alloy.data.web.mathml import math_of, tex_of_glyph_lines
 from alloy.data.web.subsup import Piece, formula_of_texhtml, is_script_of
+from alloy.data.web.tags import (
+    BLOCK,
+    BLOCKS,
+    BREAKING,
+    INLINE,
+    KNOWN,
+    LINK,
+    PARAGRAPH,
+    PARAGRAPHS,
+    SKIP,
+    SPECIAL,
+    Tag,
+    classify,
+)
 from alloy.data.web.tex import formula
 
 BREAK = "\u2028"
@@ -24,48 +38,6 @@ _ATOM = re.compile(r"\0d?(\d+)\0")
 _DISPLAY = re.compile(r"\s*(\0d\d+\0)\s*")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
-_HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-
-# kinds of tags; from SPECIAL on they have a method
-INLINE, BREAKING, EMPTY, LINK, BLOCK, PARAGRAPH, SKIP, SPECIAL = range(8)
-_INLINE = frozenset(
-    str.split(
-        "span i em b strong u s small big font abbr acronym cite dfn var q ins del strike mark bdi bdo nobr label time data ruby rb center "
-        "picture map wbr slot noindex"
-    )
-) - {"center"}
-_BLOCKS = frozenset(
-    str.split(
-        "html head body div section article main nav aside header footer address center details fieldset figure form hgroup dl menu dir "
-        "colgroup tbody thead tfoot frameset noframes object applet dialog search"
-    )
-)
-_PARAGRAPHS = frozenset(str.split("p dt summary figcaption caption legend optgroup marquee"))
-_SKIPPED = frozenset(
-    str.split(
-        "title style template svg audio video canvas select button textarea datalist rp rt iframe noembed noframes option meter progress noscript"
-    )
-)
-_METHODS: dict[str, str] = {
-    **dict.fromkeys(("pre", "listing", "xmp", "plaintext"), "pre"),
-    **dict.fromkeys(("code", "tt", "kbd", "samp"), "inline_code"),
-    **dict.fromkeys(("sub", "sup"), "script_text"), **dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), "heading"),
-    **dict.fromkeys(("ul", "ol"), "list_"), **dict.fromkeys(("td", "th"), "cell"),
-    "li": "item", "dd": "definition", "blockquote": "quote", "table": "table", "tr": "row", "hr": "rule", "img": "image",
-    "math": "math", "script": "script", "mjx-container": "mathjax",
-}  # fmt: skip
-
-
-@dataclass(slots=True)
-class Tag:
-    """What a tag that opens an element means."""
-
-    kind: int
-    name: str
-    attributes: dict[str, str]
-    hint: int = NONE
-    method: str = ""
-    language: str = ""
 
 
 @dataclass(slots=True)
@@ -103,11 +75,12 @@ class Layout:
     def read(self) -> None:
         """Walk over the page."""
         parts, buffer, stack = self.parts, self._buffer, self._stack
-        push, pop, add, flush, known = stack.append, stack.pop, buffer.append, self._flush, _KNOWN
+        push, pop, add, flush, known = stack.append, stack.pop, buffer.append, self._flush, KNOWN
         i, last = 0, len(parts) - 1
         while i < last:
             text = parts[i]
-            if text:
+            # white space between blocks is not kept for the next one
+            if text and (buffer or not text.isspace()):
                 add(text)
             tag = parts[i + 1]
             i += 2
@@ -126,7 +99,7 @@ class Layout:
                 continue
             opened = known.get(tag)
             if opened is None:
-                opened = _classify(tag)
+                opened = classify(tag)
             kind = opened.kind
             if kind == INLINE:
                 push(None)
@@ -163,7 +136,7 @@ class Layout:
         buffer = self._buffer
         if not buffer:
             return
-        text = "".join(buffer)
+        text = buffer[0] if len(buffer) == 1 else "".join(buffer)
         if self._link_from >= 0:
             self._links += sum(map(len, buffer[self._link_from :]))
             self._link_from = 0
@@ -267,11 +240,7 @@ class Layout:
         elif kind.startswith("math/asciimath"):
             self._put(Formula(asciimath.to_latex(source), display, "asciimath") if source.strip() else None)
         elif kind.startswith("math/mml"):
-            parts = split(source, 4096, 100_000)
-            start = next((at for at in range(1, len(parts), 2) if name_of(parts[at]).rpartition(":")[2] == "math"), 0)
-            if start:
-                inner = element_of(parts, start + 1, end_of(parts, start + 1, name_of(parts[start])), parts[start])
-                self._put(math_of(inner))
+            self._put(_math_in(source))
         return i
 
     def katex(self, tag: Tag, i: int) -> int:
@@ -307,6 +276,8 @@ class Layout:
         j = self._end_of(tag, i)
         if not j:
             return self._pass(i)
+        if "data-mathml" in tag.attributes:
+            return self._typeset(_math_in(tag.attributes["data-mathml"]), i, j)
         return self._typeset(formula_of_mathjax(element_of(self.parts, i, j, self.parts[i - 1])), i, j)
 
     def _typeset(self, what: Formula | None, i: int, j: int) -> int:
@@ -321,9 +292,9 @@ class Layout:
         """An element that may carry a formula in its attributes or be the text of one."""
         j = self._end_of(tag, i) if tag.name not in VOID else i - 1
         if not j:
-            return self.block_special(tag, i) if tag.name in _BLOCKS or tag.name in _PARAGRAPHS else self._pass(i)
+            return self.block_special(tag, i) if tag.name in BLOCKS or tag.name in PARAGRAPHS else self._pass(i)
         what = formula_of_attributes(tag.name, tag.attributes)
-        is_block = tag.name in _BLOCKS or tag.name in _PARAGRAPHS
+        is_block = tag.name in BLOCKS or tag.name in PARAGRAPHS
         tags = self.parts[i + 1 : j : 2]
         if what is None and not any(
             t.startswith(("math", 'script type="math', "img", "table", "/p", "mjx")) for t in tags
@@ -458,7 +429,7 @@ class Layout:
             t.startswith(("math", 'script type="math', "img", "annotation", "mjx")) for t in self.parts[i + 1 : j : 2]
         ):
             return j + 1
-        return self.block_special(tag, i) if tag.name in _BLOCKS or tag.name in _PARAGRAPHS else self._pass(i)
+        return self.block_special(tag, i) if tag.name in BLOCKS or tag.name in PARAGRAPHS else self._pass(i)
 
     def _block(self, block: Block) -> None:
         # quote marks would be part of the code
@@ -671,7 +642,15 @@ _NO_CODE = (
     "sup",
     "mjx",
 )
-_KNOWN: dict[str, Tag] = {}
+
+
+def _math_in(source: str) -> Formula | None:
+    """The formula of MathML that is a text by itself."""
+    parts = split(source, 4096, 100_000)
+    for at in range(1, len(parts), 2):
+        if name_of(parts[at]).rpartition(":")[2] == "math":
+            return math_of(element_of(parts, at + 1, end_of(parts, at + 1, name_of(parts[at])), parts[at]))
+    return None
 
 
 def _walk(element: Element) -> list[Element]:
@@ -682,94 +661,3 @@ def _walk(element: Element) -> list[Element]:
         found.append(waiting.pop())
         waiting.extend(reversed(found[-1].children))
     return found
-
-
-def _classify(tag: str) -> Tag:
-    name = name_of(tag)
-    if name == "a" and "class=" not in tag and "hidden" not in tag and "display" not in tag:
-        return _A if ' href="' in tag else _SPAN
-    opened = _read(tag, name)
-    if len(tag) < 80:
-        if len(_KNOWN) > 50_000:
-            _KNOWN.clear()
-        _KNOWN[tag] = opened
-    return opened
-
-
-def _read(tag: str, name: str) -> Tag:
-    if not name or name[0] == "!" or name == "/":
-        return Tag(EMPTY, name, {})
-    attributes = attributes_of(tag[: tag.index(">")] if ">" in tag else tag)
-    local = name.rpartition(":")[2]
-    if local == "math" or name == "script":
-        return Tag(SPECIAL, name, attributes, method=local)
-    if name == "br":
-        return Tag(BREAKING, name, attributes)
-    classes = attributes.get("class", "")
-    if classes and (method := _typeset(classes)) and name not in VOID:
-        return Tag(SPECIAL, name, attributes, method=method)
-    if name in _SKIPPED or _is_hidden(attributes):
-        return Tag(EMPTY if name in VOID or ">" in tag else SKIP, name, attributes)
-    if name in VOID and name not in _METHODS:
-        return Tag(EMPTY, name, attributes)
-    hint = (
-        hint_of(name, attributes)
-        if attributes or name in ("nav", "footer", "aside", "header", "main", "article")
-        else NONE
-    )
-    if hint == DROP and name not in ("body", "html", *VOID):
-        return Tag(SKIP, name, attributes)
-    if (
-        name not in ("code", "pre", "img")
-        and attributes
-        and (
-            may_hold_formula(name, classes)
-            or any(key.startswith(("data-", "mathjax", "tex", "latex")) for key in attributes if key != "class")
-        )
-        and (may_hold_formula(name, classes) or formula_of_attributes(name, attributes) is not None)
-    ):
-        return Tag(SPECIAL, name, attributes, hint, "attribute")
-    if attributes.get("aria-hidden") == "true" and name not in VOID:
-        return Tag(SPECIAL, name, attributes, hint, "unspoken")
-    if name in ("div", "figure", "section", "table") or name in _INLINE:
-        language = code.language_of(attributes) if classes and name not in _INLINE else ""
-        if classes and name in ("div", "table") and not code.CONTAINERS.isdisjoint(classes.lower().split()):
-            return Tag(SPECIAL, name, attributes, hint, "code_container", language)
-        if (language or "ignore" in classes or "process" in classes) and name != "table" and name not in _INLINE:
-            return Tag(SPECIAL, name, attributes, hint, "block_special", language)
-    if (method := _METHODS.get(name)) is not None:
-        return Tag(SPECIAL, name, attributes, hint, method)
-    if name in _BLOCKS:
-        return Tag(BLOCK, name, attributes, hint)
-    if name in _PARAGRAPHS:
-        return Tag(PARAGRAPH if hint in (NONE, ASIDE) else BLOCK, name, attributes, hint)
-    if name == "a" and "href" in attributes:
-        return Tag(LINK, name, attributes)
-    return Tag(INLINE, name, attributes)
-
-
-def _typeset(classes: str) -> str:
-    """Method for what KaTeX and MathJax made, by the classes of the element."""
-    if "katex" in classes:
-        names = classes.split()
-        return "katex" if "katex" in names or "katex-display" in names else ""
-    if "MathJax" in classes or "MJX" in classes or "MJXc" in classes:
-        if "MathJax_Preview" in classes:
-            return "mathjax"
-        return (
-            "mathjax" if any(name.startswith(("MathJax", "MJXc-display", "mjx-")) for name in classes.split()) else ""
-        )
-    return ""
-
-
-def _is_hidden(attributes: Mapping[str, str]) -> bool:
-    if "hidden" in attributes and attributes["hidden"] != "until-found":
-        return True
-    style = attributes.get("style", "")
-    # MediaWiki hides MathML from sight only
-    if "mwe-math" in attributes.get("class", ""):
-        return False
-    return bool(style) and ("none" in style or "hidden" in style) and _HIDDEN.search(style) is not None
-
-
-_A, _SPAN = Tag(LINK, "a", {}), Tag(INLINE, "span", {})

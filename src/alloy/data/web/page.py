@@ -2,13 +2,13 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from alloy.core.recipe import Config
 from alloy.data.web.code import fence
-from alloy.data.web.content import Block, MainContent, kept_blocks
-from alloy.data.web.delimiters import read_configuration
+from alloy.data.web.content import Block, MainContent, kept_blocks, uses_dollars
+from alloy.data.web.delimiters import DOLLARS, read_configuration
 from alloy.data.web.formula import Formula
 from alloy.data.web.layout import Layout
 from alloy.data.web.macros import closed, expand_macros, read_macros, without_definitions
@@ -101,9 +101,12 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
         if not has_scripts
         else [tag[tag.index(">") + 1 :] for tag in tags if 'type="math/' not in tag]
     )
+    delimiters = read_configuration(scripts, sources)
+    if uses_dollars(url):
+        delimiters = replace(delimiters, inline=(*delimiters.inline, DOLLARS), is_loaded=True)
     layout = Layout(
         parts,
-        read_configuration(scripts, sources),
+        delimiters,
         options.keep_alt,
         options.max_cells,
         has_scripts,
