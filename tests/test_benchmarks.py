@@ -67,3 +67,12 @@ def test_copies_of_pages_differ_in_words_and_numbers_alone(tmp_path: Path) -> No
         r"<pre>make the \{x\} \d{3}</pre><img alt='\$y_1\$'>"
     )
     assert [body for body in bodies if not re.fullmatch(pattern, body)] == []
+
+
+@pytest.mark.slow
+def test_reader(tmp_path: Path) -> None:
+    """Reading is never above its bound."""
+    result = run("reader.py", tmp_path / "out.json")
+    assert [row["seq"] for row in result["rows"]] == [128, 512, 2048, 8192]
+    assert all(0 < row["cold"] and 0 < row["warm"] < row["bound"] for row in result["rows"])
+    assert result["rows"][0]["warm / pretrain/tiny"] > 0

@@ -1,7 +1,7 @@
 """Every command and Python block of README and docs runs.
 
 A block runs in a folder that holds what the pages name: CHECKPOINT (a small model with its tokenizer), FILE (a text), texts/,
-prompts.jsonl, my.toml. A block after `<!-- skip: reason -->` is left out, and so are blocks of another language.
+prompts.jsonl, chats.jsonl, my.toml. A block after `<!-- skip: reason -->` is left out, and so are blocks of another language.
 """
 
 import io
@@ -51,6 +51,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for i in range(4):
         Path(f"texts/{i}.txt").write_text("".join(SENTENCES[100 * i : 100 * i + 100]))
     Path("prompts.jsonl").write_text('{"id": "a", "prompt": "Return a"}\n')
+    Path("chats.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}\n'
+    )
     Path("my.toml").write_text('extends = ["pretrain/tiny.toml"]\n')
     tokenizer = train_tokenizer(SENTENCES, 280)
     model = build(HybridConfig.model_validate({**preset("tiny-mtp").model_dump(), "vocab": 280}))

@@ -23,9 +23,10 @@ def test_no_source_file_is_long() -> None:
 
 
 def test_source_stays_within_its_budget() -> None:
-    """The whole package stays under 45,000 lines (docs/adr/0011), the median file under 200."""
+    """The whole package stays under 60,000 lines, data under 17,000 (docs/adr/0016), the median file under 200."""
     counts = sorted(lines(p) for p in SOURCES)
-    assert sum(counts) < 45_000
+    assert sum(counts) < 60_000
+    assert sum(lines(p) for p in SOURCES if "data" in p.relative_to(ROOT / "src" / "alloy").parts[:1]) < 17_000
     assert counts[len(counts) // 2] < 200
 
 

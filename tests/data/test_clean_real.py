@@ -27,7 +27,11 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_of_our_own_cleans(tmp_path: Path) -> None:
     checkpoint = tmp_path / "tiny"
     alloy.save(build("mtp"), checkpoint, byte_tokenizer())
-    texts = ["Home | About\n\nLet $f(x) = x^2 + 1$ be a function on the line, and $g(x) = f(x) - 1$ another one.", "", "Text."]
+    texts = [
+        "Home | About\n\nLet $f(x) = x^2 + 1$ be a function on the line, and $g(x) = f(x) - 1$ another one.",
+        "",
+        "Text.",
+    ]
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "rows.parquet")
     prompt = tmp_path / "short.toml"

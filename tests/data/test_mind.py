@@ -181,7 +181,9 @@ def run(tmp_path: Path, texts: list[str], **settings: Any) -> tuple[list[dict[st
 
 
 def test_styles_make_a_row_each(tmp_path: Path) -> None:
-    rows, manifest = run(tmp_path, [TEXT, f"{TEXT}\n\n{TEXT}"], styles=("interview", "debate"), chunk_tokens=32, messages=True)
+    rows, manifest = run(
+        tmp_path, [TEXT, f"{TEXT}\n\n{TEXT}"], styles=("interview", "debate"), chunk_tokens=32, messages=True
+    )
     assert [(r["source_id"], r["style"], r["chunk_ids"]) for r in rows] == [
         ("d0", "debate", [0]),
         ("d0", "interview", [0]),

@@ -52,7 +52,9 @@ def test_each_task_makes_a_row_of_its_pieces_in_order(tmp_path: Path) -> None:
         if row["task"] != "diverse_qa":
             assert row["text"] == joined
     pieces = rows[TASKS.index("diverse_qa")]["text"].split("\n\nSecond")
-    assert pieces[0].startswith("First paragraph here.\n\nQuestion: What is 1?\nAnswer: It is 1.\n\nQuestion: What is 2?")
+    assert pieces[0].startswith(
+        "First paragraph here.\n\nQuestion: What is 1?\nAnswer: It is 1.\n\nQuestion: What is 2?"
+    )
     assert pieces[0].endswith("Answer: It is 8.")
     assert manifest["counts"]["pieces"] == 10
 

@@ -4,15 +4,12 @@ A block is what stands between blank lines, but a fence or a `$$` formula is one
 """
 
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["prose", "heading", "table", "math", "code"]
 Span = tuple[int, int]
 
-# a pair of `$$` further apart than this, in characters, is two prices or a lost delimiter
-LONGEST_FORMULA = 20_000
 _BLANK = re.compile(r"\n[ \t]*(?:\n[ \t]*)*\n")
 # what may stand before a fence: indentation, quotes and the mark of a list item
 _BEFORE_FENCE = re.compile(r"[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+)*>?[ \t]*")
@@ -23,11 +20,11 @@ _ENVIRONMENTS = (
 # closing one behind a character and before no digit, so that prices are none (pandoc's rule). Each branch begins with a
 # literal, which lets the engine pass over plain text quickly
 FORMULA = re.compile(
-    r"\\\((?P<round>.{1,4000}?)(?<!\\)\\\)"
-    r"|\\\[(?P<square>.{1,20000}?)(?<!\\)\\\]"
+    r"\\\((?P<round>(?:(?!\n[ \t]*\n).){1,4000}?)(?<!\\)\\\)"
+    r"|\\\[(?P<square>(?:(?!\n[ \t]*\n).){1,20000}?)(?<!\\)\\\]"
     rf"|\\begin\{{(?P<environment>(?:{_ENVIRONMENTS})\*?)\}}.{{1,20000}}?\\end\{{(?P=environment)\}}"
     r"|\\(?P<escaped>.)"
-    r"|\$\$(?P<display>(?:[^$\\]|\\.|\$(?!\$))+)\$\$"
+    r"|\$\$(?P<display>(?:[^$\\]|\\.|\$(?!\$)){1,20000})\$\$"
     r"|\$(?P<inline>(?![\s$])(?:[^$\\\n]|\\.|\n(?![ \t]*\n))*?(?<!\s))\$(?!\d)"
     r"|`(?P<code>`*[^`\n]+`+)",
     re.DOTALL,
@@ -50,14 +47,11 @@ def blocks(text: str) -> list[Block]:
 def block_spans(text: str) -> list[tuple[Kind, int, int]]:
     """(kind, start, end) of the blocks of a text."""
     whole: list[tuple[Kind, int, int]] = [("code", *span) for span in fences(text)]
-    if "$$" in text:
+    if "$$" in text or "\\begin{" in text:
         whole = sorted(whole + [("math", *span) for span in displays(text, [(s, e) for _, s, e in whole])], key=_start)
     found: list[tuple[Kind, int, int]] = []
     at = 0
     for kind, start, end in [*whole, ("prose", len(text), len(text))]:
-        # a formula in the middle of a line is part of its paragraph
-        if kind == "math" and "\n\n" not in text[start:end]:
-            continue
         _paragraphs(text, at, start, found)
         if end > start:
             found.append((kind, start, end))
@@ -67,42 +61,46 @@ def block_spans(text: str) -> list[tuple[Kind, int, int]]:
 
 def fences(text: str) -> list[Span]:
     """From the first character of each opening fence's line to the last of its closing one; an open fence reaches to the end."""
-    if "```" not in text and "~~~" not in text:
-        return []
     found: list[Span] = []
     opened: tuple[int, str] | None = None
-    at = 0
-    for line in text.split("\n"):
-        if "```" in line or "~~~" in line:
-            before = _BEFORE_FENCE.match(line)
-            assert before, "it matches nothing, too"
-            mark = line[before.end() :]
-            run = mark[: len(mark) - len(mark.lstrip(mark[:1]))] if mark[:3] in ("```", "~~~") else ""
-            if opened is None and run and "`" not in mark[len(run) :]:
-                opened = (at, run)
-            elif opened and run.startswith(opened[1]) and mark.strip() == run:
-                found.append((opened[0], at + len(line)))
-                opened = None
-        at += len(line) + 1
+    for start in _fence_lines(text):
+        end = text.find("\n", start)
+        line = text[start : end if end >= 0 else len(text)]
+        before = _BEFORE_FENCE.match(line)
+        assert before, "it matches nothing, too"
+        mark = line[before.end() :]
+        run = mark[: len(mark) - len(mark.lstrip(mark[:1]))] if mark[:3] in ("```", "~~~") else ""
+        if opened is None and run and "`" not in mark[len(run) :]:
+            opened = (start, run)
+        elif opened and run.startswith(opened[1]) and mark.strip() == run:
+            found.append((opened[0], start + len(line)))
+            opened = None
     return [*found, (opened[0], len(text))] if opened else found
 
 
+def _fence_lines(text: str) -> list[int]:
+    """Where the lines with three backticks or tildes begin."""
+    found: set[int] = set()
+    for mark in ("```", "~~~"):
+        at = text.find(mark)
+        while at >= 0:
+            found.add(text.rfind("\n", 0, at) + 1)
+            end = text.find("\n", at)
+            at = text.find(mark, end) if end >= 0 else -1
+    return sorted(found)
+
+
 def displays(text: str, code: list[Span]) -> list[Span]:
-    """The `$$` formulas outside `code`."""
-    found: list[Span] = []
-    ends = [end for _, end in code]
-    opened = -1
-    at = text.find("$$")
-    while at >= 0:
-        place = bisect_right(ends, at)
-        is_code = place < len(code) and code[place][0] <= at
-        if not is_code and (at == 0 or text[at - 1] != "\\"):
-            if opened >= 0 and at - opened <= LONGEST_FORMULA and not (place and opened < ends[place - 1]):
-                found.append((opened, at + 2))
-                opened = -1
-            else:
-                opened = at
-        at = text.find("$$", at + 2)
+    """The formulas outside `code` that hold a blank line."""
+    at, found = 0, []
+    for start, end in [*code, (len(text), len(text))]:
+        piece = text[at:start]
+        # a glance, which sees too much rather than too little: every other piece between `$$` is inside a pair
+        inside = piece.split("$$")[1::2] + [part.partition("\\end{")[0] for part in piece.split("\\begin{")[1:]]
+        if any("\n\n" in part for part in inside):
+            spans = (match.span() for match in FORMULA.finditer(text, at, start) if latex(match) is not None)
+            found += [span for span in spans if _BLANK.search(text, *span)]
+        at = end
     return found
 
 

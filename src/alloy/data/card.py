@@ -29,6 +29,8 @@ from alloy.errors import DataError
 
 NUM_SAMPLES, SAMPLE_CHARS, EXAMPLES, TOP = 10, 1500, 3, 12
 PART_ROWS = 100_000
+# columns that say what became of a row
+STATES = ("_status", "dup_keep", "drop_reason")
 compute: Any = pc
 
 
@@ -171,14 +173,13 @@ def _append(folder: Path, rows: pa.Table, counts: Counter[str]) -> None:
 
 
 def _published(table: pa.Table) -> pa.Table:
-    """`id`, `text` (the cleaned one where there is one) and what is known of it, without empty texts."""
+    """`id`, `text` (the cleaned one where there is one) and what is known of it."""
     text = _text(table)
     if text is None:
         raise DataError(f"rows have no column text to publish; columns: {', '.join(table.column_names)}.")
     hidden = ("text", "cleaned_text", "binary_content", "id")
     others = {name: table[name] for name in table.column_names if name not in hidden}
-    made = pa.table({"id": table["id"], "text": text, **others})
-    return made.filter(compute.greater(compute.utf8_length(made["text"]), 0))
+    return pa.table({"id": table["id"], "text": text, **others})
 
 
 def _tables(folder: Path) -> Iterator[pa.Table]:
@@ -187,12 +188,11 @@ def _tables(folder: Path) -> Iterator[pa.Table]:
 
 
 def _kept(table: pa.Table) -> pa.Table:
-    """Without duplicates and what cleaning found useless."""
+    """Without duplicates and empty texts."""
     if "dup_keep" in table.column_names:
         table = table.filter(compute.fill_null(table["dup_keep"], True))
-    if "clean_status" in table.column_names:
-        table = table.filter(compute.not_equal(compute.fill_null(table["clean_status"], ""), "nothing"))
-    return table
+    text = _text(table)
+    return table if text is None else table.filter(compute.greater(compute.fill_null(compute.utf8_length(text), 0), 0))
 
 
 def _text(table: pa.Table) -> Any:
@@ -271,8 +271,9 @@ def _histogram(title: str, bins: Counter[int]) -> Bars:
     if not bins:
         return Bars(title, {})
     edges = [0, *(1 << i for i in range(int(math.log2(max(max(bins), 1))) + 1))]
-    first = next(i for i, edge in enumerate(edges) if edge in bins)
-    labels = {
+    first = next(i for i, edge in enumerate(edges) if edge and edge in bins) if max(bins) else 0
+    labels = {0: "0"} if 0 in bins else {}
+    labels |= {
         edge: "0" if not edge else str(edge) if edge == 1 else f"{edge:,} to {2 * edge - 1:,}" for edge in edges[first:]
     }
     return Bars(title, {label: float(bins[edge]) for edge, label in labels.items()})
@@ -290,8 +291,8 @@ def _reasons(folder: Path, manifest: dict[str, Any]) -> Iterator[list[object]]:
         ]
     wanted = {}
     for name, number in manifest.get("counts", {}).items():
-        column, is_status, value = name.partition("=")
-        if is_status and value.lower() not in FINE:
+        column, _, value = name.partition("=")
+        if column.endswith(STATES) and value.lower() not in FINE:
             wanted[column, value] = number
     examples = _examples(folder, set(wanted)) if wanted else {}
     for (column, value), number in wanted.items():
@@ -366,7 +367,9 @@ def _set(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a stage was told besides the defaults."""
     stage: Any = STAGES.get(manifest["stage"])
     fields = stage.Config.model_fields
-    told = {name: value for name, value in manifest.get("settings", {}).items() if name != "stage" and value is not None}
+    told = {
+        name: value for name, value in manifest.get("settings", {}).items() if name != "stage" and value is not None
+    }
     return {n: v for n, v in told.items() if n not in fields or v != fields[n].get_default(call_default_factory=True)}
 
 

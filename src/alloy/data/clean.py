@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from alloy.data.blocks import FORMULA, Kind, block_spans, fences, formula_spans, latex
+from alloy.data.blocks import FORMULA, Kind, block_spans, fences, formula_spans, formulas, latex
 
 # a paragraph of so many characters is content, and what stands before the first or behind the last one is an edge of the page
 PARAGRAPH = 140
@@ -92,22 +92,12 @@ _FIRST = (
         """© all answers bookmark built by categorised categorized category click comment created designed developed document
         filed find followers follow from generated go hosted join jump last latest like likes made no pin popular posted
         powered produced published replies return scroll see shares skip some submit tagged tap this trending use view
-        views visit votes write"""
+        views visit votes write you please enable"""
     )
     .union(line.partition(" ")[0] for line in _LINES)
     .union(_LANGUAGES)
 )
-_NEEDLES = (
-    "rights reserved",
-    "cookie",
-    "newsletter",
-    "javascript",
-    "privacy",
-    "to reply",
-    "to comment",
-    "to post",
-    "©",
-)
+_NEEDLES = ("rights reserved", "cookie", "newsletter")
 _WORD = re.compile(r"\w+")
 _BAR = re.compile(r"\s*[|»\u203a·•\u2039«→]\s*|\s{3,}|\s[/\u2013\u2014]\s")
 _LINK = re.compile(r"(?<!!)\[([^\]\n]*)\]\([^)\n]*\)|\[\d{1,4}\](?=\w)|https?://\S+")
@@ -184,7 +174,9 @@ def unify(text: str) -> str:
         after = match.string[match.end() : match.end() + 1]
         return f"${' '.join(inner.splitlines())}$" + (" " if after.isdigit() else "")
 
-    return _outside(text, fences(text), lambda piece: FORMULA.sub(dollars, piece))
+    unified = _outside(text, fences(text), lambda piece: FORMULA.sub(dollars, piece))
+    # a dollar that was astray before must not pair with a new one
+    return unified if _squeezed(unified) == _squeezed(text) else text
 
 
 def repair_table(table: str) -> str:
@@ -192,8 +184,11 @@ def repair_table(table: str) -> str:
     lines = [line.strip() for line in table.split("\n")]
     if len(lines) < 2 or any(not line.startswith("|") for line in lines):
         return table
-    rows = [_cells(line) for line in lines]
     is_ruled = _RULE.match(lines[1]) is not None
+    is_plain = "$" not in table and "`" not in table and "\\" not in table
+    if is_ruled and is_plain and len({line.count("|") for line in lines}) == 1:
+        return table
+    rows = [_cells(line) for line in lines]
     if is_ruled and len({len(row) for row in rows}) == 1:
         return table
     if is_ruled:
@@ -210,21 +205,22 @@ def _clean(text: str, spans: list[tuple[Kind, int, int]], shared: set[str]) -> C
     seen: set[str] = set()
     first, last = _core(text, spans)
     suspects = _suspects(text)
+    has_links = "](" in text or "http" in text
     for i, (kind, start, end) in enumerate(spans):
         block = text[start:end]
         if kind == "prose":
             is_edge = i < first or i > last
             is_one = "\n" not in block
-            if is_one and end - start >= REPEATED:
+            if is_one and end - start >= REPEATED and "$$" not in block:
                 if block in seen:
                     removed += end - start
                     continue
                 seen.add(block)
-            if block in shared and not _is_precious(block):
+            if shared and block in shared and not _is_precious(block):
                 removed += end - start
                 continue
             is_suspect = block in suspects if is_one else is_edge or not suspects.isdisjoint(block.split("\n"))
-            if is_suspect or "](" in block or "http" in block:
+            if is_suspect or (has_links and ("](" in block or "http" in block)):
                 left = _lines(block, is_edge, suspects)
                 removed += end - start - len(left)
                 block = left
@@ -346,6 +342,10 @@ def _is_precious(text: str) -> bool:
         or "_{" in text
         or _CODE_LIKE.search(text) is not None
     )
+
+
+def _squeezed(text: str) -> list[str]:
+    return ["".join(formula.split()) for formula in formulas(text)]
 
 
 def _stands_alone(match: re.Match[str]) -> bool:

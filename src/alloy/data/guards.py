@@ -86,11 +86,13 @@ def judge(source: str, output: str, finish_reason: str | None = "stop") -> Verdi
 
 def math_kept(source: str, output: str) -> float:
     """Share of the different formulas of `source` that stand in `output`; 1 where it has none."""
-    wanted = {formula for formula in formulas(source) if len(latex_tokens(formula)) >= FORMULA_TOKENS}
+    found = set(formulas(source))
     # most often nothing has changed, and comparing is slow
-    if wanted <= set(formulas(output)):
+    if source == output or found <= set(formulas(output)):
         return 1.0
-    wanted = {normalize(formula) for formula in wanted} - {""}
+    wanted = {normalize(formula) for formula in found if len(latex_tokens(formula)) >= FORMULA_TOKENS} - {""}
+    if not wanted:
+        return 1.0
     have = normalize(output)
     return sum(formula in have for formula in wanted) / len(wanted)
 

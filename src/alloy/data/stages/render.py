@@ -81,16 +81,12 @@ def render_page(body: bytes, content_type: str, url: str, config: RenderConfig) 
     from alloy.data.web.page import render_text
 
     decoded = decode(body, content_type)
-    if config.renderer == "lynx":
-        from alloy.data.web.lynx import render_lynx
+    if config.renderer != "dom":
+        from alloy.data.web.renderers import find_renderer
 
-        return {
-            **NOTHING,
-            "type": "html",
-            "encoding": decoded.encoding,
-            "encoding_source": decoded.source,
-            "text": render_lynx(body),
-        }
+        text = find_renderer(config.renderer)(body, content_type, url)
+        known = {"type": "html", "encoding": decoded.encoding, "encoding_source": decoded.source}
+        return {**NOTHING, **known, "text": text}
     page = render_text(decoded.text, content_type, url, config)
     return {
         "type": page.type,

@@ -7,21 +7,27 @@ from alloy.data.web.markup import VOID, attributes_of, end_of, name_of, text_of,
 
 # elements without `pre` whose lines are code
 CONTAINERS = frozenset(
-    "fragment codemirror-code hljs-ln js-file-line-container blob-wrapper code-block codeblock sourcecode verbatim lstlisting".split()
+    str.split(
+        "fragment codemirror-code hljs-ln js-file-line-container blob-wrapper code-block codeblock sourcecode verbatim lstlisting"
+    )
 )
 GUTTERS = frozenset(
-    "lineno linenos linenodiv line-number line-numbers linenumber linenumbers gutter gutter-line hljs-ln-numbers hljs-ln-line-number "
-    "rouge-gutter blob-num line-numbers-rows lnt ln copybtn copy-button btn-clipboard clipboard-copy codehilite-copy".split()
+    str.split(
+        "lineno linenos linenodiv line-number line-numbers linenumber linenumbers gutter gutter-line hljs-ln-numbers hljs-ln-line-number "
+        "rouge-gutter blob-num line-numbers-rows lnt ln copybtn copy-button btn-clipboard clipboard-copy codehilite-copy"
+    )
 )
-_LINES = frozenset("div li p tr h1 h2 h3 h4 h5 h6".split())
-_DROPPED = frozenset("button script style svg template select".split())
+_LINES = frozenset(str.split("div li p tr h1 h2 h3 h4 h5 h6"))
+_DROPPED = frozenset(str.split("button script style svg template select"))
 _LANGUAGE = re.compile(
     r"(?:^|\s)(?:language-|lang-|highlight-source-|highlight-|brush:\s*|sourcecode\s+|prettyprint\s+lang-|code-|src-)([\w#+.-]+)",
     re.IGNORECASE,
 )
 _NO_LANGUAGE = frozenset(
-    "default none text plain notranslate block wrapper container highlight source code plaintext nohighlight auto box area toolbar "
-    "copy line lines numbers body content header title wrap inner example section cell".split()
+    str.split(
+        "default none text plain notranslate block wrapper container highlight source code plaintext nohighlight auto box area toolbar "
+        "copy line lines numbers body content header title wrap inner example section cell"
+    )
 )
 _SHOWN = re.compile(r"\n+|[^\n]+")
 
@@ -48,10 +54,7 @@ def inner_language(parts: list[str], i: int, j: int) -> str:
 def read_code(parts: list[str], i: int, j: int) -> str:
     """Lines of the code between the places `i` and `j`: exact but for numbers, buttons and blank lines around it."""
     tags = set(parts[i + 1 : j : 2])
-    if all(_is_plain(tag) for tag in tags):
-        text = text_of(parts, i, j)
-    else:
-        text = _read_lines(parts, i, j)
+    text = text_of(parts, i, j) if all(map(_is_plain, tags)) else _read_lines(parts, i, j)
     if "\xa0" in text or "\u200b" in text or "\r" in text:
         text = text.replace("\xa0", " ").replace("\u200b", "").replace("\r\n", "\n").replace("\r", "\n")
     # the first line keeps its indentation
@@ -110,41 +113,44 @@ def _is_line(attributes: Mapping[str, str]) -> bool:
 
 def _read_lines(parts: list[str], i: int, j: int) -> str:
     out: list[str] = []
-    # for each open element: whether it is a line
-    stack: list[bool] = []
-    at = i
+    # for each open element: where its text begins if it is a line
+    stack: list[int | None] = []
+    # what the last element was whose end ended a line
+    ended = ""
+    tags = parts[i + 1 : j : 2]
     # a `code` for each line
-    is_per_line = sum(1 for tag in parts[i + 1 : j : 2] if tag == "/code") > 1
+    is_per_line = tags.count("/code") > 1
+    at = i
     while at < j:
         text, tag = parts[at], parts[at + 1]
         at += 2
         if text:
-            out.append(unescape(text) if "&" in text else text)
-        if at - 1 >= j or tag[0] == "!":
+            if ended and text.isspace() and "\n" in text:
+                # line ends between elements that are lines
+                text = "" if ended in _LINES else text.replace("\n", "", 1)
+            if text:
+                out.append(unescape(text) if "&" in text else text)
+                ended = ""
+        if at > j or tag[:1] == "!":
             continue
-        if tag[0] == "/":
-            if stack and stack.pop() and (not out or out[-1][-1:] != "\n"):
+        name = name_of(tag.removeprefix("/"))
+        if tag[:1] == "/":
+            start = stack.pop() if stack else None
+            if start is not None and (len(out) == start or out[-1][-1:] != "\n"):
                 out.append("\n")
-            continue
-        name = name_of(tag)
-        if name == "br":
-            out.append("\n")
-            continue
-        if name in VOID:
+            ended = ended if start is None else name
             continue
         attributes = attributes_of(tag)
-        if name in _DROPPED or is_gutter(attributes):
-            if name not in ("script", "style"):
-                at = end_of(parts, at, name) + 1
-            continue
-        is_line = name in _LINES or _is_line(attributes) or (name == "code" and is_per_line)
-        # lines that are told apart by line ends and elements at once
-        if is_line and out and out[-1].isspace() and "\n" in out[-1] and name != "code":
-            out[-1] = "\n"
-        if is_line and out and out[-1][-1:] != "\n":
+        if name == "br":
             out.append("\n")
-        stack.append(is_line)
-        if name in ("td", "th") and out and out[-1][-1:] not in ("\n", ""):
-            out.append(" ") if not out[-1].isspace() else None
-    text = "".join(out)
-    return text
+        elif name in ("script", "style") or name in VOID:
+            continue
+        elif name in _DROPPED or is_gutter(attributes):
+            at = end_of(parts, at, name) + 1
+        elif name in _LINES or _is_line(attributes) or (name == "code" and is_per_line):
+            if out and out[-1][-1:] != "\n":
+                out.append("\n")
+            stack.append(len(out))
+        else:
+            stack.append(None)
+    return "".join(out)

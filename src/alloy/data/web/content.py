@@ -19,15 +19,19 @@ _TAGS = {"main": MAIN, "article": MAIN, "nav": NAVIGATION, "footer": NAVIGATION,
 _ROLES = {"main": MAIN, "article": MAIN, "navigation": NAVIGATION, "banner": NAVIGATION, "contentinfo": NAVIGATION, "search": NAVIGATION,
           "complementary": ASIDE, "menu": NAVIGATION, "menubar": NAVIGATION, "toolbar": NAVIGATION, "dialog": ASIDE, "doc-toc": ASIDE}  # fmt: skip
 _NAVIGATION = frozenset(
-    "nav navbar navigation navi menu menubar topnav topbar sidenav sidebar breadcrumb breadcrumbs footer pagefooter pager pagination "
-    "paginator toolbar masthead skiplink skiplinks cookie cookies consent gdpr newsletter subscribe share sharing social addthis "
-    "sharethis advert advertisement advertising ads adsbygoogle banner promo sponsor sponsored popup modal login signin signup "
-    "searchbox searchform related recommended recommendations copyright colophon legal byline-share".split()
+    str.split(
+        "nav navbar navigation navi menu menubar topnav topbar sidenav sidebar breadcrumb breadcrumbs footer pagefooter pager pagination "
+        "paginator toolbar masthead skiplink skiplinks cookie cookies consent gdpr newsletter subscribe share sharing social addthis "
+        "sharethis advert advertisement advertising ads adsbygoogle banner promo sponsor sponsored popup modal login signin signup "
+        "searchbox searchform related recommended recommendations copyright colophon legal byline-share"
+    )
 )
 _ASIDE = frozenset(
-    "header toc tableofcontents contents-list widget widgets meta postmeta tags taglist rating bio author-bio".split()
+    str.split(
+        "header toc tableofcontents contents-list widget widgets meta postmeta tags taglist rating bio author-bio"
+    )
 )
-_MAIN = frozenset("main content maincontent main-content page-content article post-content entry-content".split())
+_MAIN = frozenset(str.split("main content maincontent main-content page-content article post-content entry-content"))
 _WORD = re.compile(r"[a-z]+")
 _NOTICE = re.compile(
     r"copyright|©|\(c\) \d{4}|all rights reserved|generated (?:by|on)|produced by|powered by|last (?:updated|modified|edited|changed)"
@@ -42,7 +46,7 @@ class Block:
     """A part of the page's text.
 
     Attributes:
-        kind: text, heading, code, table or rule.
+        kind: text, heading, code or table.
         text: with placeholders for what must not be changed.
         prefix: indentation and quote marks of its lines.
         marker: what stands instead of the end of the prefix on its first line.
@@ -52,7 +56,7 @@ class Block:
         level: of a heading.
     """
 
-    kind: Literal["text", "heading", "code", "table", "rule"]
+    kind: Literal["text", "heading", "code", "table"]
     text: str
     prefix: str = ""
     marker: str = ""
@@ -182,10 +186,13 @@ def _drop_edges(blocks: Sequence[Block], size: list[int], links: list[int], keep
             if not keep[i]:
                 continue
             block = blocks[i]
-            if block.is_kept or (block.kind == "heading" and links[i] == 0) or seen > 6 or size[i] - links[i] > 250:
+            is_notice = block.kind != "heading" and size[i] < 400 and _NOTICE.search(block.text) is not None
+            if block.is_kept or (block.kind == "heading" and links[i] == 0) or seen > 6:
+                break
+            if not is_notice and size[i] - links[i] > 100:
                 break
             seen += 1
-            if _NOTICE.search(block.text) or links[i] > 0.6 * size[i] or block.kind == "rule":
+            if is_notice or links[i] > 0.6 * size[i]:
                 keep[i] = False
 
 

@@ -29,16 +29,22 @@ _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECAS
 # kinds of tags; from SPECIAL on they have a method
 INLINE, BREAKING, EMPTY, LINK, BLOCK, PARAGRAPH, SKIP, SPECIAL = range(8)
 _INLINE = frozenset(
-    "span i em b strong u s small big font abbr acronym cite dfn var q ins del strike mark bdi bdo nobr label time data ruby rb center "
-    "picture map wbr slot noindex".split()
+    str.split(
+        "span i em b strong u s small big font abbr acronym cite dfn var q ins del strike mark bdi bdo nobr label time data ruby rb center "
+        "picture map wbr slot noindex"
+    )
 ) - {"center"}
 _BLOCKS = frozenset(
-    "html body div section article main nav aside header footer address center details fieldset figure form hgroup dl menu dir noscript "
-    "colgroup tbody thead tfoot frameset noframes object applet dialog search".split()
+    str.split(
+        "html head body div section article main nav aside header footer address center details fieldset figure form hgroup dl menu dir "
+        "colgroup tbody thead tfoot frameset noframes object applet dialog search"
+    )
 )
-_PARAGRAPHS = frozenset("p dt summary figcaption caption legend optgroup marquee".split())
+_PARAGRAPHS = frozenset(str.split("p dt summary figcaption caption legend optgroup marquee"))
 _SKIPPED = frozenset(
-    "head title style template svg audio video canvas select button textarea datalist rp rt iframe noembed noframes option meter progress".split()
+    str.split(
+        "title style template svg audio video canvas select button textarea datalist rp rt iframe noembed noframes option meter progress noscript"
+    )
 )
 _METHODS: dict[str, str] = {
     **dict.fromkeys(("pre", "listing", "xmp", "plaintext"), "pre"),
@@ -91,6 +97,8 @@ class Layout:
     _tables: list[tables.Table] = field(default_factory=list[tables.Table])
     _language: str = ""
     _is_searched: bool = True
+    _work: int = 0
+    _math_at: int = -100
 
     def read(self) -> None:
         """Walk over the page."""
@@ -201,6 +209,19 @@ class Layout:
             self._links += sum(map(len, self._buffer[self._link_from :]))
             self._link_from = -1
 
+    def _end_of(self, tag: Tag, i: int) -> int:
+        """Place of the closing tag of an element whose content is looked at as a whole; 0 where too much was looked at twice."""
+        if self._work > 10 * len(self.parts) + 10_000:
+            return 0
+        j = end_of(self.parts, i, tag.name)
+        self._work += j - i
+        return j
+
+    def _pass(self, i: int) -> int:
+        """Read on inside an element that has no meaning of its own."""
+        self._stack.append(None)
+        return i
+
     # mathematics
 
     def _put(self, what: Formula | None) -> bool:
@@ -211,6 +232,7 @@ class Layout:
     def math(self, tag: Tag, i: int) -> int:
         """`math`, also with a prefix."""
         j = end_of(self.parts, i, tag.name)
+        self._math_at = j
         if (noted := self._annotation(i, j)) is not None:
             display = "block" in (
                 tag.attributes.get("display", ""),
@@ -254,7 +276,9 @@ class Layout:
 
     def katex(self, tag: Tag, i: int) -> int:
         """What KaTeX typeset: the TeX in its MathML, also where a site dropped the tags."""
-        j = end_of(self.parts, i, tag.name)
+        j = self._end_of(tag, i)
+        if not j:
+            return self._pass(i)
         display = "katex-display" in tag.attributes.get("class", "").split()
         if (noted := self._annotation(i, j)) is not None:
             display = display or any(
@@ -278,9 +302,11 @@ class Layout:
 
     def mathjax(self, tag: Tag, i: int) -> int:
         """What MathJax typeset; dropped where the page holds the source as well."""
-        j = end_of(self.parts, i, tag.name)
         if self.has_scripts:
-            return j + 1
+            return end_of(self.parts, i, tag.name) + 1
+        j = self._end_of(tag, i)
+        if not j:
+            return self._pass(i)
         return self._typeset(formula_of_mathjax(element_of(self.parts, i, j, self.parts[i - 1])), i, j)
 
     def _typeset(self, what: Formula | None, i: int, j: int) -> int:
@@ -289,12 +315,13 @@ class Layout:
             return j + 1
         if text_of(self.parts, i, j).strip():
             self.lost += 1
-        self._stack.append(None)
-        return i
+        return self._pass(i)
 
     def attribute(self, tag: Tag, i: int) -> int:
         """An element that may carry a formula in its attributes or be the text of one."""
-        j = end_of(self.parts, i, tag.name) if tag.name not in VOID else i - 1
+        j = self._end_of(tag, i) if tag.name not in VOID else i - 1
+        if not j:
+            return self.block_special(tag, i) if tag.name in _BLOCKS or tag.name in _PARAGRAPHS else self._pass(i)
         what = formula_of_attributes(tag.name, tag.attributes)
         is_block = tag.name in _BLOCKS or tag.name in _PARAGRAPHS
         tags = self.parts[i + 1 : j : 2]
@@ -307,13 +334,9 @@ class Layout:
             if what is None and "texhtml" in tag.attributes.get("class", ""):
                 what = formula_of_texhtml(self._pieces(i, j))
         if what is None:
-            if is_block:
-                self._flush()
-                self._stack.append(len(self.nodes))
-                self.nodes.append(Node(tag.name, tag.hint, len(self.blocks)))
-            elif tag.name not in VOID:
-                self._stack.append(None)
-            return i
+            if tag.name in VOID:
+                return i
+            return self.block_special(tag, i) if is_block else self._pass(i)
         if is_block:
             self._flush()
         self._put(what)
@@ -339,6 +362,9 @@ class Layout:
 
     def image(self, tag: Tag, i: int) -> int:
         """Images of formulas; others leave their text only if asked to."""
+        # what is drawn beside the MathML of the same formula
+        if i - self._math_at < 10 and is_math_image(tag.attributes):
+            return i
         if not self._put(formula_of_image(tag.attributes)):
             if is_math_image(tag.attributes):
                 self.lost += 1
@@ -355,8 +381,10 @@ class Layout:
         name, at, links, link_from = opened
         if at > len(self._buffer):
             return
+        if len(self._buffer) - at > 20:
+            return
         content = "".join(self._buffer[at:])
-        before = next((text for text in reversed(self._buffer[:at][-4:]) if text), "")
+        before = "".join(self._buffer[max(at - 3, 0) : at])[-100:]
         is_link = link_from >= 0 or self._links != links
         kind = "sub" if name == "sub" else "sup"
         if "\0" not in content and is_script_of(unescape(before), Piece(unescape(content), kind, False, is_link)):
@@ -381,11 +409,10 @@ class Layout:
 
     def inline_code(self, tag: Tag, i: int) -> int:
         """Code in a line between backticks; of several lines, between fences."""
-        j = end_of(self.parts, i, tag.name)
+        j = self._end_of(tag, i)
         tags = self.parts[i + 1 : j : 2]
-        if any(t.startswith(_NO_CODE) for t in tags):
-            self._stack.append(None)
-            return i
+        if not j or any(t.startswith(_NO_CODE) for t in tags):
+            return self._pass(i)
         if "br" in tags and text_of(self.parts, i, j).strip():
             return self.pre(tag, i)
         text = text_of(self.parts, i, j)
@@ -401,8 +428,8 @@ class Layout:
 
     def code_container(self, tag: Tag, i: int) -> int:
         """An element without `pre` whose lines are code."""
-        j = end_of(self.parts, i, tag.name)
-        if any(t == "pre" or t.startswith("pre ") for t in self.parts[i + 1 : j : 2]):
+        j = self._end_of(tag, i)
+        if not j or any(t == "pre" or t.startswith("pre ") for t in self.parts[i + 1 : j : 2]):
             return self.block_special(tag, i)
         return self.pre(tag, i)
 
@@ -423,6 +450,15 @@ class Layout:
             self.nodes[at].stop = len(self.blocks)
 
     # structure
+
+    def unspoken(self, tag: Tag, i: int) -> int:
+        """What is hidden from readers aloud: a decoration, unless a formula is in it."""
+        j = self._end_of(tag, i)
+        if j and not any(
+            t.startswith(("math", 'script type="math', "img", "annotation", "mjx")) for t in self.parts[i + 1 : j : 2]
+        ):
+            return j + 1
+        return self.block_special(tag, i) if tag.name in _BLOCKS or tag.name in _PARAGRAPHS else self._pass(i)
 
     def _block(self, block: Block) -> None:
         # quote marks would be part of the code
@@ -671,7 +707,7 @@ def _read(tag: str, name: str) -> Tag:
         return Tag(BREAKING, name, attributes)
     classes = attributes.get("class", "")
     if classes and (method := _typeset(classes)) and name not in VOID:
-        return Tag(SKIP if method == "skip" else SPECIAL, name, attributes, method=method)
+        return Tag(SPECIAL, name, attributes, method=method)
     if name in _SKIPPED or _is_hidden(attributes):
         return Tag(EMPTY if name in VOID or ">" in tag else SKIP, name, attributes)
     if name in VOID and name not in _METHODS:
@@ -693,6 +729,8 @@ def _read(tag: str, name: str) -> Tag:
         and (may_hold_formula(name, classes) or formula_of_attributes(name, attributes) is not None)
     ):
         return Tag(SPECIAL, name, attributes, hint, "attribute")
+    if attributes.get("aria-hidden") == "true" and name not in VOID:
+        return Tag(SPECIAL, name, attributes, hint, "unspoken")
     if name in ("div", "figure", "section", "table") or name in _INLINE:
         language = code.language_of(attributes) if classes and name not in _INLINE else ""
         if classes and name in ("div", "table") and not code.CONTAINERS.isdisjoint(classes.lower().split()):
@@ -721,13 +759,16 @@ def _typeset(classes: str) -> str:
         return (
             "mathjax" if any(name.startswith(("MathJax", "MJXc-display", "mjx-")) for name in classes.split()) else ""
         )
-    return "skip" if "mwe-math-fallback" in classes and "image" not in classes else ""
+    return ""
 
 
 def _is_hidden(attributes: Mapping[str, str]) -> bool:
     if "hidden" in attributes and attributes["hidden"] != "until-found":
         return True
     style = attributes.get("style", "")
+    # MediaWiki hides MathML from sight only
+    if "mwe-math" in attributes.get("class", ""):
+        return False
     return bool(style) and ("none" in style or "hidden" in style) and _HIDDEN.search(style) is not None
 
 

@@ -11,7 +11,7 @@ from selectolax.lexbor import LexborHTMLParser
 from alloy.data.web.element import Element
 
 VOID = frozenset(
-    "area base basefont bgsound br col embed frame hr img input keygen link meta param source track wbr".split()
+    str.split("area base basefont bgsound br col embed frame hr img input keygen link meta param source track wbr")
 )
 # their content is text whatever it looks like; they are one tag with it
 RAW = ("script", "style", "iframe", "noembed", "noframes", "xmp", "plaintext")
@@ -20,7 +20,7 @@ _ATTRIBUTE = re.compile(r' ([^\s=]+?)="([^"]*)"')
 # elements for each of which the parser looks up all that are open
 _BLOCK = re.compile(
     r"<(/?)(?:address|article|aside|blockquote|center|details|dir|div|dl|fieldset|figure|figcaption|footer|form|header|hgroup|li|dd|dt"
-    r"|main|menu|nav|ol|section|summary|table|td|ul|p)\b[^>]*>",
+    r"|listing|main|menu|nav|ol|pre|section|summary|table|td|ul|p)\b[^>]*>",
     re.IGNORECASE,
 )
 

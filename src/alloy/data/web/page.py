@@ -12,9 +12,10 @@ from alloy.data.web.delimiters import read_configuration
 from alloy.data.web.formula import Formula
 from alloy.data.web.layout import Layout
 from alloy.data.web.macros import closed, expand_macros, read_macros, without_definitions
-from alloy.data.web.markup import attributes_of, split, text_of
+from alloy.data.web.markup import attributes_of, split
 
 _ATOM = re.compile(r"\0d?(\d+)\0")
+_LINE_END = re.compile(r"(\\)(?=\n|$)")
 _TAGS = re.compile(
     r"<(?:!doctype|html|head|body|title|meta|div|p|span|a|table|br|h[1-6]|ul|ol|li|b|i|em|strong|pre|img|script|math)\b",
     re.IGNORECASE,
@@ -108,9 +109,8 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
         has_scripts,
     )
     layout.read()
-    if not layout.blocks:
-        # pages that show nothing without scripts
-        parts = split(re.sub(r"</?noscript[^>]*>", "", html, flags=re.IGNORECASE), options.max_depth, options.max_nodes)
+    if not layout.blocks and "<noscript" in html:
+        return render_html(html.replace("<noscript", "<div").replace("</noscript", "</div"), url, options)
     keep = kept_blocks(layout.blocks, layout.nodes, options.main_content)
     return _written([block for block, kept in zip(layout.blocks, keep, strict=True) if kept], layout, scripts, options)
 
@@ -125,13 +125,13 @@ def _written(blocks: list[Block], layout: Layout, scripts: list[str], options: R
         atom = layout.atoms[int(found[1])]
         if isinstance(atom, str):
             return atom
+        tex = expand_macros(without_definitions(atom.tex), known) if macros else atom.tex
+        if not tex:
+            return ""
         carriers.append(atom.carrier)
-        if macros:
-            tex = expand_macros(without_definitions(atom.tex), known)
-            atom = Formula(tex, atom.display, atom.carrier)
-            if not tex:
-                return ""
-        return atom.text.replace("\n", " ") if is_indented else atom.text
+        # a backslash at the end of a line is a space, and one before the dollar would escape it
+        tex = _LINE_END.sub(r"\1 ", tex) if "\\\n" in tex or tex[-1] == "\\" else tex
+        return Formula(tex.replace("\n", " ") if is_indented else tex, atom.display, atom.carrier).text
 
     is_indented = False
     parts: list[str] = []
@@ -139,7 +139,8 @@ def _written(blocks: list[Block], layout: Layout, scripts: list[str], options: R
     for block in blocks:
         is_indented = bool(block.prefix) or block.kind == "table"
         text = _ATOM.sub(shown, block.text) if "\0" in block.text and block.kind != "code" else block.text
-        if not text.strip():
+        text = text if block.kind == "code" else text.strip()
+        if not text:
             continue
         if block.kind == "heading":
             text = f"{'#' * block.level} {text}"

@@ -35,7 +35,7 @@ from alloy.data.io import read_documents
 from alloy.data.mixture import Batch, Mixture, Pack, Phase, Source
 from alloy.data.shards import MANIFEST, TokenCorpus
 from alloy.data.tokens import load_tokenizer, save_tokenizer, tokenize_corpus, train_tokenizer
-from alloy.errors import DataError, RecipeError, ResourceError
+from alloy.errors import RecipeError, ResourceError
 from alloy.losses.base import Loss
 from alloy.losses.likelihood import document_nats
 from alloy.losses.lm import count_labels, linear_cross_entropy, mtp_labels
