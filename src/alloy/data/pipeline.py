@@ -55,6 +55,8 @@ MANIFEST = "_manifest.json"
 log = get_logger(__name__)
 
 STAGES = Registry("stage")
+STAGES.add("seed", "alloy.data.stages.seed:Seed")
+STAGES.add("fetch", "alloy.data.stages.fetch:Fetch")
 STAGES.add("render", "alloy.data.stages.render:Render")
 STAGES.add("clean", "alloy.data.stages.clean:Clean")
 STAGES.add("score", "alloy.data.stages.score:Score")

@@ -96,7 +96,7 @@ class Member:
         stop: where it ends at the latest; a gzip member knows its end itself
     """
 
-    def __init__(self, data: mmap.mmap, place: int, kind: Kind, stop: int) -> None:
+    def __init__(self, data: mmap.mmap | bytes, place: int, kind: Kind, stop: int) -> None:
         self.data, self.place = data, place
         self.kind: Kind = kind
         self.end, self.fault = stop, ""
@@ -130,8 +130,13 @@ class Member:
             self.fault = "" if decoder.eof else CUT
 
 
+def map_file(file: IO[bytes]) -> mmap.mmap:
+    """The bytes of an open file, which is not empty."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class Members:
-    """The members of an open file.
+    """The members of a file.
 
     Attributes:
         data: the file, or what was unpacked of it
@@ -139,8 +144,8 @@ class Members:
         unpacked: a .gz of one member over many records; `data` is its plain content once `unpack` was called
     """
 
-    def __init__(self, file: IO[bytes], kind: Kind) -> None:
-        self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, data: mmap.mmap | bytes, kind: Kind) -> None:
+        self.data = data
         self.kind: Kind = kind
         if kind == "plain" and not _PLAIN_START.match(self.data):
             self.kind = min(MAGIC, key=self._first_as)
@@ -148,7 +153,8 @@ class Members:
 
     def close(self) -> None:
         """Release the bytes."""
-        self.data.close()
+        if isinstance(self.data, mmap.mmap):
+            self.data.close()
 
     def unpack(self) -> str:
         """Go on with the plain content, as a temporary file; what was wrong with the packed one ("" if nothing)."""
@@ -161,8 +167,8 @@ class Members:
                 fault = fault or member.fault
                 place = self.find(place + 1) if member.fault else member.end
             file.flush()
-            self.data.close()
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.close()
+            self.data = map_file(file)
         self.kind = "plain"
         return fault
 

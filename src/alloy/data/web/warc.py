@@ -13,14 +13,24 @@ import io
 import re
 from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from alloy.core.device import require
 from alloy.data.document import row_id
 from alloy.data.web.http_body import Limits, TooLargeError, decode_body
-from alloy.data.web.members import BLOCK_BYTES, CUT, HEADER_BYTES, Members, Stream, beginning, kind_of, stated_end
+from alloy.data.web.members import (
+    BLOCK_BYTES,
+    CUT,
+    HEADER_BYTES,
+    Members,
+    Stream,
+    beginning,
+    kind_of,
+    map_file,
+    stated_end,
+)
 from alloy.errors import DataError
 
 DamageKind = Literal[
@@ -127,6 +137,20 @@ def read_warc(
             yield Damage(size, "truncated" if fault == CUT else "corrupt", fault)
 
 
+def read_member(data: bytes, limits: Limits | None = None, name: str = "", offset: int = 0) -> list[Item]:
+    """What the bytes of one member hold, fetched from `offset` of the file `name`."""
+    if not data:
+        return [Damage(offset, "empty", "the range is empty")]
+    reader = _Reader(Members(data, kind_of(data)), limits or Limits(), False, Counter(), name)
+    items, _ = reader.alone(0)
+    for number, item in enumerate(items):
+        if isinstance(item, Page):
+            item.warc_record_offset = offset
+        else:
+            items[number] = replace(item, offset=item.offset + offset)
+    return items
+
+
 def split_warc(path: str | Path, part_bytes: int) -> list[tuple[int, int]]:
     """Byte ranges of about `part_bytes` that `read_warc` takes, covering the file; one if it cannot be cut."""
     path = Path(path)
@@ -164,7 +188,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Members | Damage:
         return Damage(
             0, "arc", "an ARC file, which is not read; convert it to WARC, for example with warcio recompress"
         )
-    return stack.enter_context(contextlib.closing(Members(file, kind)))
+    return stack.enter_context(contextlib.closing(Members(map_file(file), kind)))
 
 
 class _Reader:
@@ -185,7 +209,7 @@ class _Reader:
             doubtful = yield from self._run(place, stop)
             if doubtful is None:
                 return
-            items, place = self._alone(doubtful)
+            items, place = self.alone(doubtful)
             yield from items
 
     def _run(self, first: int, stop: int) -> Generator[Item, None, int | None]:
@@ -219,7 +243,7 @@ class _Reader:
     def _records(self, stream: Stream) -> Iterator[Any]:
         return self.fastwarc.ArchiveIterator(stream, parse_http=not self.verify)
 
-    def _alone(self, place: int) -> tuple[list[Item], int]:
+    def alone(self, place: int) -> tuple[list[Item], int]:
         """What the member at `place` holds, judged by itself, and where the next record is."""
         keep = self.limits.body_bytes + HEADER_BYTES
         member = self.members.member(place)
