@@ -51,30 +51,34 @@ _LINES = frozenset(
     top|trackbacks|tweet|twitter|unsubscribe|up|upload file|user menu|view all|view history|view more|view page source|
     view source|views|what links here|whatsapp|widgets|youtube""".replace("\n    ", "").split("|")
 )
+# what it says with other words around: at the beginning of a line, and anywhere
+_OPENINGS = re.compile(
+    r"""(?:©|\(c\)|copyright\b)\W{0,4}(?:copyright\W{0,4})?(?:\(c\)|©|by|the|\d{4})
+    |(?:skip|jump)\ to\b
+    |(?:terms\ (?:of|and)|by\ using\ this\ (?:site|website)|use\ of\ this\ (?:site|website))\b.{0,60}\b(?:use|service|conditions|terms|agree)\b
+    |(?:log|sign)\ ?(?:in|up|out)\b.{0,30}$
+    |(?:share|tweet|pin|print|email|e-mail|bookmark|report|like)\ (?:this|on|via|it|to)\b.{0,30}$
+    |(?:follow|like|find|join|visit)\ us\b
+    |(?:powered|generated|created|produced|built|made|hosted|designed|developed)\ (?:by|with|using|on)\b.{0,80}$
+    |(?:this\ )?(?:page|site|article|document)?\ ?(?:was\ )?last\ (?:updated|modified|edited|changed|revised|build)\b
+    |(?:back|return|go|scroll)\ to\ (?:the\ )?(?:top|home|homepage|main\ page|index|list)\b
+    |(?:leave|post|add|write|submit)\ a\ (?:comment|reply|review)\b
+    |\d[\d,.]*k?\ (?:comments?|replies|likes?|shares?|views?|votes?|followers?|answers)\b.{0,20}$
+    |(?:view|show|edit|see|read)\ (?:this|the|full|all|page|more|on)\b.{0,40}$
+    |(?:related|popular|recent|latest|trending|recommended|more)\ (?:posts?|articles?|links|pages|topics|questions|stories|news)\b.{0,30}$
+    |(?:posted|filed|tagged|published|categori[sz]ed)\ (?:in|under|by|on|at|with)\b.{0,100}$
+    |from\ .{1,40},\ the\ free\ encyclopedia
+    |(?:click|tap)\ here\b
+    |report\ (?:this|abuse|a\ problem|an\ error)\b""",
+    re.VERBOSE,
+)
 _SAYINGS = re.compile(
     r"""(?:all|some|no)\ rights\ reserved
-    |^(?:©|\(c\)|copyright\b)\W{0,4}(?:copyright\W{0,4})?(?:\(c\)|©|by|the|\d{4})
-    |^(?:skip|jump)\ to\b
     |\b(?:privacy|cookies?)\ (?:policy|notice|settings|preferences|statement)\b
-    |^(?:terms\ (?:of|and)|by\ using\ this\ (?:site|website)|use\ of\ this\ (?:site|website))\b.{0,60}\b(?:use|service|conditions|terms|agree)\b
     |\b(?:uses?|using|accept|allow|enable|these)\b.{0,30}\bcookies\b
     |\b(?:subscribe|sign\ up)\b.{0,40}\b(?:newsletter|mailing\ list|updates|feed|inbox|rss)\b
-    |^(?:log|sign)\ ?(?:in|up|out)\b.{0,30}$
     |\b(?:log|logged|sign|signed|register)\ ?(?:in|up)?\ to\ (?:post|reply|comment|vote|edit|continue|add|access|view)\b
-    |^(?:share|tweet|pin|print|email|e-mail|bookmark|report|like)\ (?:this|on|via|it|to)\b.{0,30}$
-    |^(?:follow|like|find|join|visit)\ us\b
-    |^(?:powered|generated|created|produced|built|made|hosted|designed|developed)\ (?:by|with|using|on)\b.{0,80}$
-    |^(?:this\ )?(?:page|site|article|document)?\ ?(?:was\ )?last\ (?:updated|modified|edited|changed|revised|build)\b
-    |^(?:back|return|go|scroll)\ to\ (?:the\ )?(?:top|home|homepage|main\ page|index|list)\b
-    |^(?:leave|post|add|write|submit)\ a\ (?:comment|reply|review)\b
-    |^\d[\d,.]*k?\ (?:comments?|replies|likes?|shares?|views?|votes?|followers?|answers)\b.{0,20}$
-    |^(?:view|show|edit|see|read)\ (?:this|the|full|all|page|more|on)\b.{0,40}$
-    |^(?:related|popular|recent|latest|trending|recommended|more)\ (?:posts?|articles?|links|pages|topics|questions|stories|news)\b.{0,30}$
-    |^(?:posted|filed|tagged|published|categori[sz]ed)\ (?:in|under|by|on|at|with)\b.{0,100}$
-    |\bjavascript\b.{0,40}\b(?:enabled?|disabled|required|browser)\b|\benable\ javascript\b
-    |^from\ .{1,40},\ the\ free\ encyclopedia
-    |^(?:click|tap)\ here\b
-    |^report\ (?:this|abuse|a\ problem|an\ error)\b""",
+    |\bjavascript\b.{0,40}\b(?:enabled?|disabled|required|browser)\b|\benable\ javascript\b""",
     re.VERBOSE,
 )
 # names of languages in themselves: two in a short line or block are a choice of languages
@@ -268,7 +272,7 @@ def _lines(block: str, is_edge: bool, suspects: set[str]) -> str:
     """What is left of a block of prose."""
     lines = block.split("\n")
     is_menu = is_edge and len(lines) >= 3 and _is_menu(block, lines)
-    has_links = "](" in block or "http" in block
+    has_links = block.count("](") + block.count("http") >= 3
     if (is_menu or (has_links and _link_share(block) > (0.5 if is_edge else 0.8))) and not _is_precious(block):
         return ""
     goes = [line in suspects and _is_site_line(line, is_edge) for line in lines]
@@ -295,21 +299,22 @@ def _table(block: str, is_edge: bool, suspects: set[str], shared: set[str]) -> s
 
 def _is_site_line(line: str, is_edge: bool) -> bool:
     """Whether only a site would write it."""
-    if _is_precious(line):
-        return False
     lower = line.lower()
+    said = lower.strip(_MARKS)
+    return (said in _LINES or _is_sites(line, lower, is_edge)) and not _is_precious(line)
+
+
+def _is_sites(line: str, lower: str, is_edge: bool) -> bool:
+    """As `_is_site_line`, for what is not in the list."""
     if len(line) > LONGEST_LINE:
         # a notice
         return is_edge and len(line) <= 4 * LONGEST_LINE and "cookie" in lower and _SAYINGS.search(lower) is not None
-    said = lower.strip(_MARKS)
-    if said in _LINES:
-        return True
-    words = _WORD.findall(lower)
     item = _ITEM.match(lower)
-    if _SAYINGS.search(lower[item.end() :] if item else lower.lstrip(_OPENING)):
+    text = lower[item.end() :] if item else lower.lstrip(_OPENING)
+    if _OPENINGS.match(text) or _SAYINGS.search(text):
         # an author may say it in a sentence
-        return is_edge or not (len(words) > 12 and line.rstrip()[-1:] == ".")
-    if is_edge and len(_LANGUAGES.intersection(words)) >= 2:
+        return is_edge or not (len(_WORD.findall(lower)) > 12 and line.rstrip()[-1:] == ".")
+    if is_edge and len(_LANGUAGES.intersection(_WORD.findall(lower))) >= 2:
         return True
     parts = [part for part in (part.strip(_MARKS) for part in _BAR.split(lower)) if part]
     known = sum(part in _LINES for part in parts)
