@@ -35,6 +35,11 @@ _SPENT = ("answers", "cached", "retries", "prompt_tokens", "completion_tokens")
 class LlmConfig(StageConfig):
     """Settings of every stage that asks a model."""
 
+    FREE = (
+        *StageConfig.FREE, "endpoint", "server", "max_in_flight", "max_retries", "timeout_s", "total_s", "backoff_s", "cache",
+        "trace", "usd_in", "usd_out",
+    )  # fmt: skip
+
     endpoint: Annotated[
         str | None, Field(description="Address of an OpenAI-compatible server; its key is in ALLOY_API_KEY.")
     ] = None

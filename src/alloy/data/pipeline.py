@@ -72,6 +72,9 @@ STAGES.add("tokenize", "alloy.data.stages.tokenize:Tokenize")
 class StageConfig(Config):
     """What every stage's table has."""
 
+    # settings on which no row depends: a run may go on with others
+    FREE: ClassVar[tuple[str, ...]] = ("input",)
+
     stage: str
     input: Annotated[
         list[str] | str | None,
@@ -225,7 +228,7 @@ def run_stage(
     for file, part in {part.files[0]: part for part in reversed(parts)}.items():
         require_columns(columns_of(part), stage.needs, config.stage, file)
     identity = [_identity(file) for file in [*files, *stage.reads()]]
-    settings = config.model_dump(mode="json", exclude={"input"})
+    settings = config.model_dump(mode="json", exclude=set(config.FREE))
     key = hashlib.sha256(json.dumps([settings, identity], sort_keys=True).encode()).hexdigest()[:32]
     out.mkdir(parents=True, exist_ok=True)
     with _writer(out, shared=executor.kind == "array"):
