@@ -66,7 +66,9 @@ def look_up(keys: Keys, hosts: Sequence[str], index: Sequence[str], least_status
     """
     held: list[pa.Table] = []
     # addresses stand in the index as they are, or reversed as names are
-    forward = [".".join(reversed(host.split(","))) for host in (h.partition(")")[0] for h in hosts) if _ADDRESS.match(host)]
+    forward = [
+        ".".join(reversed(host.split(","))) for host in (h.partition(")")[0] for h in hosts) if _ADDRESS.match(host)
+    ]
     hosts = sorted({*hosts, *(f"{host})" for host in forward)})
     for table in _matches(keys, hosts, index, least_status):
         held.append(table)
