@@ -182,6 +182,19 @@ def test_stage_of_rows_with_pointers(tmp_path: Path) -> None:
     assert manifest["seed"] == {"pages": 2, "copies": 1, "asked": 0, "found": 0}
 
 
+def test_rows_left_out(tmp_path: Path) -> None:
+    """A condition leaves out rows before the newest copy is chosen."""
+    base = {"warc_record_offset": 5, "warc_record_length": 6}
+    rows = [
+        {**base, "url": "https://a.example/x", "warc_filename": f, "fetch_time": t, "n": n}
+        for n, (f, t) in enumerate([("b", "2020"), ("c", "2024"), ("a", "2019")])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    run_stage(SeedConfig(only="n != 1"), [str(tmp_path / "in.parquet")], tmp_path / "out", SERIAL)
+    (table,) = read_part(Part(0, (str(tmp_path / "out" / "part-00000.parquet"),)), 1000)
+    assert table["warc_filename"].to_pylist() == ["b"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     """URLs without an index, and an index that is none, are named."""
     with pytest.raises(RecipeError, match=r"no column warc_filename.*give --index"):

@@ -47,7 +47,7 @@ class Seed(Stage[SeedConfig]):
                 f"{asks[0].files[0]} has no column warc_filename, so that its URLs must be looked up: give --index, "
                 "a folder or URL of Common Crawl's columnar index."
             )
-        job.map("keys", _Keys(job.work / "rows"))
+        job.map("keys", _Keys(job.work / "rows", self.config.only))
         tables = [pq.read_table(job.work / "rows" / f"{part.name}.parquet") for part in job.parts]
         keys = np.concatenate([table["key"].to_numpy() for table in tables])
         times = np.concatenate([table["time"].to_numpy() for table in tables])
@@ -105,8 +105,8 @@ class Seed(Stage[SeedConfig]):
 class _Keys:
     """Stores the key, host and time of each row of a part; time -1: no pointer."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, only: str | None) -> None:
+        self.folder, self.only = folder, only
 
     def start(self) -> None:
         pass
@@ -116,7 +116,7 @@ class _Keys:
 
     def run(self, part: Part, tick: Tick) -> Report:
         keys, hosts, times = [np.empty(0, np.uint64)], [], []
-        for table in read_part(part, 4096):
+        for table in read_part(part, 4096, self.only):
             urls = table["url"].to_pylist()
             keys.append(url_keys(urls))
             hosts += [host_key(url or "") for url in urls]
