@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import signal
@@ -287,3 +288,14 @@ def test_an_empty_file_is_an_empty_part(tmp_path: Path) -> None:
     manifest = run_stage(ShoutConfig(), [str(tmp_path / "a.parquet")], tmp_path / "out", SERIAL)
     assert manifest["rows_out"] == 0
     assert "cleaned_text" in pq.read_table(tmp_path / "out" / "part-00000.parquet").column_names
+
+
+def test_a_list_of_urls_is_rows(tmp_path: Path) -> None:
+    """One a line, compressed or not; comments and blank lines are none."""
+    text = "# wanted\nhttps://a.example/x\n\n  https://b.example/y \nhttps://c.example/z\n"
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "gone").write_text("b.example\n")
+    config = RemoveConfig(urls=tmp_path / "gone")
+    run_stage(config, [str(tmp_path / "a.txt"), str(tmp_path / "b.txt.gz")], tmp_path / "out", SERIAL)
+    assert pq.read_table(tmp_path / "out")["url"].to_pylist() == 2 * ["https://a.example/x", "https://c.example/z"]

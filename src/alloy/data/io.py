@@ -136,6 +136,14 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
         yield number, row, text
 
 
+def text_lines(file: Path) -> Iterator[str]:
+    """The lines of a text file, .gz and .zst too."""
+    offset = 0
+    for line in _lines(file):
+        yield _decode(line, file, offset)
+        offset += len(line)
+
+
 def _read_parquet(file: Path, column: str) -> Iterator[Document]:
     try:
         with pq.ParquetFile(file) as table:

@@ -22,10 +22,12 @@ from alloy.core.hub import text_path
 from alloy.core.runs import atomic_path
 from alloy.data.document import COLUMNS, row_id
 from alloy.data.filter import Filter
-from alloy.data.io import ROW_SUFFIXES, json_rows
+from alloy.data.io import ROW_SUFFIXES, json_rows, text_lines
 from alloy.errors import DataError
 
 WARC_SUFFIXES = (".warc", ".warc.gz", ".arc", ".arc.gz", ".warc.lz4")
+# lists of URLs, one a line
+LIST_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 HTML_SUFFIXES = (".html", ".htm", ".xhtml", ".ipynb", ".xml")
 FORMATS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst")
 ROW_GROUP_BYTES = 32 << 20
@@ -129,7 +131,7 @@ def _pieces(file: Path, part_bytes: int) -> Iterator[tuple[int, int | None, int]
                 start, held = group + 1, 0
         if not facts.num_row_groups:
             yield 0, 0, 0
-    elif file.name.endswith(ROW_SUFFIXES):
+    elif file.name.endswith((*ROW_SUFFIXES, *LIST_SUFFIXES)):
         yield 0, None, size
     else:
         raise DataError(f"{file} is none of {', '.join((*ROW_SUFFIXES, *WARC_SUFFIXES, *HTML_SUFFIXES))}; rename it.")
@@ -160,6 +162,8 @@ def _tables(part: Part, rows: int, losses: Losses) -> Iterator[pa.Table]:
         yield from _parquet_tables(file, part, rows)
     elif file.name.endswith(ROW_SUFFIXES):
         yield from _json_tables(file, rows)
+    elif file.name.endswith(LIST_SUFFIXES):
+        yield from _url_tables(file, rows)
     else:
         from alloy.data.web.pages import page_tables
 
@@ -174,6 +178,8 @@ def columns_of(part: Part) -> list[str]:
         names = _parquet(file).schema_arrow.names
     elif file.name.endswith(ROW_SUFFIXES):
         names = list(next(json_rows(file), (0, {}, ""))[1])
+    elif file.name.endswith(LIST_SUFFIXES):
+        names = ["url"]
     else:
         from alloy.data.web.pages import PAGE_COLUMNS
 
@@ -236,6 +242,20 @@ def _json_tables(file: Path, rows: int) -> Iterator[pa.Table]:
             held, first = [], last + 1
     if held:
         yield from _sliced(_with_ids(table(), file, start), rows)
+
+
+def _url_tables(file: Path, rows: int) -> Iterator[pa.Table]:
+    """One row a line of a list of URLs; lines that begin with # are none."""
+    row = 0
+    held: list[str] = []
+    for line in text_lines(file):
+        if url := line.strip():
+            held += [url] if not url.startswith("#") else []
+        if len(held) == rows:
+            yield _with_ids(pa.table({"url": held}), file, row)
+            row, held = row + len(held), []
+    if held:
+        yield _with_ids(pa.table({"url": held}), file, row)
 
 
 def _json_column(name: str, values: list[Any]) -> pa.Array:
