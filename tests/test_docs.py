@@ -1,7 +1,7 @@
 """Every command and Python block of README and docs runs.
 
 A block runs in a folder that holds what the pages name: CHECKPOINT (a small model with its tokenizer), FILE (a text), texts/,
-prompts.jsonl, chats.jsonl, my.toml. A block after `<!-- skip: reason -->` is left out, and so are blocks of another language.
+prompts.jsonl, chats.jsonl, page.html, my.toml. A block after `<!-- skip: reason -->` is left out, and so are blocks of another language.
 """
 
 import io
@@ -53,6 +53,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     Path("prompts.jsonl").write_text('{"id": "a", "prompt": "Return a"}\n')
     Path("chats.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}\n'
+    )
+    Path("page.html").write_text(
+        "<h1>Roots</h1><p>The root of two is $$\\sqrt{2} = 1.414\\ldots$$ and no fraction.</p>"
     )
     Path("my.toml").write_text('extends = ["pretrain/tiny.toml"]\n')
     tokenizer = train_tokenizer(SENTENCES, 280)

@@ -329,3 +329,15 @@ def test_partial_writes_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data)[:7]))
     atomic_write(tmp_path / "x", b"0123456789" * 5)
     assert (tmp_path / "x").read_bytes() == b"0123456789" * 5
+
+
+def test_half_written_files_of_the_dead_are_removed(tmp_path: Path) -> None:
+    """Of processes that run, and of other names, nothing is touched."""
+    (tmp_path / "stage").mkdir()
+    gone = [tmp_path / ".a.json.4194999.tmp", tmp_path / "stage" / ".part-00000.parquet.4194998.tmp"]
+    kept = [tmp_path / f".b.json.{os.getpid()}.tmp", tmp_path / ".c.tmp", tmp_path / "d.4194999.tmp"]
+    for path in (*gone, *kept):
+        path.write_text("{")
+    acquire_lock(tmp_path)
+    assert [path.exists() for path in gone] == [False, False]
+    assert all(path.exists() for path in kept)

@@ -185,6 +185,15 @@ def acquire_lock(path: Path) -> None:
         )
     finally:
         os.close(directory)
+    sweep(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers of this host that are gone have left half-written below `folder`."""
+    for leftover in folder.rglob(".*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and leftover.is_file():
+            leftover.unlink(missing_ok=True)
 
 
 def release_lock(path: Path) -> None:
