@@ -20,7 +20,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from alloy.bench.worker import machine
 from alloy.data.executors import Executor
 from alloy.data.pipeline import STAGES, run_stage
 from alloy.data.tokens import save_tokenizer, train_tokenizer
@@ -73,6 +72,9 @@ def settings(stage: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run the chain and print a table."""
+    # not above: processes of the stages import this file, and would load torch
+    from alloy.bench.worker import machine
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("warc", type=Path)
     parser.add_argument("--workers", type=int, default=2)

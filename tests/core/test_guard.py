@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -49,3 +51,17 @@ def test_a_child_is_replaced_after_so_many_calls() -> None:
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4]
     with Guard("test_guard:nothing", timeout_s=5.0, memory_bytes=2 << 30) as guard, pytest.raises(AttributeError):
         guard("pid")
+
+
+@pytest.mark.multi
+def test_a_guard_that_nobody_closes_lets_its_process_end() -> None:
+    """Neither the process nor the child stays."""
+    code = (
+        "from alloy.core.guard import Guard\n"
+        "if __name__ == '__main__':\n"
+        "    guard = Guard('os:getpid', timeout_s=5.0, memory_bytes=2 << 30)\n"
+        "    print(guard(), flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)

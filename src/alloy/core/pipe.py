@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.context import SpawnProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 # bytes of the message behind it
@@ -86,8 +87,11 @@ def beside(name: str, target: Callable[..., None], *arguments: object) -> Genera
                 process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        # a context that nobody ends, as in an object that is never closed, must not keep this process from ending
+        end = Finalize(None, process.kill, exitpriority=0)
         try:
             yield process, here
         finally:
+            end.cancel()
             process.kill()
             process.join()
