@@ -23,6 +23,38 @@ _BLOCK = re.compile(
     r"|listing|main|menu|nav|ol|pre|section|summary|table|td|ul|p)\b[^>]*>",
     re.IGNORECASE,
 )
+# XML up to its first element
+_SUBSET = re.compile(r"(\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*)<!DOCTYPE[^>\[]*\[(.*?)\]\s*>", re.DOTALL | re.IGNORECASE)
+_ENTITY = re.compile(r"<!ENTITY\s+([\w.-]+)\s+([\"'])(.{0,64}?)\2\s*>")
+_XML = re.compile(
+    r"<(?P<raw>script|style)\b[^<>]*(?<!/)>.*?(?:</(?P=raw)\s*>|\Z)|<!--.*?(?:-->|\Z)|<!\[CDATA\[(?P<data>.*?)(?:\]\]>|\Z)"
+    r"|<(?P<name>[A-Za-z][\w:.-]*)(?P<rest>(?=[\s/])[^<>]*)/>",
+    re.DOTALL,
+)
+# times that an entity of a page's own is written out
+MOST_ENTITIES = 10_000
+
+
+def of_xhtml(html: str, is_xml: bool = False) -> str:
+    """A page as HTML: without what only XML has, where the page says that it is XML.
+
+    That is entities that the DOCTYPE declares, CDATA, and elements without content in one tag, which a parser of HTML leaves open.
+    """
+    declared = _SUBSET.match(html) if "[" in html[:2000] else None
+    if declared is not None:
+        html = f"{declared[1]}<!DOCTYPE html>{html[declared.end() :]}"
+        for name, _, value in _ENTITY.findall(declared[2])[:100]:
+            html = html.replace(f"&{name};", value, MOST_ENTITIES)
+    return _XML.sub(_of_xml, html) if is_xml or html[:100].lstrip("\ufeff \t\r\n").startswith("<?xml") else html
+
+
+def _of_xml(found: re.Match[str]) -> str:
+    if found["data"] is not None:
+        return found["data"].replace("&", "&amp;").replace("<", "&lt;")
+    name = found["name"]
+    if name is None or name.lower() in VOID:
+        return found[0]
+    return f"<{name}{found['rest']}></{name}>"
 
 
 def split(html: str, deepest: int, most: int) -> list[str]:

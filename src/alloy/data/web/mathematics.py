@@ -24,6 +24,12 @@ class Mathematics(Walk):
             self._buffer.append(self._atom(what))
         return what is not None
 
+    def _put_for(self, what: Formula, i: int, j: int) -> int:
+        """Put a formula in place of the content from `i` to `j`, with the white space at the ends of that outside."""
+        before, behind = self.parts[i][:1].isspace(), self.parts[j - 1][-1:].isspace()
+        self._buffer.append(f"{' ' * before}{self._atom(what)}{' ' * behind}" if j > i else self._atom(what))
+        return j + 1
+
     def math(self, tag: Tag, i: int) -> int:
         """`math`, also with a prefix."""
         j = end_of(self.parts, i, tag.name)
@@ -104,8 +110,8 @@ class Mathematics(Walk):
 
     def _typeset(self, what: Formula | None, i: int, j: int) -> int:
         """Put a formula in place of the elements that draw it; without one they are read as text."""
-        if self._put(what):
-            return j + 1
+        if what is not None:
+            return self._put_for(what, i, j)
         if text_of(self.parts, i, j).strip():
             self.lost += 1
         return self._pass(i)
@@ -132,10 +138,10 @@ class Mathematics(Walk):
             return self.block_special(tag, i) if is_block else self._pass(i)
         if is_block:
             self._flush()
-        self._put(what)
+        end = self._put_for(what, i, j)
         if is_block:
             self._flush()
-        return j + 1
+        return end
 
     def _pieces(self, i: int, j: int) -> list[Piece]:
         pieces: list[Piece] = []

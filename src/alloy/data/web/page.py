@@ -8,11 +8,11 @@ from typing import Any, Literal
 from alloy.core.recipe import Config
 from alloy.data.web.code import fence
 from alloy.data.web.content import Block, MainContent, kept_blocks, uses_dollars
-from alloy.data.web.delimiters import DOLLARS, read_configuration
+from alloy.data.web.delimiters import DOLLARS, read_configuration, with_dollars
 from alloy.data.web.formula import Formula
 from alloy.data.web.layout import Layout
 from alloy.data.web.macros import closed, expand_macros, read_macros, without_definitions
-from alloy.data.web.markup import attributes_of, split
+from alloy.data.web.markup import attributes_of, of_xhtml, split
 
 _ATOM = re.compile(r"\0d?(\d+)\0")
 _LINE_END = re.compile(r"(\\)(?=\n|$)")
@@ -21,7 +21,7 @@ _TAGS = re.compile(
     re.IGNORECASE,
 )
 _XML = re.compile(
-    r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])",
+    r"\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])",
     re.IGNORECASE | re.DOTALL,
 )
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
@@ -85,12 +85,13 @@ def render_text(text: str, content_type: str = "", url: str = "", options: Rende
     ):
         return render_xml(text, options)
     if "html" in kind or _TAGS.search(text, 0, 20_000):
-        return render_html(text, url, options)
+        return render_html(of_xhtml(text, "xhtml" in kind), url, options)
     return Rendered(_cleaned(text), "text")
 
 
 def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> Rendered:
     """Text of an HTML page. Raises nothing, whatever the page holds."""
+    html = of_xhtml(html)
     parts = split(html, options.max_depth, options.max_nodes)
     tags = [tag for tag in parts[1::2] if tag[:6] == "script" and ">" in tag]
     sources = [attributes_of(tag[: tag.index(">")]).get("src", "") for tag in tags if " src=" in tag]
@@ -106,7 +107,7 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
         delimiters = replace(delimiters, inline=(*delimiters.inline, DOLLARS), is_loaded=True)
     layout = Layout(
         parts,
-        delimiters,
+        with_dollars(delimiters, html),
         options.keep_alt,
         options.max_cells,
         has_scripts,
