@@ -12,8 +12,8 @@ from alloy.data.web.formula import Formula
 from alloy.data.web.subsup import Piece, latex_of_pieces
 from alloy.data.web.tex import formula
 
-_OPENING = {**dict.fromkeys("⎛⎜⎝", "("), **dict.fromkeys("⎡⎢⎣", "["), **dict.fromkeys("⎧⎨⎩⎪", "\\{")}
-_CLOSING = {**dict.fromkeys("⎞⎟⎠", ")"), **dict.fromkeys("⎤⎥⎦", "]"), **dict.fromkeys("⎫⎬⎭", "\\}")}
+OPENING_PIECES = {**dict.fromkeys("⎛⎜⎝", "("), **dict.fromkeys("⎡⎢⎣", "["), **dict.fromkeys("⎧⎨⎩⎪", "\\{")}
+CLOSING_PIECES = {**dict.fromkeys("⎞⎟⎠", ")"), **dict.fromkeys("⎤⎥⎦", "]"), **dict.fromkeys("⎫⎬⎭", "\\}")}
 _LARGE = frozenset("∑∏∫⋃⋂∮")
 # words that no formula has: not functions applied to something
 _PROSE = re.compile(r"\b[A-Za-z]{3,}\b(?!\s*[(\[:_^])")
@@ -32,7 +32,7 @@ class Table:
 def formula_of_table(table: Table) -> Formula | None:
     """The display that a table is; None: it holds prose, or nothing of mathematics."""
     text = _text(table, 0)
-    is_built = any(c in _OPENING or c in _CLOSING or c in _LARGE for c in text)
+    is_built = any(c in OPENING_PIECES or c in CLOSING_PIECES or c in _LARGE for c in text)
     if len(_PROSE.findall(text)) > MOST_WORDS or not (is_built or _MARK.search(text)):
         return None
     return formula(_latex(table, 0), True, "table")
@@ -70,7 +70,7 @@ def _latex(table: Table, depth: int) -> str:
 
 def _fenced(cells: Sequence[str]) -> str:
     """Cells side by side; fences that come in pairs grow with what they hold."""
-    signs = [(_OPENING.get(cell[:1]), _CLOSING.get(cell[:1])) for cell in cells]
+    signs = [(OPENING_PIECES.get(cell[:1]), CLOSING_PIECES.get(cell[:1])) for cell in cells]
     depth, is_paired = 0, True
     for opening, closing in signs:
         depth += (opening is not None) - (closing is not None)
@@ -91,7 +91,7 @@ def _cell(cell: Sequence["Piece | Table"], depth: int) -> str:
     text = "".join(part.text for part in cell if isinstance(part, Piece))
     if (
         (bare := "".join(text.split()))
-        and all(c in _OPENING or c in _CLOSING for c in bare)
+        and all(c in OPENING_PIECES or c in CLOSING_PIECES for c in bare)
         and len(cell) == sum(isinstance(p, Piece) for p in cell)
     ):
         return bare[0]

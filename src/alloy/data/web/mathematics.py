@@ -1,10 +1,13 @@
 """Formulas of a page that elements hold: what their tags mean for the walk."""
 
+import re
+
 from alloy.data.web import asciimath
 from alloy.data.web.attributes import formula_of_attributes, formula_of_text
 from alloy.data.web.element import Element
 from alloy.data.web.formula import Formula
 from alloy.data.web.glyphs import formula_of_katex, formula_of_mathjax
+from alloy.data.web.html_math import formula_of_html
 from alloy.data.web.images import formula_of_image, is_math_image
 from alloy.data.web.markup import VOID, element_of, end_of, name_of, split, text_of, unescape
 from alloy.data.web.mathml import math_of, tex_of_glyph_lines
@@ -12,6 +15,8 @@ from alloy.data.web.subsup import Piece, formula_of_texhtml, is_script_of
 from alloy.data.web.tags import BLOCKS, PARAGRAPHS, Tag
 from alloy.data.web.tex import formula
 from alloy.data.web.walk import Walk
+
+_DELIMITER = re.compile(r"\$|\\[(\[]")
 
 
 class Mathematics(Walk):
@@ -130,6 +135,9 @@ class Mathematics(Walk):
             text = text_of(self.parts, i, j)
             if len(text) < 20_000:
                 what = formula_of_text(tag.name, tag.attributes, text, bool(tags))
+            names = tag.attributes.get("class", "").split()
+            if what is None and "formula" in names and tags and not _DELIMITER.search(text):
+                what = formula_of_html(element_of(self.parts, i, j, self.parts[i - 1]), is_block)
             if what is None and "texhtml" in tag.attributes.get("class", ""):
                 what = formula_of_texhtml(self._pieces(i, j))
         if what is None:
