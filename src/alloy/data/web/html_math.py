@@ -22,7 +22,12 @@ _TEXTS = frozenset(["text", "textrm", "textsf", "texttt", "unit", "mbox"])
 _UNSEEN = frozenset(["ignored", "phantom", "radical", "leftdot", "rightdot", "label", "eqnumber"])
 _FRACTIONS = frozenset(["fraction", "fullfraction", "textfraction", "nicefrac"])
 _TABLES = frozenset(["array", "bracketcases", "cases", "environment", "align", "matrix"])
-_LINES = {"overline": ("mover", "‾"), "underline": ("munder", "_"), "overbrace": ("mover", "⏞"), "underbrace": ("munder", "⏟")}
+_LINES = {
+    "overline": ("mover", "‾"),
+    "underline": ("munder", "_"),
+    "overbrace": ("mover", "⏞"),
+    "underbrace": ("munder", "⏟"),
+}
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[A-Za-z]+|\s+|.", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]{3,}")
 
@@ -78,7 +83,9 @@ def _one(node: Element, classes: set[str], depth: int, font: str) -> list[Elemen
     if classes & _UNSEEN:
         return []
     if classes & _TEXTS:
-        return [Element("mtext", text=node.word().join((" " * node.text[:1].isspace(), " " * node.text[-1:].isspace())))]
+        return [
+            Element("mtext", text=node.word().join((" " * node.text[:1].isspace(), " " * node.text[-1:].isspace())))
+        ]
     if classes & _FRACTIONS:
         return [Element("mfrac", children=[_part(node, name, depth, font) for name in ("numerator", "denominator")])]
     if "binom" in classes or "binomial" in classes:

@@ -1,5 +1,7 @@
 """Blocks of a page: code, headings, lists and tables, beside the formulas and the text."""
 
+import re
+
 from alloy.data.web import code, tables
 from alloy.data.web.content import Block, Node
 from alloy.data.web.markup import end_of, text_of
@@ -8,6 +10,7 @@ from alloy.data.web.tags import BLOCKS, PARAGRAPHS, Tag
 
 # lists and quotes inside more of them are not indented further
 DEEPEST_PREFIX = 40
+_SCRIPT = re.compile(r"[_^]\{[^{}]*\}$")
 
 
 class Layout(Mathematics):
@@ -42,6 +45,9 @@ class Layout(Mathematics):
         text = text_of(self.parts, i, j)
         if text.count("\n") > 2 and tag.name == "code" and code.language_of(tag.attributes):
             return self.pre(tag, i)
+        if self._buffer and _SCRIPT.search(self._buffer[-1]):
+            # goes on with what has scripts
+            return self._pass(i)
         shown = code.inline_code(text)
         if shown:
             edges = " " if text[:1].isspace() else "", " " if text[-1:].isspace() else ""

@@ -24,7 +24,9 @@ _BLOCK = re.compile(
     re.IGNORECASE,
 )
 # XML up to its first element
-_SUBSET = re.compile(r"(\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*)<!DOCTYPE[^>\[]*\[(.*?)\]\s*>", re.DOTALL | re.IGNORECASE)
+_SUBSET = re.compile(
+    r"(\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*)<!DOCTYPE[^>\[]*\[(.*?)\]\s*>", re.DOTALL | re.IGNORECASE
+)
 _ENTITY = re.compile(r"<!ENTITY\s+([\w.-]+)\s+([\"'])(.{0,64}?)\2\s*>")
 _XML = re.compile(
     r"<(?P<raw>script|style)\b[^<>]*(?<!/)>.*?(?:</(?P=raw)\s*>|\Z)|<!--.*?(?:-->|\Z)|<!\[CDATA\[(?P<data>.*?)(?:\]\]>|\Z)"

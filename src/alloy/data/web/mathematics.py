@@ -16,6 +16,7 @@ from alloy.data.web.tags import BLOCKS, PARAGRAPHS, Tag
 from alloy.data.web.tex import formula
 from alloy.data.web.walk import Walk
 
+_ATOM = re.compile(r"\0(\d+)\0")
 _DELIMITER = re.compile(r"\$|\\[(\[]")
 
 
@@ -190,13 +191,22 @@ class Mathematics(Walk):
             return
         if len(self._buffer) - at > 20:
             return
-        content = "".join(self._buffer[at:])
-        before = "".join(self._buffer[max(at - 3, 0) : at])[-100:]
+        content = self._without_code("".join(self._buffer[at:]))
+        base = self._without_code(self._buffer[at - 1]) if at else ""
+        before = ("".join(self._buffer[max(at - 3, 0) : max(at - 1, 0)]) + base)[-100:]
         is_link = link_from >= 0 or self._links != links
         kind = "sub" if name == "sub" else "sup"
         if "\0" not in content and is_script_of(unescape(before), Piece(unescape(content), kind, False, is_link)):
-            del self._buffer[at:]
-            self._buffer.append(f"{'_' if kind == 'sub' else '^'}{{{content.strip()}}}")
+            del self._buffer[max(at - 1, 0) :]
+            self._buffer += (base, f"{'_' if kind == 'sub' else '^'}{{{content.strip()}}}")
+
+    def _without_code(self, text: str) -> str:
+        """Text with the letters of code in it: code that has scripts is mathematics."""
+        return _ATOM.sub(self._letters, text) if "\0" in text else text
+
+    def _letters(self, found: re.Match[str]) -> str:
+        atom = self.atoms[int(found[1])]
+        return found[0] if isinstance(atom, Formula) or "``" in atom else atom.strip("`").replace("&", "&amp;")
 
 
 def _math_in(source: str) -> Formula | None:
