@@ -81,7 +81,7 @@ TABLES = {
     "one column": ("<table><tr><td>a<tr><td>b</table>", "a\n\nb"),
     "presentation": ("<table role=presentation><tr><td>a<td>b<tr><td>c<td>d</table>", "a\n\nb\n\nc\n\nd"),
     "blocks": ("<table><tr><td><h2>a</h2><td>b<tr><td>c<td>d</table>", "## a\n\nb\n\nc\n\nd"),
-    "display": ("<table class='display dcenter'><tr><td>f(x) =<td>1</table>", "f(x) = 1"),
+    "display": ("<table class='display dcenter'><tr><td>f(x) =<td>1</table>", "$$f(x) =1$$"),
     "nested": (
         "<table><tr><th>a<th>b<tr><td>c<td><table><tr><td>d<td>e</table></table>",
         "| a | b |\n| --- | --- |\n| c | d e |",
@@ -128,11 +128,20 @@ MATHEMATICS = {
     "class": ("<span class=math>\\alpha</span>", "$\\alpha$", "tex"),
     "texhtml": ("<span class=texhtml><i>x</i><sup>2</sup></span>", "$x^{2}$", "subsup"),
     "delimiters": ("<p>a \\(x&lt;y\\) b", "a $x<y$ b", "tex"),
+    "less than a letter": ("<p>a \\(0<x<b\\) b", "a $0<x<b$ b", "tex"),
+    "less than in a display": ("<p>a $$|x|<\\delta,y<z$$<p>b", "a\n$$|x|<\\delta,y<z$$\n\nb", "tex"),
+    "tag in a formula": ("<p>a \\(x<b>y</b> <em>z</em>\\) b", "a $xy z$ b", "tex"),
     "display in text": ("<p>a \\[x\ny\\] b", "a\n$$x\ny$$\nb", "tex"),
     "in a list": ("<ul><li>\\[x\ny\\]</ul>", "- $$x y$$", "tex"),
     "environment": ("<p>\\begin{align}a&amp;b\\\\c\\end{align}", "$$\\begin{align}a&b\\\\c\\end{align}$$", "tex"),
     "mtext of white space": ("<p>a <math><mi>k</mi><mtext>\n  .\n </mtext></math> b", "a $k.$ b", "mathml"),
     "white space inside": ("<p>a <span class=math>\\(k\\) </span>b", "a $k$ b", "tex"),
+    "display table": (
+        "<table class='display dcenter'><tr><td>√<td>e<sup>−x</sup><td>⎛<br>⎝<td><table class=display><tr><td>sin<i>x</i><tr><td><hr><tr><td>2"
+        "</table><td>⎞<br>⎠</table>",
+        "$$\\surd e^{-x}\\left(\\frac{\\sin x}{2}\\right)$$",
+        "table",
+    ),
     "docutils": (
         "<p>a <span class=formula><i>A</i><sub><span class=text>c</span></sub> = <span class=fraction><span class=ignored>(</span>"
         "<span class=numerator><i>π</i></span><span class=ignored>)/(</span><span class=denominator>4</span><span class=ignored>)"

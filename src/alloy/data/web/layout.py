@@ -161,6 +161,10 @@ class Layout(Mathematics):
         """A table; whether of data or for layout is known at its end."""
         self._flush()
         classes = tag.attributes.get("class", "").lower().split()
+        is_inner = bool(self._tables) and self._tables[-1].is_display
+        if "display" in classes and not is_inner and (end := self.display_table(tag, i)):
+            self._flush()
+            return end
         is_layout = tag.attributes.get("role") in ("presentation", "none") or "layout" in classes
         table = tables.Table(len(self.blocks), len(self.nodes), is_layout, "display" in classes)
         self._stack.append((self._end_table, (table, self._prefix, self._marker, self._lists, len(self.nodes))))

@@ -59,6 +59,28 @@ def _of_xml(found: re.Match[str]) -> str:
     return f"<{name}{found['rest']}></{name}>"
 
 
+# formulas longer than this are not looked through for a `<` that is no tag
+LONGEST_TEX = 2000
+_LESS = re.compile(
+    r"<(?![A-Za-z][\w:-]{2,}(?:\s[^<>]*)?/?>|(?:[abipsuq]|h[1-6r]|br|em|li|d[ldt]|t[dhrt]|[uo]l|r[pt]|m[inos])(?:\s[^<>]*)?/?>)(?=[A-Za-z])",
+    re.IGNORECASE,
+)
+
+
+def with_less_than(html: str) -> str:
+    """A page whose `\\(x<y\\)` a parser does not take for a tag."""
+    for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$")):
+        parts, at, start = list[str](), 0, html.find(left)
+        while start >= 0:
+            stop = html.find(right, start + 2, start + LONGEST_TEX)
+            if stop >= 0 and html.find("<", start, stop) >= 0:
+                parts += (html[at:start], _LESS.sub("&lt;", html[start:stop]))
+                at = stop
+            start = html.find(left, start + 2 if stop < 0 else stop + 2)
+        html = "".join(parts) + html[at:] if parts else html
+    return html
+
+
 def split(html: str, deepest: int, most: int) -> list[str]:
     """Texts at even places, tags without their angle brackets at odd ones, beginning and ending with a text.
 
@@ -71,6 +93,7 @@ def split(html: str, deepest: int, most: int) -> list[str]:
         html = html.replace("\0", "")
     if html.count("<") > 4 * deepest:
         html = _flattened(html, deepest)
+    html = with_less_than(html)
     parts = _TAG.split(LexborHTMLParser(html).html or "", maxsplit=most)
     if len(parts) > 2 * most:
         parts[-1] = ""

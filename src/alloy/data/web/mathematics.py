@@ -10,12 +10,14 @@ from alloy.data.web.glyphs import formula_of_katex, formula_of_mathjax
 from alloy.data.web.html_math import formula_of_html
 from alloy.data.web.images import formula_of_image, is_math_image
 from alloy.data.web.markup import VOID, element_of, end_of, name_of, split, text_of, unescape
+from alloy.data.web.math_table import formula_of_table, table_of
 from alloy.data.web.mathml import math_of, tex_of_glyph_lines
 from alloy.data.web.subsup import Piece, formula_of_texhtml, is_script_of
 from alloy.data.web.tags import BLOCKS, PARAGRAPHS, Tag
 from alloy.data.web.tex import formula
 from alloy.data.web.walk import Walk
 
+_TYPESET = ("math", "script", "img", "pre", "ul", "ol", "mjx")
 _ATOM = re.compile(r"\0(\d+)\0")
 _DELIMITER = re.compile(r"\$|\\[(\[]")
 
@@ -32,8 +34,11 @@ class Mathematics(Walk):
 
     def _put_for(self, what: Formula, i: int, j: int) -> int:
         """Put a formula in place of the content from `i` to `j`, with the white space at the ends of that outside."""
-        before, behind = self.parts[i][:1].isspace(), self.parts[j - 1][-1:].isspace()
-        self._buffer.append(f"{' ' * before}{self._atom(what)}{' ' * behind}" if j > i else self._atom(what))
+        if self.parts[i][:1].isspace() and j > i:
+            self._buffer.append(" ")
+        self._put(what)
+        if self.parts[j - 1][-1:].isspace() and j > i:
+            self._buffer.append(" ")
         return j + 1
 
     def math(self, tag: Tag, i: int) -> int:
@@ -167,6 +172,14 @@ class Mathematics(Walk):
             elif (name := name_of(tag)) not in VOID:
                 names.append(name)
         return pieces
+
+    def display_table(self, tag: Tag, i: int) -> int:
+        """Place behind a table that is a display, its formula put; 0 where it is none."""
+        j = self._end_of(tag, i)
+        if not j or any(t.startswith(_TYPESET) for t in self.parts[i + 1 : j : 2]):
+            return 0
+        what = formula_of_table(table_of(element_of(self.parts, i, j, "table")))
+        return self._put_for(what, i, j) if what is not None else 0
 
     def image(self, tag: Tag, i: int) -> int:
         """Images of formulas; others leave their text only if asked to."""

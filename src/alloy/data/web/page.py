@@ -3,7 +3,9 @@
 import json
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from alloy.core.recipe import Config
 from alloy.data.web.code import fence
@@ -31,16 +33,19 @@ _MARKUP = re.compile(r"<!--.*?-->|<[?!]?/?[A-Za-z][^<>]*>|<!--|<!\[CDATA\[.*?\]\
 class RenderOptions(Config):
     """What is kept of a page, and how large it may be."""
 
-    # drop navigation, headers and footers: not at all, where they are sure, or wherever they are likely
-    main_content: MainContent = "safe"
-    # texts of images that are no formulas
-    keep_alt: bool = False
-    # write out macros that the page defines in one line
-    expand_macros: bool = True
-    # elements behind which a page is cut, blocks in each other, cells of a table that is written as one
-    max_nodes: int = 2_000_000
-    max_depth: int = 4096
-    max_cells: int = 200_000
+    main_content: Annotated[
+        MainContent,
+        Field(description="off: keep all; safe: drop navigation where it is sure; strict: wherever it is likely."),
+    ] = "safe"
+    keep_alt: Annotated[bool, Field(description="Keep the texts of images that are no formulas.")] = False
+    expand_macros: Annotated[bool, Field(description="Write out macros that the page defines in one line.")] = True
+    max_nodes: Annotated[int, Field(ge=1, description="Tags of a page; what stands behind them is left out.")] = (
+        2_000_000
+    )
+    max_depth: Annotated[int, Field(ge=1, description="Blocks inside each other; deeper ones are flattened.")] = 4096
+    max_cells: Annotated[int, Field(ge=1, description="Cells of a table; a larger one is not written as a table.")] = (
+        200_000
+    )
 
 
 @dataclass(frozen=True, slots=True)
