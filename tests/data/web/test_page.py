@@ -128,7 +128,7 @@ MATHEMATICS = {
     "class": ("<span class=math>\\alpha</span>", "$\\alpha$", "tex"),
     "texhtml": ("<span class=texhtml><i>x</i><sup>2</sup></span>", "$x^{2}$", "subsup"),
     "delimiters": ("<p>a \\(x&lt;y\\) b", "a $x<y$ b", "tex"),
-    "less than a letter": ("<p>a \\(0<x<b\\) b", "a $0<x<b$ b", "tex"),
+    "less than a letter": ("<p>a \\(0<x<b\\) b</p>", "a $0<x<b$ b", "tex"),
     "less than in a display": ("<p>a $$|x|<\\delta,y<z$$<p>b", "a\n$$|x|<\\delta,y<z$$\n\nb", "tex"),
     "tag in a formula": ("<p>a \\(x<b>y</b> <em>z</em>\\) b", "a $xy z$ b", "tex"),
     "display in text": ("<p>a \\[x\ny\\] b", "a\n$$x\ny$$\nb", "tex"),
