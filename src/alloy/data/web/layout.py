@@ -38,9 +38,9 @@ class Layout(Mathematics):
         """Code in a line between backticks; of several lines, between fences."""
         j = self._end_of(tag, i)
         tags = self.parts[i + 1 : j : 2]
-        if not j or any(t.startswith(_NO_CODE) for t in tags):
+        if not j or (tags and any(t.startswith(_NO_CODE) for t in tags)):
             return self._pass(i)
-        if "br" in tags and text_of(self.parts, i, j).strip():
+        if tags and "br" in tags and text_of(self.parts, i, j).strip():
             return self.pre(tag, i)
         text = text_of(self.parts, i, j)
         if text.count("\n") > 2 and tag.name == "code" and code.language_of(tag.attributes):
@@ -82,18 +82,18 @@ class Layout(Mathematics):
     def heading(self, tag: Tag, i: int) -> int:
         """A heading."""
         self._flush()
-        self._stack.append((self._end_heading, (int(tag.name[1]), len(self.blocks))))
+        self._stack.append((self._end_heading, (int(tag.name[1]), len(self.blocks), len(self.nodes))))
         return i
 
-    def _end_heading(self, opened: tuple[int, int]) -> None:
+    def _end_heading(self, opened: tuple[int, int, int]) -> None:
         self._flush()
-        level, start = opened
+        level, start, node = opened
         inner = self.blocks[start:]
         if not inner or any(block.kind != "text" for block in inner):
             return
         text = " ".join(block.text.replace("\n", " ") for block in inner)
         first = inner[0]
-        del self.blocks[start:]
+        del self.blocks[start:], self.nodes[node:]
         links = sum(block.links for block in inner)
         has_math = any(block.has_math for block in inner)
         self.blocks.append(Block("heading", text, first.prefix, first.marker, links, has_math, False, level))

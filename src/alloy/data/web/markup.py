@@ -61,7 +61,6 @@ def _of_xml(found: re.Match[str]) -> str:
 
 # formulas longer than this are not looked through for a `<` that is no tag
 LONGEST_TEX = 2000
-_END_OF_TEX = re.compile(r"\\[)\]]|\$\$")
 _LESS = re.compile(
     r"<(?![A-Za-z][\w:-]{2,}(?:\s[^<>]*)?/?>|(?:[abipsuq]|h[1-6r]|br|em|li|d[ldt]|t[dhrt]|[uo]l|r[pt]|m[inos])(?:\s[^<>]*)?/?>)(?=[A-Za-z])",
     re.IGNORECASE,
@@ -95,10 +94,6 @@ def split(html: str, deepest: int, most: int) -> list[str]:
     if html.count("<") > 4 * deepest:
         html = _flattened(html, deepest)
     parts = _TAG.split(LexborHTMLParser(html).html or "", maxsplit=most)
-    # a tag with the end of a formula in it may be what stands behind a less-than sign
-    if any(_END_OF_TEX.search(tag) for tag in set(parts[1::2]) if not tag.startswith(("script", "style"))):
-        mended = with_less_than(html)
-        parts = _TAG.split(LexborHTMLParser(mended).html or "", maxsplit=most) if mended != html else parts
     if len(parts) > 2 * most:
         parts[-1] = ""
     return parts
@@ -128,6 +123,8 @@ def unescape(text: str) -> str:
 def end_of(parts: list[str], i: int, name: str) -> int:
     """Place of the closing tag of an element `name` whose content begins at `i`."""
     closing, opening = f"/{name}", f"{name} "
+    if i + 1 < len(parts) and parts[i + 1] == closing:
+        return i + 1
     depth = 1
     while True:
         at = i

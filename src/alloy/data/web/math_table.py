@@ -6,7 +6,7 @@ Observed: a row of cells is a row of mathematics; three rows with an empty or ru
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from alloy.data.web.element import Element
@@ -41,27 +41,28 @@ def table_of(element: Element, depth: int = 0) -> Table:
         child = waiting.pop()
         if child.tag == "tr":
             cells = [cell for cell in child.children if cell.tag in ("td", "th")]
-            rows.append([_parts(cell, Piece(""), depth) for cell in cells])
+            rows.append([_parts(cell, "text", False, depth) for cell in cells])
         elif child.tag != "table":
             waiting.extend(reversed(child.children))
     return Table(rows)
 
 
-def _parts(element: Element, around: Piece, depth: int) -> list["Piece | Table"]:
-    """Pieces and tables in an element; `around` says what is true of its text."""
+def _parts(
+    element: Element, kind: Literal["text", "sub", "sup"], is_italic: bool, depth: int
+) -> list["Piece | Table"]:
+    """Pieces and tables in an element that stands in a script or in italics, or not."""
     if depth > DEEPEST:
         return []
     if element.tag == "table":
-        return [replace(table_of(element, depth + 1), kind=around.kind)]
-    around = Piece(
-        "",
-        "sub" if element.tag == "sub" else "sup" if element.tag == "sup" else around.kind,
-        around.is_italic or element.tag in ("i", "em", "var"),
-        around.is_link or element.tag == "a",
-    )
-    parts: list[Piece | Table] = [replace(around, text=element.text)] if element.text.strip() else []
+        return [Table(table_of(element, depth + 1).rows, kind)]
+    kind = "sub" if element.tag == "sub" else "sup" if element.tag == "sup" else kind
+    is_italic = is_italic or element.tag in ("i", "em", "var")
+    parts: list[Piece | Table] = [Piece(element.text, kind, is_italic)] if element.text.strip() else []
     for child in element.children:
-        parts.extend(_parts(child, around, depth + 1))
+        if child.tag == "#text":
+            parts.append(Piece(child.text, kind, is_italic))
+        elif child.text or child.children:
+            parts.extend(_parts(child, kind, is_italic, depth + 1))
     return parts
 
 

@@ -27,6 +27,11 @@ class Mathematics(Walk):
 
     __slots__ = ()
 
+    def less_than(self, tag: Tag, i: int) -> int:
+        """A formula that was taken for a tag: the page must be parsed again."""
+        self.is_cut = True
+        return i
+
     def _put(self, what: Formula | None) -> bool:
         if what is not None:
             self._buffer.append(self._atom(what))

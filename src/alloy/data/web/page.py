@@ -14,7 +14,7 @@ from alloy.data.web.delimiters import DOLLARS, read_configuration, with_dollars
 from alloy.data.web.formula import Formula
 from alloy.data.web.layout import Layout
 from alloy.data.web.macros import closed, expand_macros, read_macros, without_definitions
-from alloy.data.web.markup import attributes_of, of_xhtml, split
+from alloy.data.web.markup import attributes_of, of_xhtml, split, with_less_than
 
 _ATOM = re.compile(r"\0d?(\d+)\0")
 _LINE_END = re.compile(r"(\\)(?=\n|$)")
@@ -118,6 +118,8 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
         has_scripts,
     )
     layout.read()
+    if layout.is_cut and (mended := with_less_than(html)) != html:
+        return render_html(mended, url, options)
     if not layout.blocks and "<noscript" in html:
         return render_html(html.replace("<noscript", "<div").replace("</noscript", "</div"), url, options)
     keep = kept_blocks(layout.blocks, layout.nodes, options.main_content)

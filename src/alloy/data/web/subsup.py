@@ -132,6 +132,8 @@ def joined(parts: Iterable[str]) -> str:
 
 
 def _symbols(piece: Piece) -> str:
+    if piece.text.isascii() and piece.text.isalnum() and (len(piece.text) == 1 or piece.text.isdigit()):
+        return piece.text
     parts: list[str] = []
     for token in _TOKEN.findall(piece.text):
         if token.isspace() or token in "\u2004\u2009\u200a\xa0":

@@ -25,6 +25,7 @@ class Walk:
     Attributes:
         parts: texts and tags of `markup.split`.
         atoms: formulas and inline code that the blocks hold as `\\0index\\0`.
+        is_cut: whether a less-than sign in a formula was taken for the beginning of a tag.
         lost: formulas that were seen but not understood.
     """
 
@@ -37,6 +38,7 @@ class Walk:
     nodes: list[Node] = field(default_factory=list[Node])
     atoms: list[Formula | str] = field(default_factory=list["Formula | str"])
     lost: int = 0
+    is_cut: bool = False
     _buffer: list[str] = field(default_factory=list[str])
     _stack: list["Closing"] = field(default_factory=list["Closing"])
     _prefix: str = ""
@@ -69,7 +71,8 @@ class Walk:
                 if closing is None:
                     continue
                 if closing.__class__ is int:
-                    flush()
+                    if buffer:
+                        flush()
                     if closing >= 0:  # pyright: ignore[reportOperatorIssue]
                         self.nodes[closing].stop = len(self.blocks)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 else:
@@ -86,11 +89,13 @@ class Walk:
                 if self._link_from < 0:
                     self._link_from = len(buffer)
             elif kind == BLOCK:
-                flush()
+                if buffer:
+                    flush()
                 push(len(self.nodes))
                 self.nodes.append(Node(opened.name, opened.hint, len(self.blocks)))
             elif kind == PARAGRAPH:
-                flush()
+                if buffer:
+                    flush()
                 push(-1)
             elif kind == BREAKING:
                 add(BREAK)
