@@ -11,6 +11,7 @@ pytest.importorskip("selectolax")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alloy.data.web.extraction import normalize
 from alloy.data.web.page import RenderOptions, render_html, render_notebook, render_text, render_xml
 
 ALL = RenderOptions(main_content="off")
@@ -66,6 +67,11 @@ CODE = {
     "several lines": ("<p><code>a<br>b</code></p>", "```\na\nb\n```"),
     "xmp": ("<xmp><b>x</b></xmp>", "```\n<b>x</b>\n```"),
     "in a quote": ("<blockquote>a<pre>b\nc</pre></blockquote>", "> a\n\n```\nb\nc\n```"),
+    "code in code": (
+        "<pre><code>&gt; </code><b><code>f 1\n</code></b>2\n<code>&gt; </code><b><code>g</code></b></pre>",
+        "```\n> f 1\n2\n> g\n```",
+    ),
+    "a code for each line": ("<pre><code>a</code>\n<code> b</code></pre>", "```\na\n b\n```"),
     "entities": ("<pre>a &lt; b &amp;&amp; c</pre>", "```\na < b && c\n```"),
 }
 TABLES = {
@@ -75,7 +81,7 @@ TABLES = {
     "one column": ("<table><tr><td>a<tr><td>b</table>", "a\n\nb"),
     "presentation": ("<table role=presentation><tr><td>a<td>b<tr><td>c<td>d</table>", "a\n\nb\n\nc\n\nd"),
     "blocks": ("<table><tr><td><h2>a</h2><td>b<tr><td>c<td>d</table>", "## a\n\nb\n\nc\n\nd"),
-    "display": ("<table class='display dcenter'><tr><td>f(x) =<td>1</table>", "f(x) = 1"),
+    "display": ("<table class='display dcenter'><tr><td>f(x) =<td>1</table>", "$$f(x) =1$$"),
     "nested": (
         "<table><tr><th>a<th>b<tr><td>c<td><table><tr><td>d<td>e</table></table>",
         "| a | b |\n| --- | --- |\n| c | d e |",
@@ -122,9 +128,27 @@ MATHEMATICS = {
     "class": ("<span class=math>\\alpha</span>", "$\\alpha$", "tex"),
     "texhtml": ("<span class=texhtml><i>x</i><sup>2</sup></span>", "$x^{2}$", "subsup"),
     "delimiters": ("<p>a \\(x&lt;y\\) b", "a $x<y$ b", "tex"),
+    "less than a letter": ("<p>a \\(0<x<b\\) b</p>", "a $0<x<b$ b", "tex"),
+    "less than in a display": ("<p>a $$|x|<\\delta,y<z$$<p>b", "a\n$$|x|<\\delta,y<z$$\n\nb", "tex"),
+    "tag in a formula": ("<p>a \\(x<b>y</b> <em>z</em>\\) b", "a $xy z$ b", "tex"),
     "display in text": ("<p>a \\[x\ny\\] b", "a\n$$x\ny$$\nb", "tex"),
     "in a list": ("<ul><li>\\[x\ny\\]</ul>", "- $$x y$$", "tex"),
     "environment": ("<p>\\begin{align}a&amp;b\\\\c\\end{align}", "$$\\begin{align}a&b\\\\c\\end{align}$$", "tex"),
+    "mtext of white space": ("<p>a <math><mi>k</mi><mtext>\n  .\n </mtext></math> b", "a $k.$ b", "mathml"),
+    "white space inside": ("<p>a <span class=math>\\(k\\) </span>b", "a $k$ b", "tex"),
+    "display table": (
+        "<table class='display dcenter'><tr><td>√<td>e<sup>−x</sup><td>⎛<br>⎝<td><table class=display><tr><td>sin<i>x</i><tr><td><hr><tr><td>2"
+        "</table><td>⎞<br>⎠</table>",
+        "$$\\surd e^{-x}\\left(\\frac{\\sin x}{2}\\right)$$",
+        "table",
+    ),
+    "docutils": (
+        "<p>a <span class=formula><i>A</i><sub><span class=text>c</span></sub> = <span class=fraction><span class=ignored>(</span>"
+        "<span class=numerator><i>π</i></span><span class=ignored>)/(</span><span class=denominator>4</span><span class=ignored>)"
+        "</span></span><i>d</i><sup>2</sup></span>",
+        "a $A_{\\text{c}}=\\frac{\\pi}{4}d^{2}$",
+        "subsup",
+    ),
     "macro": ("<p>\\(\\newcommand{\\R}{\\mathbb{R}}\\) \\(x\\in\\R\\)", "$x\\in\\mathbb{R}$", "tex"),
 }
 
@@ -154,6 +178,47 @@ def test_scripts_and_dollars_in_text() -> None:
             "</p>", "</div>"
         )
     ) == ("\\(x\\)\n\n`\\(x\\)`\n\n```\n\\(x\\)\n```")
+
+
+def test_code_with_scripts_is_mathematics() -> None:
+    assert (
+        text("<p><tt>f</tt><sub><tt>1</tt></sub><tt>,...,f</tt><sub>n</sub> and <tt>f</tt>")
+        == "f_{1},...,f_{n} and `f`"
+    )
+    assert text("<p>a <code>word</code><sup>2</sup>") == "a `word`2"
+
+
+def test_xhtml() -> None:
+    page = (
+        '<!DOCTYPE html PUBLIC "a" "b" [ <!ENTITY who "you &amp;"> ]><html><head><title/><script src="x" /></head><body><a id="i"/>'
+        "<div/><p>For &who; <![CDATA[a<b]]><br/> <i>x</i></p><script>if (a) b = '<p/>'</script><!-- <p/> --></body></html>"
+    )
+    for body, kind in ((f"<?xml version='1.0'?>\n{page}", "text/html"), (page, "application/xhtml+xml; charset=utf-8")):
+        assert render_text(body, kind).text == "For you & a<b\nx"
+    assert render_html("<!DOCTYPE html [\n<!ELEMENT a (b)>\n]>\n<p>a").text == "a"
+
+
+def test_dollars_that_a_page_names_or_shows() -> None:
+    script = "<script>var delimiters = [{left: '$', right: '$', display: false}]; renderMathInElement(a, {delimiters: delimiters})</script>"
+    assert text(f"{script}<p>at most $p-1$ for $5") == "at most $p-1$ for \\$5"
+    loaded = "<script src='/mathjax/MathJax.js'></script>"
+    assert text(f"{loaded}<p>$x_1$, $y_2$ and $x+1$") == "$x_1$, $y_2$ and $x+1$"
+    assert text(f"{loaded}<p>$x_1$ and $x+1$") == "$x_1$ and \\$x+1\\$"
+    assert text("<p>$x_1$, $y_2$ and $x+1$") == "$x_1$, $y_2$ and \\$x+1\\$"
+
+
+def test_sets_of_docutils() -> None:
+    """LaTeX that docutils sets in HTML comes back."""
+    set_in_html = pytest.importorskip("docutils.utils.math.math2html").math2html
+    for tex in (
+        r"\sqrt{x+1}+\sqrt[3]{x}", r"x_i^2", r"\sum_{i=1}^n i", r"\int_0^1 f\,dx", r"\binom{n}{k}", r"\hat{x}\dot{a}\bar{b}",
+        r"\vec v", r"\overline{ab}", r"\begin{cases}a&b\\c&d\end{cases}", r"\mathbf{M}\mathcal{L}\mathbb{R}\mathrm{d}", r"\text{if }x",
+        r"\lim_{x\to 0}f", r"\left(\frac{a}{b}\right)", r"\underbrace{x}", r"f'(x)\le\alpha\Gamma", r"\sin x",
+        r"\cfrac{a}{\cfrac{b}{c}}", r"\boxed{x}", r"\bigl(x\bigr)\left\{x\right\}",
+    ):  # fmt: skip
+        found = text(f'<p><span class="formula">{set_in_html(tex)}</span>')
+        assert normalize(found) == normalize(tex)
+    assert text("<p><span class=formula>no <b>formula</b> but three words of prose</span>").startswith("no formula")
 
 
 def test_dollars_of_a_host() -> None:
@@ -197,6 +262,25 @@ def test_outside_of_main_only_formulas_and_code_stay() -> None:
     assert "$x^2$" in rendered
     assert "a\nb" in rendered
     assert "A remark" in rendered
+
+
+def test_notes_and_sources_of_the_text_stay() -> None:
+    entry = "<p>Author <a href=a>A title that is long enough to be most of the entry</a>"
+    notes = f"<aside class=topic><p>References:</p><aside class=footnote role=note>{entry}</aside></aside>"
+    assert "A title" in render_html(f"<main>{PROSE}{notes}{PROSE}</main>").text
+    listed = f"<h2>References</h2><ul><li>{entry}</ul>"
+    assert "A title" in render_html(f"{PROSE}{listed}").text
+    assert "A title" not in render_html(f"{PROSE}<ul><li>{entry}</ul>").text
+
+
+def test_contents_of_the_page_go() -> None:
+    links = "<ul><li><a href=#a>First part</a><ul><li><a href=#b>Second part</a></ul></ul>"
+    for label in ("<b>Subsections</b>", "<h2>Contents</h2>", "<p>On this page:"):
+        kept = render_html(f"<main>{PROSE}{label}{links}{PROSE}</main>").text
+        assert "part" not in kept
+        assert len(kept) < 2 * len(PROSE)
+    assert "Contents" in render_html(f"<main>{PROSE}<h2>Contents</h2>{PROSE}</main>").text
+    assert "part" not in render_html(f"<main>{PROSE}<nav class=contents role=doc-toc>{links}</nav>{PROSE}</main>").text
 
 
 def test_links_inside_text_and_pages_of_links_stay() -> None:
@@ -283,7 +367,7 @@ def test_properties(html: str) -> None:
     rendered.text.encode()
     again = render_text(rendered.text, "text/markdown")
     assert again.text == rendered.text
-    plain = re.sub(r"(?ms)^[> ]*(`{3,})[^\n`]*\n.*?^[> ]*\1$|(`+)(?!`).*?(?<!`)\2(?!`)", "", rendered.text)
+    plain = re.sub(r"(?ms)^[> ]*(`{3,})[^\n`]*\n.*?^[> ]*\1$|(`+)(?!`)(?:(?!\n\n).)*?(?<!`)\2(?!`)", "", rendered.text)
     assert len(re.findall(r"(?<!\\)\$", plain)) % 2 == 0
 
 

@@ -111,6 +111,17 @@ def _is_line(attributes: Mapping[str, str]) -> bool:
     return "line" in names or "code-line" in names or "hljs-ln-line" in names or "view-line" in names
 
 
+def _is_all_code(parts: list[str], i: int, j: int) -> bool:
+    """Whether nothing stands beside the `code` elements between two places: each of them is a line then."""
+    depth = 0
+    for at in range(i, j, 2):
+        if not depth and parts[at] and not parts[at].isspace():
+            return False
+        tag = parts[at + 1]
+        depth += (tag == "code" or tag.startswith("code ")) - (tag == "/code")
+    return True
+
+
 def _read_lines(parts: list[str], i: int, j: int) -> str:
     out: list[str] = []
     # for each open element: where its text begins if it is a line
@@ -118,8 +129,7 @@ def _read_lines(parts: list[str], i: int, j: int) -> str:
     # what the last element was whose end ended a line
     ended = ""
     tags = parts[i + 1 : j : 2]
-    # a `code` for each line
-    is_per_line = tags.count("/code") > 1
+    is_per_line = tags.count("/code") > 1 and _is_all_code(parts, i, j)
     at = i
     while at < j:
         text, tag = parts[at], parts[at + 1]

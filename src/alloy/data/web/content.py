@@ -33,6 +33,21 @@ _ASIDE = frozenset(
     )
 )
 _MAIN = frozenset(str.split("main content maincontent main-content page-content article post-content entry-content"))
+# notes and sources of the text, whatever element holds them
+_NOTES = frozenset(
+    str.split(
+        "footnote footnotes footnote-list endnotes citation citations citation-list references reflist bibliography topic admonition"
+    )
+)
+_NOTE_ROLES = frozenset(str.split("note doc-footnote doc-endnote doc-endnotes doc-biblioentry doc-bibliography"))
+_SOURCES = re.compile(
+    r"[\W\d]*(?:references|bibliography|works cited|citations|(?:foot|end)?notes|literature|sources|further reading)\W*(?:\[?edit\W*)?",
+    re.IGNORECASE,
+)
+_CONTENTS = re.compile(
+    r"(?:table of )?contents|(?:sub)?sections|on this page|in this (?:section|chapter|article|page)|(?:section|page|chapter) contents",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"[a-z]+")
 _NOTICE = re.compile(
     r"copyright|©|\(c\) \d{4}|all rights reserved|generated (?:by|on)|produced by|powered by|last (?:updated|modified|edited|changed)"
@@ -88,15 +103,21 @@ def hint_of(tag: str, attributes: Mapping[str, str]) -> int:
     if not attributes:
         return hint
     classes, name = attributes.get("class", ""), attributes.get("id", "")
-    hint = _ROLES.get(attributes.get("role", ""), hint)
+    role = attributes.get("role", "")
+    if role in _NOTE_ROLES:
+        return NONE
+    hint = _ROLES.get(role, hint)
     if not classes and not name:
         return hint
     names = [f".{word}" for word in classes.split()]
     if name:
         names.append(f"#{name}")
     known = max((_SITES[word] for word in names if word in _SITES), default=NONE)
-    if known:
+    # what is a navigation by name is no main content by class
+    if known and (known > MAIN or hint <= MAIN):
         return known
+    if hint == ASIDE and tag == "aside" and not _NOTES.isdisjoint(classes.lower().split()):
+        return NONE
     if hint or tag in ("body", "html"):
         return hint
     for word in names:
@@ -164,15 +185,43 @@ def kept_blocks(blocks: Sequence[Block], nodes: Sequence[Node], mode: MainConten
                     drop(i, i + 1)
             at = node.stop
         drop(at, len(blocks))
+    _drop_contents(blocks, size, keep)
+    is_source = _sources(blocks)
     if not is_known or mode == "strict":
-        _drop_lists_of_links(blocks, nodes, words, linked, keep)
-    _drop_edges(blocks, size, links, keep, is_known and mode != "strict")
+        _drop_lists_of_links(blocks, nodes, words, linked, keep, is_source)
+    _drop_edges(blocks, size, links, keep, is_known and mode != "strict", is_source)
     # a page of nothing but links is its links
     return keep if any(keep) else [True] * len(blocks)
 
 
+def _drop_contents(blocks: Sequence[Block], size: list[int], keep: list[bool]) -> None:
+    """Lists of the page's own headings: items that are links under a word that says so."""
+    for i, block in enumerate(blocks):
+        if size[i] < 30 and block.kind != "code" and _CONTENTS.fullmatch(block.text.strip(" :.#")):
+            stop = i + 1
+            while stop < len(blocks) and blocks[stop].prefix and blocks[stop].links > 0.8 * size[stop]:
+                stop += 1
+            if stop > i + 1:
+                keep[i:stop] = [False] * (stop - i)
+
+
+def _sources(blocks: Sequence[Block]) -> list[bool]:
+    """For each block, whether it stands under a heading such as References."""
+    inside, found = False, list[bool]()
+    for block in blocks:
+        if block.kind == "heading":
+            inside = len(block.text) < 40 and _SOURCES.fullmatch(block.text) is not None
+        found.append(inside)
+    return found
+
+
 def _drop_lists_of_links(
-    blocks: Sequence[Block], nodes: Sequence[Node], words: list[int], linked: list[int], keep: list[bool]
+    blocks: Sequence[Block],
+    nodes: Sequence[Node],
+    words: list[int],
+    linked: list[int],
+    keep: list[bool],
+    is_source: list[bool],
 ) -> None:
     """Elements that hold little but links, before the first and behind the last prose."""
     prose = [i for i, block in enumerate(blocks) if keep[i] and (block.is_kept or len(block.text) - block.links > 80)]
@@ -184,10 +233,12 @@ def _drop_lists_of_links(
             text, link = words[node.stop] - words[node.start], linked[node.stop] - linked[node.start]
             if link > 20 and link > 2 * text:
                 for i in range(node.start, node.stop):
-                    keep[i] = False
+                    keep[i] = keep[i] and is_source[i]
 
 
-def _drop_edges(blocks: Sequence[Block], size: list[int], links: list[int], keep: list[bool], is_known: bool) -> None:
+def _drop_edges(
+    blocks: Sequence[Block], size: list[int], links: list[int], keep: list[bool], is_known: bool, is_source: list[bool]
+) -> None:
     """Notices at both ends, and lone links unless the page says where its content is."""
     for order in (range(len(blocks)), range(len(blocks) - 1, -1, -1)):
         seen = 0
@@ -201,7 +252,7 @@ def _drop_edges(blocks: Sequence[Block], size: list[int], links: list[int], keep
             if not is_notice and size[i] - links[i] > 100:
                 break
             seen += 1
-            if is_notice or (links[i] > 0.6 * size[i] and not is_known):
+            if is_notice or (links[i] > 0.6 * size[i] and not is_known and not is_source[i]):
                 keep[i] = False
 
 

@@ -6,7 +6,7 @@ are the same but for single dollars, which none of them takes unasked.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -30,9 +30,9 @@ MOST_INNER = 16
 MOST_PAIRS = 16
 _KEY = re.compile(
     r"\b(inlineMath|displayMath|delimiters|processEscapes|processEnvironments|ignore(?:Html)?Class|process(?:Html)?Class"
-    r"|ignoredClasses)['\"]?\s*:\s*"
+    r"|ignoredClasses)['\"]?\s*[:=]\s*"
 )
-_LOADERS = re.compile(r"mathjax|katex|asciimath|latexit|mathlive|temml", re.IGNORECASE)
+_LOADERS = re.compile(r"mathjax|katex|asciimath|latexit|mathlive|temml|jsmath|easy/load\.js", re.IGNORECASE)
 _ASCIIMATH = re.compile(r"asciimath|config=[^&\"']*\bAM_|-AM_|input/asciimath", re.IGNORECASE)
 _CLASSES = re.compile(r"[\w\-|\s]+")
 _MARK = re.compile(r"\\[A-Za-z{}|,;!]|[_^]")
@@ -43,6 +43,8 @@ _MONEY = re.compile(
     r"\s*\d[\d.,]*\s*(?:[kKmMbB]n?\b|/?\s*(?!sin|cos|tan|log|exp|mod)[A-Za-z]{3,}(?![_^])|[-–+/]?\s*$)|\s*\d[\d.]*[,;:)]\s+[A-Za-z]{2,}"
 )
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
+# a formula between single dollars that is nothing else
+_MARKED = re.compile(r"(?<![\\$])\$(?![\s$])[^$<>\n]*(?:\\[A-Za-z]|[_^])[^$<>\n]*(?<![\s\\$])\$(?![\d$])")
 _NUMBER = re.compile(r"\s*\d[\d.,]*\s*$")
 
 
@@ -65,8 +67,8 @@ class Delimiters:
     environments: bool = True
     escapes: bool = True
     is_asciimath: bool = False
-    ignored: frozenset[str] = frozenset({"tex2jax_ignore", "mathjax_ignore"})
-    processed: frozenset[str] = frozenset({"tex2jax_process", "mathjax_process"})
+    ignored: frozenset[str] = frozenset({"tex2jax_ignore", "mathjax_ignore", "tex2math_ignore"})
+    processed: frozenset[str] = frozenset({"tex2jax_process", "mathjax_process", "tex2math_process"})
 
     def takes(self, classes: str) -> bool | None:
         """Whether the text of an element with this `class` attribute is looked at; None: as around it."""
@@ -140,6 +142,18 @@ def read_configuration(scripts: Iterable[str], sources: Iterable[str]) -> Delimi
         frozenset(ignored),
         frozenset(processed),
     )
+
+
+def with_dollars(delimiters: Delimiters, html: str) -> Delimiters:
+    """Single dollars named as well, where a page's program takes them by a configuration that is not in the page.
+
+    Two formulas between them that hold TeX are the evidence.
+    """
+    if not delimiters.is_loaded or DOLLARS in delimiters.inline or html.count("$") < 4:
+        return delimiters
+    marked = _MARKED.finditer(html)
+    next(marked, None)
+    return delimiters if next(marked, None) is None else replace(delimiters, inline=(*delimiters.inline, DOLLARS))
 
 
 def find_formulas(text: str, delimiters: Delimiters) -> list[tuple[int, int, Formula]]:

@@ -1,366 +1,22 @@
-"""One walk over the texts and tags of a page: formulas, code, tables, lists and headings as blocks of text."""
+"""Blocks of a page: code, headings, lists and tables, beside the formulas and the text."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from alloy.data.web import asciimath, code, tables
-from alloy.data.web.attributes import formula_of_attributes, formula_of_text
+from alloy.data.web import code, tables
 from alloy.data.web.content import Block, Node
-from alloy.data.web.delimiters import Delimiters, find_formulas
-from alloy.data.web.element import Element
-from alloy.data.web.formula import Formula
-from alloy.data.web.glyphs import formula_of_katex, formula_of_mathjax
-from alloy.data.web.images import formula_of_image, is_math_image
-from alloy.data.web.markup import VOID, element_of, end_of, name_of, split, text_of, unescape
-from alloy.data.web.mathml import math_of, tex_of_glyph_lines
-from alloy.data.web.subsup import Piece, formula_of_texhtml, is_script_of
-from alloy.data.web.tags import (
-    BLOCK,
-    BLOCKS,
-    BREAKING,
-    INLINE,
-    KNOWN,
-    LINK,
-    PARAGRAPH,
-    PARAGRAPHS,
-    SKIP,
-    SPECIAL,
-    Tag,
-    classify,
-)
-from alloy.data.web.tex import formula
+from alloy.data.web.markup import end_of, text_of
+from alloy.data.web.mathematics import Mathematics
+from alloy.data.web.tags import BLOCKS, PARAGRAPHS, Tag
 
-BREAK = "\u2028"
 # lists and quotes inside more of them are not indented further
 DEEPEST_PREFIX = 40
-_ATOM = re.compile(r"\0d?(\d+)\0")
-_DISPLAY = re.compile(r"\s*(\0d\d+\0)\s*")
-_DOLLAR = re.compile(r"(?<!\\)\$")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
+_SCRIPT = re.compile(r"[_^]\{[^{}]*\}$")
 
 
-@dataclass(slots=True)
-class Layout:
-    """Blocks of a page, made by `read`.
+class Layout(Mathematics):
+    """A walk that knows every element; `read` makes the blocks."""
 
-    Attributes:
-        parts: texts and tags of `markup.split`.
-        atoms: formulas and inline code that the blocks hold as `\\0index\\0`.
-        lost: formulas that were seen but not understood.
-    """
-
-    parts: list[str]
-    delimiters: Delimiters
-    keep_alt: bool = False
-    most_cells: int = 200_000
-    has_scripts: bool = False
-    blocks: list[Block] = field(default_factory=list[Block])
-    nodes: list[Node] = field(default_factory=list[Node])
-    atoms: list[Formula | str] = field(default_factory=list["Formula | str"])
-    lost: int = 0
-    _buffer: list[str] = field(default_factory=list[str])
-    _stack: list["Closing"] = field(default_factory=list["Closing"])
-    _prefix: str = ""
-    _marker: str = ""
-    _links: int = 0
-    _link_from: int = -1
-    _lists: list[int] = field(default_factory=list[int])
-    _tables: list[tables.Table] = field(default_factory=list[tables.Table])
-    _language: str = ""
-    _is_searched: bool = True
-    _work: int = 0
-    _math_at: int = -100
-
-    def read(self) -> None:
-        """Walk over the page."""
-        parts, buffer, stack = self.parts, self._buffer, self._stack
-        push, pop, add, flush, known = stack.append, stack.pop, buffer.append, self._flush, KNOWN
-        i, last = 0, len(parts) - 1
-        while i < last:
-            text = parts[i]
-            # white space between blocks is not kept for the next one
-            if text and (buffer or not text.isspace()):
-                add(text)
-            tag = parts[i + 1]
-            i += 2
-            if tag[:1] == "/":
-                if not stack:
-                    continue
-                closing = pop()
-                if closing is None:
-                    continue
-                if closing.__class__ is int:
-                    flush()
-                    if closing >= 0:  # pyright: ignore[reportOperatorIssue]
-                        self.nodes[closing].stop = len(self.blocks)  # pyright: ignore[reportArgumentType, reportCallIssue]
-                else:
-                    closing[0](closing[1])  # pyright: ignore[reportIndexIssue]
-                continue
-            opened = known.get(tag)
-            if opened is None:
-                opened = classify(tag)
-            kind = opened.kind
-            if kind == INLINE:
-                push(None)
-            elif kind == LINK:
-                push((self._end_link, None))
-                if self._link_from < 0:
-                    self._link_from = len(buffer)
-            elif kind == BLOCK:
-                flush()
-                push(len(self.nodes))
-                self.nodes.append(Node(opened.name, opened.hint, len(self.blocks)))
-            elif kind == PARAGRAPH:
-                flush()
-                push(-1)
-            elif kind == BREAKING:
-                add(BREAK)
-            elif kind == SKIP:
-                i = end_of(parts, i, opened.name) + 1
-            elif kind == SPECIAL:
-                i = getattr(self, opened.method)(opened, i)
-        add(parts[last])
-        flush()
-        while stack:
-            closing = pop()
-            if isinstance(closing, int) and closing >= 0:
-                self.nodes[closing].stop = len(self.blocks)
-            elif isinstance(closing, tuple):
-                closing[0](closing[1])
-
-    # text
-
-    def _flush(self) -> None:
-        """What was read since the last block as a block."""
-        buffer = self._buffer
-        if not buffer:
-            return
-        text = buffer[0] if len(buffer) == 1 else "".join(buffer)
-        if self._link_from >= 0:
-            self._links += sum(map(len, buffer[self._link_from :]))
-            self._link_from = 0
-        buffer.clear()
-        if not text or text.isspace():
-            return
-        text = unescape(text) if "&" in text else text
-        if not text.isascii():
-            text = _INVISIBLE.sub("", text)
-        if self._is_searched:
-            text = self._with_formulas(text)
-        if "$" in text:
-            text = _DOLLAR.sub(r"\\$", text)
-        if BREAK in text:
-            text = "\n".join(filter(None, (" ".join(line.split()) for line in text.split(BREAK))))
-        else:
-            text = " ".join(text.split())
-        if "\0d" in text:
-            text = _DISPLAY.sub(r"\n\1\n", text).strip().replace("\n\n", "\n")
-        if text:
-            has_math = "\0" in text and any(isinstance(self.atoms[int(at)], Formula) for at in _ATOM.findall(text))
-            self.blocks.append(Block("text", text, self._prefix, self._marker, self._links, has_math))
-            self._marker = ""
-        self._links = 0
-
-    def _with_formulas(self, text: str) -> str:
-        found = find_formulas(text, self.delimiters)
-        if not found:
-            return text
-        parts, at = list[str](), 0
-        for start, stop, what in found:
-            parts += (text[at:start], self._atom(what))
-            at = stop
-        return "".join(parts) + text[at:]
-
-    def _atom(self, what: Formula | str) -> str:
-        self.atoms.append(what)
-        mark = "d" if isinstance(what, Formula) and what.display else ""
-        return f"\0{mark}{len(self.atoms) - 1}\0"
-
-    def _end_link(self, _: object) -> None:
-        if self._link_from >= 0:
-            self._links += sum(map(len, self._buffer[self._link_from :]))
-            self._link_from = -1
-
-    def _end_of(self, tag: Tag, i: int) -> int:
-        """Place of the closing tag of an element whose content is looked at as a whole; 0 where too much was looked at twice."""
-        if self._work > 10 * len(self.parts) + 10_000:
-            return 0
-        j = end_of(self.parts, i, tag.name)
-        self._work += j - i
-        return j
-
-    def _pass(self, i: int) -> int:
-        """Read on inside an element that has no meaning of its own."""
-        self._stack.append(None)
-        return i
-
-    # mathematics
-
-    def _put(self, what: Formula | None) -> bool:
-        if what is not None:
-            self._buffer.append(self._atom(what))
-        return what is not None
-
-    def math(self, tag: Tag, i: int) -> int:
-        """`math`, also with a prefix."""
-        j = end_of(self.parts, i, tag.name)
-        self._math_at = j
-        if (noted := self._annotation(i, j)) is not None:
-            display = "block" in (
-                tag.attributes.get("display", ""),
-                tag.attributes.get("mode", "").replace("display", "block"),
-            )
-            self._put(formula(noted, display, "mathml-annotation"))
-        elif (
-            not self._put(math_of(element_of(self.parts, i, j, self.parts[i - 1])))
-            and text_of(self.parts, i, j).strip()
-        ):
-            self.lost += 1
-        return j + 1
-
-    def _annotation(self, i: int, j: int) -> str | None:
-        """TeX that an annotation between two places notes."""
-        for at in range(i + 1, j, 2):
-            tag = self.parts[at]
-            if tag.startswith("annotation ") and "tex" in tag.lower() and self.parts[at + 1].strip():
-                return unescape(self.parts[at + 1])
-        return None
-
-    def script(self, tag: Tag, i: int) -> int:
-        """Scripts that hold formulas; others are left out."""
-        kind = tag.attributes.get("type", "").lower()
-        if not kind.startswith("math/"):
-            return i
-        source = self.parts[i - 1]
-        source = source[source.index(">") + 1 : source.rindex("</")]
-        display = "mode=display" in kind.replace(" ", "")
-        if kind.startswith("math/tex"):
-            self._put(formula(source.removeprefix("<![CDATA[").removesuffix("]]>"), display, "script"))
-        elif kind.startswith("math/asciimath"):
-            self._put(Formula(asciimath.to_latex(source), display, "asciimath") if source.strip() else None)
-        elif kind.startswith("math/mml"):
-            self._put(_math_in(source))
-        return i
-
-    def katex(self, tag: Tag, i: int) -> int:
-        """What KaTeX typeset: the TeX in its MathML, also where a site dropped the tags."""
-        j = self._end_of(tag, i)
-        if not j:
-            return self._pass(i)
-        display = "katex-display" in tag.attributes.get("class", "").split()
-        if (noted := self._annotation(i, j)) is not None:
-            display = display or any(
-                ' display="block"' in t for t in self.parts[i + 1 : j : 2] if t.startswith("math ")
-            )
-            return self._typeset(formula(noted, display, "katex"), i, j)
-        element = element_of(self.parts, i, j, self.parts[i - 1])
-        what: Formula | None = None
-        for inner in _walk(element):
-            names = inner.get("class").split()
-            if inner.tag == "math" and (what := math_of(inner)) is not None:
-                what = Formula(what.tex, display or what.display, "katex")
-            elif "katex-mathml" in names:
-                tex = tex_of_glyph_lines("".join(e.text for e in _walk(inner)))
-                what = formula(tex, display, "katex") if tex else None
-            elif "katex-html" in names:
-                what = formula_of_katex(inner, display)
-            if what is not None:
-                break
-        return self._typeset(what, i, j)
-
-    def mathjax(self, tag: Tag, i: int) -> int:
-        """What MathJax typeset; dropped where the page holds the source as well."""
-        if self.has_scripts:
-            return end_of(self.parts, i, tag.name) + 1
-        j = self._end_of(tag, i)
-        if not j:
-            return self._pass(i)
-        if "data-mathml" in tag.attributes:
-            return self._typeset(_math_in(tag.attributes["data-mathml"]), i, j)
-        return self._typeset(formula_of_mathjax(element_of(self.parts, i, j, self.parts[i - 1])), i, j)
-
-    def _typeset(self, what: Formula | None, i: int, j: int) -> int:
-        """Put a formula in place of the elements that draw it; without one they are read as text."""
-        if self._put(what):
-            return j + 1
-        if text_of(self.parts, i, j).strip():
-            self.lost += 1
-        return self._pass(i)
-
-    def attribute(self, tag: Tag, i: int) -> int:
-        """An element that may carry a formula in its attributes or be the text of one."""
-        j = self._end_of(tag, i) if tag.name not in VOID else i - 1
-        if not j:
-            return self.block_special(tag, i) if tag.name in BLOCKS or tag.name in PARAGRAPHS else self._pass(i)
-        what = formula_of_attributes(tag.name, tag.attributes)
-        is_block = tag.name in BLOCKS or tag.name in PARAGRAPHS
-        tags = self.parts[i + 1 : j : 2]
-        if what is None and not any(
-            t.startswith(("math", 'script type="math', "img", "table", "/p", "mjx")) for t in tags
-        ):
-            text = text_of(self.parts, i, j)
-            if len(text) < 20_000:
-                what = formula_of_text(tag.name, tag.attributes, text, bool(tags))
-            if what is None and "texhtml" in tag.attributes.get("class", ""):
-                what = formula_of_texhtml(self._pieces(i, j))
-        if what is None:
-            if tag.name in VOID:
-                return i
-            return self.block_special(tag, i) if is_block else self._pass(i)
-        if is_block:
-            self._flush()
-        self._put(what)
-        if is_block:
-            self._flush()
-        return j + 1
-
-    def _pieces(self, i: int, j: int) -> list[Piece]:
-        pieces: list[Piece] = []
-        names: list[str] = []
-        for at in range(i, j, 2):
-            if self.parts[at]:
-                kind = next((name for name in reversed(names) if name in ("sub", "sup")), "text")
-                text = unescape(self.parts[at])
-                pieces.append(Piece(text, kind, not {"i", "em", "var"}.isdisjoint(names), "a" in names))  # pyright: ignore[reportArgumentType]
-            tag = self.parts[at + 1]
-            if tag[:1] == "/":
-                if names:
-                    names.pop()
-            elif (name := name_of(tag)) not in VOID:
-                names.append(name)
-        return pieces
-
-    def image(self, tag: Tag, i: int) -> int:
-        """Images of formulas; others leave their text only if asked to."""
-        # what is drawn beside the MathML of the same formula
-        if i - self._math_at < 10 and is_math_image(tag.attributes):
-            return i
-        if not self._put(formula_of_image(tag.attributes)):
-            if is_math_image(tag.attributes):
-                self.lost += 1
-            elif self.keep_alt:
-                self._buffer.append(f" {tag.attributes.get('alt', '')} ")
-        return i
-
-    def script_text(self, tag: Tag, i: int) -> int:
-        """`sub` and `sup`, written as in mathematics where they are that."""
-        self._stack.append((self._end_script, (tag.name, len(self._buffer), self._links, self._link_from)))
-        return i
-
-    def _end_script(self, opened: tuple[str, int, int, int]) -> None:
-        name, at, links, link_from = opened
-        if at > len(self._buffer):
-            return
-        if len(self._buffer) - at > 20:
-            return
-        content = "".join(self._buffer[at:])
-        before = "".join(self._buffer[max(at - 3, 0) : at])[-100:]
-        is_link = link_from >= 0 or self._links != links
-        kind = "sub" if name == "sub" else "sup"
-        if "\0" not in content and is_script_of(unescape(before), Piece(unescape(content), kind, False, is_link)):
-            del self._buffer[at:]
-            self._buffer.append(f"{'_' if kind == 'sub' else '^'}{{{content.strip()}}}")
+    __slots__ = ()
 
     # code
 
@@ -382,13 +38,16 @@ class Layout:
         """Code in a line between backticks; of several lines, between fences."""
         j = self._end_of(tag, i)
         tags = self.parts[i + 1 : j : 2]
-        if not j or any(t.startswith(_NO_CODE) for t in tags):
+        if not j or (tags and any(t.startswith(_NO_CODE) for t in tags)):
             return self._pass(i)
-        if "br" in tags and text_of(self.parts, i, j).strip():
+        if tags and "br" in tags and text_of(self.parts, i, j).strip():
             return self.pre(tag, i)
         text = text_of(self.parts, i, j)
         if text.count("\n") > 2 and tag.name == "code" and code.language_of(tag.attributes):
             return self.pre(tag, i)
+        if self._buffer and _SCRIPT.search(self._buffer[-1]):
+            # goes on with what has scripts
+            return self._pass(i)
         shown = code.inline_code(text)
         if shown:
             edges = " " if text[:1].isspace() else "", " " if text[-1:].isspace() else ""
@@ -404,22 +63,6 @@ class Layout:
             return self.block_special(tag, i)
         return self.pre(tag, i)
 
-    def block_special(self, tag: Tag, i: int) -> int:
-        """A block that names the language of the code in it, or whose formulas are left alone."""
-        self._flush()
-        self._stack.append((self._end_special, (len(self.nodes), self._language, self._is_searched)))
-        self.nodes.append(Node(tag.name, tag.hint, len(self.blocks)))
-        self._language = tag.language or self._language
-        taken = self.delimiters.takes(tag.attributes.get("class", ""))
-        self._is_searched = self._is_searched if taken is None else taken
-        return i
-
-    def _end_special(self, opened: tuple[int, str, bool]) -> None:
-        self._flush()
-        at, self._language, self._is_searched = opened
-        if at < len(self.nodes):
-            self.nodes[at].stop = len(self.blocks)
-
     # structure
 
     def unspoken(self, tag: Tag, i: int) -> int:
@@ -431,11 +74,6 @@ class Layout:
             return j + 1
         return self.block_special(tag, i) if tag.name in BLOCKS or tag.name in PARAGRAPHS else self._pass(i)
 
-    def _block(self, block: Block) -> None:
-        # quote marks would be part of the code
-        block.prefix, block.marker, self._marker = self._prefix.replace("> ", ""), self._marker, ""
-        self.blocks.append(block)
-
     def rule(self, tag: Tag, i: int) -> int:
         """A line across the page is the end of a paragraph."""
         self._flush()
@@ -444,18 +82,18 @@ class Layout:
     def heading(self, tag: Tag, i: int) -> int:
         """A heading."""
         self._flush()
-        self._stack.append((self._end_heading, (int(tag.name[1]), len(self.blocks))))
+        self._stack.append((self._end_heading, (int(tag.name[1]), len(self.blocks), len(self.nodes))))
         return i
 
-    def _end_heading(self, opened: tuple[int, int]) -> None:
+    def _end_heading(self, opened: tuple[int, int, int]) -> None:
         self._flush()
-        level, start = opened
+        level, start, node = opened
         inner = self.blocks[start:]
         if not inner or any(block.kind != "text" for block in inner):
             return
         text = " ".join(block.text.replace("\n", " ") for block in inner)
         first = inner[0]
-        del self.blocks[start:]
+        del self.blocks[start:], self.nodes[node:]
         links = sum(block.links for block in inner)
         has_math = any(block.has_math for block in inner)
         self.blocks.append(Block("heading", text, first.prefix, first.marker, links, has_math, False, level))
@@ -523,6 +161,10 @@ class Layout:
         """A table; whether of data or for layout is known at its end."""
         self._flush()
         classes = tag.attributes.get("class", "").lower().split()
+        is_inner = bool(self._tables) and self._tables[-1].is_display
+        if "display" in classes and not is_inner and (end := self.display_table(tag, i)):
+            self._flush()
+            return end
         is_layout = tag.attributes.get("role") in ("presentation", "none") or "layout" in classes
         table = tables.Table(len(self.blocks), len(self.nodes), is_layout, "display" in classes)
         self._stack.append((self._end_table, (table, self._prefix, self._marker, self._lists, len(self.nodes))))
@@ -623,7 +265,6 @@ class Layout:
         self.blocks.append(Block(kind, text, self._prefix, marker, links, has_math))  # pyright: ignore[reportArgumentType]
 
 
-Closing = tuple[Callable[..., None], object] | int | None
 _NO_CODE = (
     "math",
     "img",
@@ -642,22 +283,3 @@ _NO_CODE = (
     "sup",
     "mjx",
 )
-
-
-def _math_in(source: str) -> Formula | None:
-    """The formula of MathML that is a text by itself."""
-    parts = split(source, 4096, 100_000)
-    for at in range(1, len(parts), 2):
-        if name_of(parts[at]).rpartition(":")[2] == "math":
-            return math_of(element_of(parts, at + 1, end_of(parts, at + 1, name_of(parts[at])), parts[at]))
-    return None
-
-
-def _walk(element: Element) -> list[Element]:
-    """An element and all below it, in order."""
-    found: list[Element] = []
-    waiting = [element]
-    while waiting:
-        found.append(waiting.pop())
-        waiting.extend(reversed(found[-1].children))
-    return found

@@ -92,6 +92,9 @@ class _Places(Layout):
     def attribute(self, tag: Tag, i: int) -> int:
         return self._noted(i, super().attribute(tag, i))
 
+    def display_table(self, tag: Tag, i: int) -> int:
+        return self._noted(i, super().display_table(tag, i))
+
 
 def render_dom_lynx(body: bytes, content_type: str = "", url: str = "") -> str:
     """A page's text by lynx, with the formulas that our renderer finds in its elements.

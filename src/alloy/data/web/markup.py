@@ -23,6 +23,62 @@ _BLOCK = re.compile(
     r"|listing|main|menu|nav|ol|pre|section|summary|table|td|ul|p)\b[^>]*>",
     re.IGNORECASE,
 )
+# XML up to its first element
+_SUBSET = re.compile(
+    r"(\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*)<!DOCTYPE[^>\[]*\[(.*?)\]\s*>", re.DOTALL | re.IGNORECASE
+)
+_ENTITY = re.compile(r"<!ENTITY\s+([\w.-]+)\s+([\"'])(.{0,64}?)\2\s*>")
+_XML = re.compile(
+    r"<(?P<raw>script|style)\b[^<>]*(?<!/)>.*?(?:</(?P=raw)\s*>|\Z)|<!--.*?(?:-->|\Z)|<!\[CDATA\[(?P<data>.*?)(?:\]\]>|\Z)"
+    r"|<(?P<name>[A-Za-z][\w:.-]*)(?P<rest>(?=[\s/])[^<>]*)/>",
+    re.DOTALL,
+)
+# times that an entity of a page's own is written out
+MOST_ENTITIES = 10_000
+
+
+def of_xhtml(html: str, is_xml: bool = False) -> str:
+    """A page as HTML: without what only XML has, where the page says that it is XML.
+
+    That is entities that the DOCTYPE declares, CDATA, and elements without content in one tag, which a parser of HTML leaves open.
+    """
+    declared = _SUBSET.match(html) if "[" in html[:2000] else None
+    if declared is not None:
+        html = f"{declared[1]}<!DOCTYPE html>{html[declared.end() :]}"
+        for name, _, value in _ENTITY.findall(declared[2])[:100]:
+            html = html.replace(f"&{name};", value, MOST_ENTITIES)
+    return _XML.sub(_of_xml, html) if is_xml or html[:100].lstrip("\ufeff \t\r\n").startswith("<?xml") else html
+
+
+def _of_xml(found: re.Match[str]) -> str:
+    if found["data"] is not None:
+        return found["data"].replace("&", "&amp;").replace("<", "&lt;")
+    name = found["name"]
+    if name is None or name.lower() in VOID:
+        return found[0]
+    return f"<{name}{found['rest']}></{name}>"
+
+
+# formulas longer than this are not looked through for a `<` that is no tag
+LONGEST_TEX = 2000
+_LESS = re.compile(
+    r"<(?![A-Za-z][\w:-]{2,}(?:\s[^<>]*)?/?>|(?:[abipsuq]|h[1-6r]|br|em|li|d[ldt]|t[dhrt]|[uo]l|r[pt]|m[inos])(?:\s[^<>]*)?/?>)(?=[A-Za-z])",
+    re.IGNORECASE,
+)
+
+
+def with_less_than(html: str) -> str:
+    """A page whose `\\(x<y\\)` a parser does not take for a tag."""
+    for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$")):
+        parts, at, start = list[str](), 0, html.find(left)
+        while start >= 0:
+            stop = html.find(right, start + 2, start + LONGEST_TEX)
+            if stop >= 0 and html.find("<", start, stop) >= 0:
+                parts += (html[at:start], _LESS.sub("&lt;", html[start:stop]))
+                at = stop
+            start = html.find(left, start + 2 if stop < 0 else stop + 2)
+        html = "".join(parts) + html[at:] if parts else html
+    return html
 
 
 def split(html: str, deepest: int, most: int) -> list[str]:
@@ -67,6 +123,8 @@ def unescape(text: str) -> str:
 def end_of(parts: list[str], i: int, name: str) -> int:
     """Place of the closing tag of an element `name` whose content begins at `i`."""
     closing, opening = f"/{name}", f"{name} "
+    if i + 1 < len(parts) and parts[i + 1] == closing:
+        return i + 1
     depth = 1
     while True:
         at = i

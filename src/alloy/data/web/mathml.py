@@ -242,7 +242,8 @@ def _mtext(element: Element, depth: int) -> str:
     if not text.strip():
         return "\\ " if text else ""
     if not any(c.isalnum() and c not in SYMBOLS for c in text):
-        return "".join(of_character(c) if not c.isspace() else "\\ " for c in text)
+        # white space at the ends of a token says nothing, a run of it inside is one space
+        return "\\ ".join("".join(map(of_character, word)) for word in text.split())
     left, right = (" " if side.isspace() else "" for side in (text[0], text[-1]))
     return f"\\text{{{left}{' '.join(text.split()).translate(ESCAPES)}{right}}}"
 

@@ -3,16 +3,18 @@
 import json
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from alloy.core.recipe import Config
 from alloy.data.web.code import fence
 from alloy.data.web.content import Block, MainContent, kept_blocks, uses_dollars
-from alloy.data.web.delimiters import DOLLARS, read_configuration
+from alloy.data.web.delimiters import DOLLARS, read_configuration, with_dollars
 from alloy.data.web.formula import Formula
 from alloy.data.web.layout import Layout
 from alloy.data.web.macros import closed, expand_macros, read_macros, without_definitions
-from alloy.data.web.markup import attributes_of, split
+from alloy.data.web.markup import attributes_of, of_xhtml, split, with_less_than
 
 _ATOM = re.compile(r"\0d?(\d+)\0")
 _LINE_END = re.compile(r"(\\)(?=\n|$)")
@@ -21,7 +23,7 @@ _TAGS = re.compile(
     re.IGNORECASE,
 )
 _XML = re.compile(
-    r"\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])",
+    r"\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?!html|!doctype html)(?:rss|feed|rdf|[\w:.-]+[\s>])",
     re.IGNORECASE | re.DOTALL,
 )
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
@@ -31,16 +33,19 @@ _MARKUP = re.compile(r"<!--.*?-->|<[?!]?/?[A-Za-z][^<>]*>|<!--|<!\[CDATA\[.*?\]\
 class RenderOptions(Config):
     """What is kept of a page, and how large it may be."""
 
-    # drop navigation, headers and footers: not at all, where they are sure, or wherever they are likely
-    main_content: MainContent = "safe"
-    # texts of images that are no formulas
-    keep_alt: bool = False
-    # write out macros that the page defines in one line
-    expand_macros: bool = True
-    # elements behind which a page is cut, blocks in each other, cells of a table that is written as one
-    max_nodes: int = 2_000_000
-    max_depth: int = 4096
-    max_cells: int = 200_000
+    main_content: Annotated[
+        MainContent,
+        Field(description="off: keep all; safe: drop navigation where it is sure; strict: wherever it is likely."),
+    ] = "safe"
+    keep_alt: Annotated[bool, Field(description="Keep the texts of images that are no formulas.")] = False
+    expand_macros: Annotated[bool, Field(description="Write out macros that the page defines in one line.")] = True
+    max_nodes: Annotated[int, Field(ge=1, description="Tags of a page; what stands behind them is left out.")] = (
+        2_000_000
+    )
+    max_depth: Annotated[int, Field(ge=1, description="Blocks inside each other; deeper ones are flattened.")] = 4096
+    max_cells: Annotated[int, Field(ge=1, description="Cells of a table; a larger one is not written as a table.")] = (
+        200_000
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +90,13 @@ def render_text(text: str, content_type: str = "", url: str = "", options: Rende
     ):
         return render_xml(text, options)
     if "html" in kind or _TAGS.search(text, 0, 20_000):
-        return render_html(text, url, options)
+        return render_html(of_xhtml(text, "xhtml" in kind), url, options)
     return Rendered(_cleaned(text), "text")
 
 
 def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> Rendered:
     """Text of an HTML page. Raises nothing, whatever the page holds."""
+    html = of_xhtml(html)
     parts = split(html, options.max_depth, options.max_nodes)
     tags = [tag for tag in parts[1::2] if tag[:6] == "script" and ">" in tag]
     sources = [attributes_of(tag[: tag.index(">")]).get("src", "") for tag in tags if " src=" in tag]
@@ -106,12 +112,14 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
         delimiters = replace(delimiters, inline=(*delimiters.inline, DOLLARS), is_loaded=True)
     layout = Layout(
         parts,
-        delimiters,
+        with_dollars(delimiters, html),
         options.keep_alt,
         options.max_cells,
         has_scripts,
     )
     layout.read()
+    if layout.is_cut and (mended := with_less_than(html)) != html:
+        return render_html(mended, url, options)
     if not layout.blocks and "<noscript" in html:
         return render_html(html.replace("<noscript", "<div").replace("</noscript", "</div"), url, options)
     keep = kept_blocks(layout.blocks, layout.nodes, options.main_content)

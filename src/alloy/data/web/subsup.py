@@ -1,7 +1,7 @@
 """Mathematics that is written with `sub`, `sup` and italics."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ _MARK = re.compile(r"\[.*\]|[*†‡§¶]+|\(?[a-z]\)|TM|SM|®|©|™|℠|\d{1,3
 _UNIT = re.compile(
     r"(?:^|[^A-Za-z])(?:[mcdkµμn]?m|in|ft|yd|mi|[mµμ]?s|sec|kg|cm|log|sin|cos|tan|sinh|cosh|tanh|sec|csc|cot|ln|exp|lim|det)$"
 )
+_COMMAND_END = re.compile(r"\\[A-Za-z]+$")
 _TOKEN = re.compile(r"[A-Za-z]+|\d+(?:[.,]\d+)*|\s+|.", re.DOTALL)
 # what may stand between the parts of a formula in text
 _BETWEEN = re.compile(r"[\d\s.+\-−–=<>≤≥≠≈≡±×·⋅∙*/|(){}\[\],^!′'∈∉⊂⊆∪∩∧∨→⇒↦∞∑∏∫√∂∇∀∃α-ωΑ-Ω]+")
@@ -112,17 +113,27 @@ def latex_of_pieces(pieces: Sequence[Piece]) -> str:
         latex = _symbols(piece)
         if piece.kind == "text":
             close()
-            # what would run into a command
-            gap = " " if parts and parts[-1][-1:].isalpha() and "\\" in parts[-1] and latex[:1].isalpha() else ""
-            parts.append(gap + latex)
+            parts.append(latex)
             continue
         mark = "_" if piece.kind == "sub" else "^"
-        scripts[mark] = scripts[mark] + latex if mark in scripts else latex
+        scripts[mark] = joined((scripts.get(mark, ""), latex))
     close()
-    return "".join(parts).strip()
+    return joined(parts).strip()
+
+
+def joined(parts: Iterable[str]) -> str:
+    """Parts side by side, with a space where a letter would run into a command."""
+    latex = list[str]()
+    for part in parts:
+        is_run_into = latex and part[:1].isalpha() and _COMMAND_END.search(latex[-1][-20:])
+        if part:
+            latex.append(f" {part}" if is_run_into else part)
+    return "".join(latex)
 
 
 def _symbols(piece: Piece) -> str:
+    if piece.text.isascii() and piece.text.isalnum() and (len(piece.text) == 1 or piece.text.isdigit()):
+        return piece.text
     parts: list[str] = []
     for token in _TOKEN.findall(piece.text):
         if token.isspace() or token in "\u2004\u2009\u200a\xa0":

@@ -10,6 +10,8 @@ from alloy.data.web.content import ASIDE, DROP, NONE, hint_of
 from alloy.data.web.markup import VOID, attributes_of, name_of
 
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+# the end of a formula outside a value: the tag is what stands behind a less-than sign
+_END_OF_TEX = re.compile(r"^[^\"]*(?:\\[)\]]|\$\$)")
 # kinds of tags; from SPECIAL on they have a method
 INLINE, BREAKING, EMPTY, LINK, BLOCK, PARAGRAPH, SKIP, SPECIAL = range(8)
 _INLINE = frozenset(
@@ -68,6 +70,8 @@ def classify(tag: str) -> Tag:
 def _read(tag: str, name: str) -> Tag:
     if not name or name[0] == "!" or name == "/":
         return Tag(EMPTY, name, {})
+    if ("\\" in tag or "$$" in tag) and _END_OF_TEX.search(tag):
+        return Tag(SPECIAL, name, {}, method="less_than")
     attributes = attributes_of(tag[: tag.index(">")] if ">" in tag else tag)
     local = name.rpartition(":")[2]
     if local == "math" or name == "script":
