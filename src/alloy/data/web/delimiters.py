@@ -97,6 +97,11 @@ class Delimiters:
         )
 
     @cached_property
+    def is_unusual(self) -> bool:
+        """Whether a text without backslashes and dollars may hold a formula, forum tags aside."""
+        return not {"\\", "$"}.issuperset(self.marks)
+
+    @cached_property
     def marks(self) -> tuple[str, ...]:
         """Characters without which a text holds no formula."""
         return tuple({"\\", "$", *(left[0] for left in self.pairs)})
