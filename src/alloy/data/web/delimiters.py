@@ -97,6 +97,11 @@ class Delimiters:
         )
 
     @cached_property
+    def is_unusual(self) -> bool:
+        """Whether a text without backslashes and dollars may hold a formula, forum tags aside."""
+        return not {"\\", "$"}.issuperset(self.marks)
+
+    @cached_property
     def marks(self) -> tuple[str, ...]:
         """Characters without which a text holds no formula."""
         return tuple({"\\", "$", *(left[0] for left in self.pairs)})
@@ -145,10 +150,7 @@ def read_configuration(scripts: Iterable[str], sources: Iterable[str]) -> Delimi
 
 
 def with_dollars(delimiters: Delimiters, html: str) -> Delimiters:
-    """Single dollars named as well, where a page's program takes them by a configuration that is not in the page.
-
-    Two formulas between them that hold TeX are the evidence.
-    """
+    """Single dollars named as well, where a page that loads a program for it has two formulas with TeX between them."""
     if not delimiters.is_loaded or DOLLARS in delimiters.inline or html.count("$") < 4:
         return delimiters
     marked = _MARKED.finditer(html)

@@ -45,7 +45,7 @@ class Layout(Mathematics):
         text = text_of(self.parts, i, j)
         if text.count("\n") > 2 and tag.name == "code" and code.language_of(tag.attributes):
             return self.pre(tag, i)
-        if self._buffer and _SCRIPT.search(self._buffer[-1]):
+        if self._buffer and self._buffer[-1][-1:] == "}" and _SCRIPT.search(self._buffer[-1][-40:]):
             # goes on with what has scripts
             return self._pass(i)
         shown = code.inline_code(text)

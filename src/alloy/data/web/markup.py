@@ -38,16 +38,17 @@ MOST_ENTITIES = 10_000
 
 
 def of_xhtml(html: str, is_xml: bool = False) -> str:
-    """A page as HTML: without what only XML has, where the page says that it is XML.
-
-    That is entities that the DOCTYPE declares, CDATA, and elements without content in one tag, which a parser of HTML leaves open.
-    """
+    """A page that says it is XML as HTML: without entities of its own, CDATA, and elements without content in one tag."""
     declared = _SUBSET.match(html) if "[" in html[:2000] else None
     if declared is not None:
         html = f"{declared[1]}<!DOCTYPE html>{html[declared.end() :]}"
         for name, _, value in _ENTITY.findall(declared[2])[:100]:
             html = html.replace(f"&{name};", value, MOST_ENTITIES)
-    return _XML.sub(_of_xml, html) if is_xml or html[:100].lstrip("\ufeff \t\r\n").startswith("<?xml") else html
+    start = html[:100].lstrip("\ufeff \t\r\n")
+    if not is_xml and not start.startswith("<?xml"):
+        return html
+    # without its declaration it is HTML from here on
+    return _XML.sub(_of_xml, html[html.find("?>") + 2 :] if start.startswith("<?xml") else html)
 
 
 def _of_xml(found: re.Match[str]) -> str:

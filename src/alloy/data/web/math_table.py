@@ -47,9 +47,7 @@ def table_of(element: Element, depth: int = 0) -> Table:
     return Table(rows)
 
 
-def _parts(
-    element: Element, kind: Literal["text", "sub", "sup"], is_italic: bool, depth: int
-) -> list["Piece | Table"]:
+def _parts(element: Element, kind: Literal["text", "sub", "sup"], is_italic: bool, depth: int) -> list["Piece | Table"]:
     """Pieces and tables in an element that stands in a script or in italics, or not."""
     if depth > DEEPEST:
         return []

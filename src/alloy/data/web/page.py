@@ -90,7 +90,7 @@ def render_text(text: str, content_type: str = "", url: str = "", options: Rende
     ):
         return render_xml(text, options)
     if "html" in kind or _TAGS.search(text, 0, 20_000):
-        return render_html(of_xhtml(text, "xhtml" in kind), url, options)
+        return render_html(of_xhtml(text, is_xml=True) if "xhtml" in kind else text, url, options)
     return Rendered(_cleaned(text), "text")
 
 
@@ -110,13 +110,7 @@ def render_html(html: str, url: str = "", options: RenderOptions = DEFAULTS) -> 
     delimiters = read_configuration(scripts, sources)
     if uses_dollars(url):
         delimiters = replace(delimiters, inline=(*delimiters.inline, DOLLARS), is_loaded=True)
-    layout = Layout(
-        parts,
-        with_dollars(delimiters, html),
-        options.keep_alt,
-        options.max_cells,
-        has_scripts,
-    )
+    layout = Layout(parts, with_dollars(delimiters, html), options.keep_alt, options.max_cells, has_scripts)
     layout.read()
     if layout.is_cut and (mended := with_less_than(html)) != html:
         return render_html(mended, url, options)

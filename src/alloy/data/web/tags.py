@@ -13,7 +13,7 @@ _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECAS
 # the end of a formula outside a value: the tag is what stands behind a less-than sign
 _END_OF_TEX = re.compile(r"^[^\"]*(?:\\[)\]]|\$\$)")
 # kinds of tags; from SPECIAL on they have a method
-INLINE, BREAKING, EMPTY, LINK, BLOCK, PARAGRAPH, SKIP, SPECIAL = range(8)
+INLINE, CLOSING, BREAKING, EMPTY, LINK, BLOCK, PARAGRAPH, SKIP, SPECIAL = range(9)
 _INLINE = frozenset(
     str.split(
         "span i em b strong u s small big font abbr acronym cite dfn var q ins del strike mark bdi bdo nobr label time data ruby rb center "
@@ -57,6 +57,9 @@ class Tag:
 def classify(tag: str) -> Tag:
     """Meaning of a tag that KNOWN does not hold, and there from now on."""
     name = name_of(tag)
+    if name[:1] == "/":
+        opened = KNOWN[tag] = _END
+        return opened
     if name == "a" and "class=" not in tag and "hidden" not in tag and "display" not in tag:
         return _A if ' href="' in tag else _SPAN
     opened = _read(tag, name)
@@ -146,4 +149,4 @@ def _is_hidden(attributes: Mapping[str, str]) -> bool:
 
 
 KNOWN: dict[str, Tag] = {}
-_A, _SPAN = Tag(LINK, "a", {}), Tag(INLINE, "span", {})
+_A, _SPAN, _END = Tag(LINK, "a", {}), Tag(INLINE, "span", {}), Tag(CLOSING, "", {})

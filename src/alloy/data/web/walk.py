@@ -9,7 +9,7 @@ from alloy.data.web.content import Block, Node
 from alloy.data.web.delimiters import Delimiters, find_formulas
 from alloy.data.web.formula import Formula
 from alloy.data.web.markup import end_of, unescape
-from alloy.data.web.tags import BLOCK, BREAKING, INLINE, KNOWN, LINK, PARAGRAPH, SKIP, SPECIAL, Tag, classify
+from alloy.data.web.tags import BLOCK, BREAKING, CLOSING, INLINE, KNOWN, LINK, PARAGRAPH, SKIP, SPECIAL, Tag, classify
 
 BREAK = "\u2028"
 _ATOM = re.compile(r"\0d?(\d+)\0")
@@ -64,7 +64,13 @@ class Walk:
                 add(text)
             tag = parts[i + 1]
             i += 2
-            if tag[:1] == "/":
+            opened = known.get(tag)
+            if opened is None:
+                opened = classify(tag)
+            kind = opened.kind
+            if kind == INLINE:
+                push(None)
+            elif kind == CLOSING:
                 if not stack:
                     continue
                 closing = pop()
@@ -77,13 +83,6 @@ class Walk:
                         self.nodes[closing].stop = len(self.blocks)  # pyright: ignore[reportArgumentType, reportCallIssue]
                 else:
                     closing[0](closing[1])  # pyright: ignore[reportIndexIssue]
-                continue
-            opened = known.get(tag)
-            if opened is None:
-                opened = classify(tag)
-            kind = opened.kind
-            if kind == INLINE:
-                push(None)
             elif kind == LINK:
                 push((self._end_link, None))
                 if self._link_from < 0:
@@ -129,7 +128,7 @@ class Walk:
         text = unescape(text) if "&" in text else text
         if not text.isascii():
             text = _INVISIBLE.sub("", text)
-        if self._is_searched:
+        if self._is_searched and ("\\" in text or "$" in text or "[/" in text or self.delimiters.is_unusual):
             text = self._with_formulas(text)
         if "$" in text:
             text = _DOLLAR.sub(r"\\$", text)
