@@ -24,7 +24,9 @@ class DecontaminateConfig(StageConfig):
     """Which test items are looked for, and what becomes of documents that hold them."""
 
     stage: Literal["decontaminate"] = "decontaminate"
-    benchmarks: Annotated[Path, Field(description="TOML file of tables named benchmarks: name, path, split, fields, prefix.")]
+    benchmarks: Annotated[
+        Path, Field(description="TOML file of tables named benchmarks: name, path, split, fields, prefix.")
+    ]
     column: Annotated[str | None, Field(description="Text; default: cleaned_text where it is there, else text.")] = None
     n: Annotated[int, Field(ge=2, description="Words of a run that counts as found; 10 is stricter.")] = 13
     fuzzy: Annotated[float | None, Field(gt=0, le=1, description="Least Jaccard index of a rephrased item: 0.7.")] = (
