@@ -37,7 +37,9 @@ def test_from_text_to_shards(capsys, tmp_path) -> None:
     facts = json.loads(out)
     assert (facts["documents"], facts["dtype"], facts["tokenizer"]) == (30, "uint16", None)
     assert facts["content"]["0"][0] == 1
-    code, _, err = run(capsys, "data", "tokenize", *options, "--out", corpus, "--tokenizer", tok)
+    # the same again is done already
+    assert run(capsys, "data", "tokenize", *options, "--out", corpus, "--tokenizer", tok)[0] == 0
+    code, _, err = run(capsys, "data", "tokenize", *options, "--out", corpus, "--tokenizer", tok, "--shard-tokens", 9)
     assert (code, "error: " in err, "--overwrite" in err) == (2, True, True)
     assert run(capsys, "data", "tokenize", *options, "--out", corpus, "--tokenizer", tok, "--overwrite")[0] == 0
 

@@ -121,7 +121,10 @@ def tokenize(
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer, or of a checkpoint that has one.")],
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a shard, about.")] = 1 << 28,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the corpus that is there.")] = False,
-    column: Column = "text",
+    column: Annotated[
+        str | None, typer.Option(help="Key or column of the text; default: cleaned_text where it is there, else text.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Rows that meet a condition: 'lang == \"en\"'.")] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes for .jsonl and .parquet; above 1 an interrupted run goes on.")
     ] = 1,
@@ -134,7 +137,6 @@ def tokenize(
     """Turn documents into memory-mapped token shards (Megatron's .bin/.idx format), chats into packed Parquet."""
     from alloy.core.logging import short_count
     from alloy.data.io import ROW_SUFFIXES, list_files
-    from alloy.data.parts import columns_of, list_parts
     from alloy.data.tokens import load_tokenizer, tokenize_corpus
 
     start = told = time.monotonic()
@@ -153,24 +155,30 @@ def tokenize(
         raise RecipeError(
             f"--workers = {workers} share out the parts of .jsonl and .parquet files alone; leave it out for text."
         )
-    if has_rows and (workers > 1 or "messages" in columns_of(list_parts(files[:1], 1 << 40)[0])):
+    if only and not has_rows:
+        raise RecipeError(
+            f"--only {only}: conditions are for the rows of .jsonl and .parquet files; leave it out for text."
+        )
+    if has_rows:
         from alloy.data.executors import Executor
         from alloy.data.pipeline import run_stage
         from alloy.data.stages.tokenize import TokenizeConfig
 
         settings = {"seq": seq, "reasoning": reasoning, "too_long": too_long, "shard_tokens": shard_tokens}
-        config = TokenizeConfig.model_validate({"tokenizer": str(tokenizer), "column": column, **settings})
+        config = TokenizeConfig.model_validate(
+            {"tokenizer": str(tokenizer), "column": column, "only": only, **settings}
+        )
         executor = Executor(kind="process" if workers > 1 else "serial", workers=workers)
         manifest = run_stage(config, [str(file) for file in files], out, executor, overwrite)
         typer.echo(
-            f"{out}: {manifest['rows_in']:,} rows, {manifest['rows_out']:,} written, {manifest['tokens']:,} tokens, "
+            f"{out}: {manifest['rows_in']:,} documents, {manifest['rows_out']:,} written, {manifest['tokens']:,} tokens, "
             f"{time.monotonic() - start:.1f} s"
         )
         for reason, count in manifest["counts"].items():
             typer.echo(f"  {count:12,}  {reason}")
         return
     manifest = tokenize_corpus(
-        _documents(paths, column), load_tokenizer(tokenizer), out, shard_tokens, overwrite, progress
+        _documents(paths, column or "text"), load_tokenizer(tokenizer), out, shard_tokens, overwrite, progress
     )
     typer.echo(
         f"{out}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, {manifest['bytes']:,} bytes, "
